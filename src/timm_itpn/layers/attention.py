@@ -1,0 +1,70 @@
+"""Multi-head self-attention of stage 3."""
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..ops.attention import choose
+
+__all__ = ['Attention']
+
+
+class Attention(nn.Module):
+    """Self-attention with packed q, k and v; q and v have a bias, k has none.
+
+    A bias on k would add the same number to all scores of a query, which softmax removes.
+
+    Args:
+        dim: Width of a token.
+        num_heads: Number of heads; must divide `dim`.
+        attn_drop: Dropout rate of the attention weights, 0..1.
+        proj_drop: Dropout rate after the output projection, 0..1.
+
+    Raises:
+        ValueError: `num_heads` does not divide `dim`.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            attn_drop: float = 0.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'embed_dim {dim} is not a multiple of num_heads {num_heads}')
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.q_bias = nn.Parameter(torch.empty(dim, **dd))
+        self.v_bias = nn.Parameter(torch.empty(dim, **dd))
+        self.register_buffer('k_bias', torch.empty(dim, **dd), persistent=False)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.attention = choose()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.q_bias)
+        nn.init.zeros_(self.v_bias)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        nn.init.zeros_(self.k_bias)
+
+    def extra_repr(self) -> str:
+        return f'num_heads={self.num_heads}, attention={self.attention.__module__.rpartition(".")[2]}'
+
+    def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        B, N, C = x.shape
+        qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        qkv = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (B, num_heads, N, head_dim)
+        x = self.attention(q, k, v, bias, self.attn_drop if self.training else 0.)
+        x = x.transpose(1, 2).reshape(B, N, C)
+        return self.proj_drop(self.proj(x))

@@ -1,0 +1,107 @@
+"""The 4 x 4 stem and the merges between stages, all on (B, H, W, C) maps.
+
+Everything before stage 3 stays inside one 16 x 16 pixel patch: a stem position and the merges above it never look
+across a patch's border.
+"""
+from typing import Callable, Optional, Tuple, Union
+
+import torch
+import torch.nn as nn
+from timm.layers import LayerNorm, register_notrace_function, to_2tuple
+
+__all__ = ['ConvPatchMerge', 'StemPatchEmbed', 'check_side_lengths']
+
+ImageSize = Union[int, Tuple[int, int]]
+
+
+def check_side_lengths(img_size: ImageSize, stride: int) -> Tuple[int, int]:
+    """Return `img_size` as (height, width), or raise ValueError if a side is no positive multiple of `stride`."""
+    height, width = to_2tuple(img_size)
+    if height < stride or width < stride or height % stride or width % stride:
+        raise ValueError(f'img_size {height} x {width} is not usable: both sides must be multiples of {stride}')
+    return height, width
+
+
+@torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
+@register_notrace_function
+def check_input(x: torch.Tensor, height: int, width: int, stride: int, dynamic: bool) -> torch.Tensor:
+    """Return `x` (B, C, H, W) as it is, or raise ValueError if the model cannot take its size."""
+    H, W = x.shape[-2], x.shape[-1]
+    if dynamic:
+        if H % stride != 0 or W % stride != 0:
+            raise ValueError(f'Input of {H} x {W} pixels: both sides must be multiples of {stride}; resize or pad it.')
+    elif H != height or W != width:
+        raise ValueError(
+            f'Input of {H} x {W} pixels, but the model is built for {height} x {width}: resize the input, '
+            'call model.set_input_size(), or create the model with img_size= or dynamic_img_size=True.')
+    return x
+
+
+class StemPatchEmbed(nn.Module):
+    """Image to stem positions by a convolution with kernel = stride = 4.
+
+    Named after timm's `PatchEmbed` and read by others like it, but sizes are checked and counted at the stride of the
+    tokens (16), not of the convolution (4).
+
+    Args:
+        img_size: Image side or (height, width) in pixels, multiples of `token_stride`.
+        patch_size: Kernel and stride of the convolution, in pixels.
+        token_stride: Pixels per token of the last stage.
+        in_chans: Image channels.
+        embed_dim: Output channels.
+        strict_img_size: True = only `img_size` is accepted; False = any multiple of `token_stride`.
+        norm_layer: Normalisation after the convolution, None for none.
+    """
+    strict_img_size: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            img_size: ImageSize = 224,
+            patch_size: int = 4,
+            token_stride: int = 16,
+            in_chans: int = 3,
+            embed_dim: int = 96,
+            strict_img_size: bool = True,
+            norm_layer: Optional[Callable] = None,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.patch_size = to_2tuple(patch_size)
+        self.token_stride = token_stride
+        self.strict_img_size = strict_img_size
+        self.set_input_size(img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.norm = norm_layer(embed_dim, **dd) if norm_layer is not None else nn.Identity()
+
+    def set_input_size(self, img_size: ImageSize) -> None:
+        height, width = check_side_lengths(img_size, self.token_stride)
+        self.img_size = (height, width)
+        self.grid_size = (height // self.token_stride, width // self.token_stride)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = check_input(x, self.img_size[0], self.img_size[1], self.token_stride, not self.strict_img_size)
+        x = self.proj(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H/4, W/4, D)
+        return self.norm(x.contiguous())  # once here, so that no later layer has to
+
+
+class ConvPatchMerge(nn.Module):
+    """Merge 2 x 2 neighbours: LayerNorm, then a convolution with kernel = stride = 2. (B, H, W, C) -> (B, H/2, W/2, D).
+
+    Args:
+        dim: Input channels.
+        out_dim: Output channels.
+        norm_layer: Normalisation of each input position.
+    """
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = norm_layer(dim, **dd)
+        self.reduction = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
+        return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, H/2, W/2) -> (B, H/2, W/2, D)

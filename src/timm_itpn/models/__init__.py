@@ -1,0 +1,2 @@
+"""Model families; importing this package registers them with timm."""
+from .fast_itpn import FastITPN as FastITPN

@@ -1,0 +1,62 @@
+"""One clear sentence for each way in which fetching or reading a weight file fails."""
+import contextlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from timm.models import resolve_pretrained_cfg
+
+__all__ = ['readable_load_errors']
+
+
+@contextlib.contextmanager
+def readable_load_errors(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]:
+    """Turn errors of the loaders into a RuntimeError that says which file is wrong, how, and what to do.
+
+    Args:
+        variant: Registered model name.
+        kwargs: Arguments of `build_model_with_cfg`, which say where the weights come from.
+    """
+    try:
+        yield
+    except Exception as error:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        sentence = _explain(error, cfg)
+        if sentence is None:
+            raise
+        raise RuntimeError(sentence) from error
+
+
+def _explain(error: Exception, cfg: Any) -> Optional[str]:
+    message = str(error)
+    source = cfg.file or '/'.join(filter(None, (cfg.hf_hub_id, cfg.hf_hub_filename))) or cfg.url
+    instead = 'pass a local copy with pretrained_cfg_overlay=dict(file=...)'
+    if not source and 'No pretrained weights exist' in message:
+        origin = f' They were published at {cfg.origin_url}: download them and' if cfg.origin_url else ' If you have'
+        origin += '' if cfg.origin_url else ' a file,'
+        return f'The weights of {cfg.architecture}.{cfg.tag or ""} cannot be downloaded from here.{origin} {instead}.'
+    if isinstance(error, LocalEntryNotFoundError):
+        return f'{source} is not in the local cache and the Hub cannot be reached: go online once, or {instead}.'
+    if isinstance(error, (EntryNotFoundError, HfHubHTTPError)):
+        return f'{source} cannot be had from the Hub ({message.splitlines()[0]}): check name and revision, or {instead}.'
+    if isinstance(error, FileNotFoundError):
+        return f'{source} does not exist.'
+    if 'weights_only=True blocked' in message:
+        return (
+            f'{source} holds pickled objects besides tensors, so it was not loaded and none of its code was run.'
+            f'{_unsafe_globals(message)} If you trust its origin, allow just these classes with '
+            'torch.serialization.add_safe_globals([...]) and load again; do not switch weights_only off.')
+    unreadable = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
+    if isinstance(error, unreadable) or 'PytorchStreamReader' in message:
+        path = Path(source)
+        size = f' ({path.stat().st_size} bytes)' if path.is_file() else ''
+        return f'{source}{size} is empty, truncated or no weight file: delete it and fetch it again.'
+    return None
+
+
+def _unsafe_globals(message: str) -> str:
+    start = message.find('Unsupported globals:')
+    return '' if start < 0 else ' ' + message[start:].split('. ')[0] + '.'
