@@ -1,1 +1,37 @@
-def main(): ...
+"""The console command `timm-itpn`; one file per command.
+
+Results go to stdout, progress to stderr. Exit status: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted.
+"""
+import argparse
+import sys
+from typing import List, Optional
+
+from .. import __version__
+from . import demo, recipe
+
+COMMANDS = (demo, recipe)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: Arguments without the program's name, None for those of the process.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog='timm-itpn', description='iTPN and Fast-iTPN models for timm.')
+    parser.add_argument('--version', action='version', version=f'timm-itpn {__version__}')
+    subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f'timm-itpn: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,25 @@
+"""`timm-itpn recipe`: print the authors' fine-tuning recipe of a model, for timm's `train.py -c`."""
+import argparse
+from importlib import resources
+from typing import Any, List
+
+RECIPES = resources.files('timm_itpn') / 'recipes'
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser('recipe', help='print a fine-tuning recipe as YAML for train.py -c')
+    parser.add_argument('model', nargs='?', help='model name; without it the names are listed')
+    parser.set_defaults(run=run)
+
+
+def names() -> List[str]:
+    return sorted(path.name.removesuffix('.yaml') for path in RECIPES.iterdir() if path.name.endswith('.yaml'))
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.model is None:
+        print('\n'.join(names()))
+    elif args.model not in names():
+        raise ValueError(f'there is no recipe for {args.model!r}; there are: {", ".join(names())}')
+    else:
+        print((RECIPES / f'{args.model}.yaml').read_text(encoding='utf-8'), end='')
