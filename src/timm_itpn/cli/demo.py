@@ -114,9 +114,11 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
         step_on_epochs=False,
         updates_per_epoch=len(train_loader),
     )
-    saver = CheckpointSaver(model, optimizer, args=checkpoint_args(args), checkpoint_dir=str(args.output), max_history=1)
+    saver = CheckpointSaver(
+        model, optimizer, args=checkpoint_args(args), checkpoint_dir=str(args.output), max_history=1)
     loss_fn = LabelSmoothingCrossEntropy(0.1)
-    history, num_updates = [], 0
+    history: List[Dict[str, float]] = []
+    num_updates = 0
     with tqdm(total=args.epochs * len(train_loader), unit='update', mininterval=1, file=sys.stderr) as progress:
         for epoch in range(args.epochs):
             model.train()
@@ -134,7 +136,8 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
                 scheduler.step_update(num_updates)
                 losses.update(loss.item(), len(images))
                 progress.update()
-                progress.set_postfix(epoch=epoch, loss=f'{losses.avg:.3f}', top1=history[-1]['top1'] if history else '-')
+                last_top1 = history[-1]['top1'] if history else '-'
+                progress.set_postfix(epoch=epoch, loss=f'{losses.avg:.3f}', top1=last_top1)
             top1, _ = validate(model, val_loader, args.device)
             history.append({'loss': round(losses.avg, 4), 'top1': round(top1, 2)})
             saver.save_checkpoint(epoch, metric=top1)
@@ -161,7 +164,13 @@ def validate(model: Any, loader: Any, device: str) -> Tuple[float, List[int]]:
     return 100 * correct / len(predictions), predictions
 
 
-def draw(path: Path, dataset: Any, predictions: List[int], history: List[Dict[str, float]], num_images: int = 24) -> None:
+def draw(
+        path: Path,
+        dataset: Any,
+        predictions: List[int],
+        history: List[Dict[str, float]],
+        num_images: int = 24,
+) -> None:
     """Draw held-out images with their predictions, mistakes first, and the learning curve."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -176,7 +185,7 @@ def draw(path: Path, dataset: Any, predictions: List[int], history: List[Dict[st
 
     figure = Figure(figsize=(11, 4.5), layout='constrained')
     FigureCanvasAgg(figure)
-    pictures, curve = figure.subfigures(1, 2, width_ratios=(3, 2))
+    pictures, curve = figure.subfigures(1, 2, width_ratios=(3, 2), squeeze=False)[0]
     for axes, ((file, target), predicted) in zip(pictures.subplots(4, num_images // 4).flat, shown):
         axes.imshow(Image.open(file), cmap='gray')
         axes.set_title(f'{predicted}' if predicted == target else f'{predicted}, is {target}',

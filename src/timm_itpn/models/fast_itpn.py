@@ -37,8 +37,13 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models import register_model_deprecations
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_model_deprecations,
+)
 
 from ..layers import Attention, ConvPatchMerge, StemPatchEmbed, resample_pos_embed
 from ..weights import fit_to_model, readable_load_errors, to_native
@@ -91,7 +96,7 @@ class AttentionBlock(nn.Module):
         proj_drop: Dropout rate after attention and MLP.
         attn_drop: Dropout rate of attention weights.
         drop_path: Stochastic depth rate.
-        init_values: Layer scale at initialisation, None for no layer scale.
+        init_values: Layer scale at initialisation, 0 or None for no layer scale.
     """
 
     def __init__(
@@ -111,7 +116,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        self.ls1 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
+        self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = GluMlp(
@@ -123,7 +128,7 @@ class AttentionBlock(nn.Module):
             drop=(0., proj_drop),
             **dd,
         )
-        self.ls2 = LayerScale(dim, init_values, **dd) if init_values is not None else nn.Identity()
+        self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,6 +188,7 @@ class AttentionStage(nn.Module):
         block_kwargs: For the blocks.
     """
     dynamic_grid_size: torch.jit.Final[bool]
+
     def __init__(
             self,
             dim: int,
@@ -249,7 +255,7 @@ class FastITPN(nn.Module):
         depths: Blocks of stages 1, 2 and 3.
         num_heads: Attention heads of stage 3.
         mlp_ratio: Hidden channels per channel, in all stages.
-        init_values: Layer scale of stage 3 at initialisation, None for no layer scale.
+        init_values: Layer scale of stage 3 at initialisation, 0 or None for no layer scale.
         drop_rate: Dropout rate before the classifier.
         pos_drop_rate: Dropout rate after the position embedding.
         proj_drop_rate: Dropout rate after each attention and MLP.
@@ -535,8 +541,8 @@ def load_official_layout(
     native = checkpoint_filter_fn(state_dict, model)
     if strict and model.num_classes > 0 and 'head.fc.weight' not in native:
         raise ValueError(
-            'The checkpoint has no classifier, which checkpoint_path= and --initial-checkpoint need. To start a new one, '
-            'use pretrained=True with pretrained_cfg_overlay=dict(file=...), or --pretrained-path.')
+            'The checkpoint has no classifier, which checkpoint_path= and --initial-checkpoint need. To start a new '
+            'one, use pretrained=True with pretrained_cfg_overlay=dict(file=...), or --pretrained-path.')
     state_dict.clear()
     state_dict.update(native)
 

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import to_2tuple
 from timm.models import clean_state_dict
 
 from ..layers import resample_pos_embed
@@ -97,25 +98,23 @@ def _mismatch(unknown: List[str], missing: List[str]) -> str:
         parts.append(f'the model has no {_listed(unknown)}')
     message = f'The checkpoint does not fit the model: {", and ".join(parts)}.'
     if any(key.endswith('.gamma') for key in missing):
-        message += ' The file has no layer scale; a model without it is created with init_values=None.'
+        message += ' The file has no layer scale; a model without it is created with init_values=0.'
     elif any(key.endswith('.gamma') for key in unknown):
         message += ' The file has layer scale, which is ruined without it; create the model with init_values=0.1.'
     return message
 
 
-def _resampled_pos_embed(pos_embed: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    grid_size = model.patch_embed.grid_size
-    return resample_pos_embed(
-        pos_embed, new_size=list(grid_size), old_size=list(_source_grid(pos_embed.shape[1], model)))
+def _resampled_pos_embed(pos_embed: torch.Tensor, model: Any) -> torch.Tensor:
+    old_size = _source_grid(pos_embed.shape[1], model)
+    return resample_pos_embed(pos_embed, new_size=list(model.patch_embed.grid_size), old_size=list(old_size))
 
 
-def _source_grid(num_tokens: int, model: nn.Module) -> Tuple[int, int]:
-    """Grid of a checkpoint's position embedding: by its metadata if they agree with it, else the model's, else square."""
+def _source_grid(num_tokens: int, model: Any) -> Tuple[int, int]:
+    """Grid of a position embedding: the first that has so many tokens of the file's metadata, the model's, a square."""
     cfg, args = getattr(model, 'pretrained_cfg', {}), getattr(model, 'pretrained_model_args', {})
-    sizes = [args.get('img_size'), (cfg.get('input_size') or (3, 0, 0))[-2:]]
-    sizes = [(size, size) if isinstance(size, int) else size for size in sizes if size]
+    sizes = [to_2tuple(size) for size in (args.get('img_size'), cfg.get('input_size', ())[-2:]) if size]
     grids = [(height // 16, width // 16) for height, width in sizes]
-    grids += [model.patch_embed.grid_size, (math.isqrt(num_tokens),) * 2]
+    grids += [model.patch_embed.grid_size, (math.isqrt(num_tokens), math.isqrt(num_tokens))]
     for height, width in grids:
         if height * width == num_tokens:
             return height, width

@@ -1,6 +1,7 @@
 """One clear sentence for each way in which fetching or reading a weight file fails."""
 import contextlib
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
@@ -10,6 +11,8 @@ from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
 
 __all__ = ['readable_load_errors']
+
+HTTP_CLIENTS = ('httpx', 'httpx2', 'requests')  # those of old and new versions of huggingface_hub
 
 
 @contextlib.contextmanager
@@ -35,28 +38,34 @@ def _explain(error: Exception, cfg: Any) -> Optional[str]:
     source = cfg.file or '/'.join(filter(None, (cfg.hf_hub_id, cfg.hf_hub_filename))) or cfg.url
     instead = 'pass a local copy with pretrained_cfg_overlay=dict(file=...)'
     if not source and 'No pretrained weights exist' in message:
-        origin = f' They were published at {cfg.origin_url}: download them and' if cfg.origin_url else ' If you have'
-        origin += '' if cfg.origin_url else ' a file,'
-        return f'The weights of {cfg.architecture}.{cfg.tag or ""} cannot be downloaded from here.{origin} {instead}.'
+        name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
+        return f'{name} cannot be downloaded automatically: get it from {cfg.origin_url}, then {instead}.'
     if isinstance(error, LocalEntryNotFoundError):
         return f'{source} is not in the local cache and the Hub cannot be reached: go online once, or {instead}.'
     if isinstance(error, (EntryNotFoundError, HfHubHTTPError)):
-        return f'{source} cannot be had from the Hub ({message.splitlines()[0]}): check name and revision, or {instead}.'
+        reason = message.splitlines()[0]
+        return f'{source} cannot be had from the Hub ({reason}): check name and revision, or {instead}.'
+    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split('.')[0] in HTTP_CLIENTS:
+        return f'The download of {source} broke off ({message}): run it again to go on, or {instead}.'
     if isinstance(error, FileNotFoundError):
         return f'{source} does not exist.'
-    if 'weights_only=True blocked' in message:
+    unsafe = _unsafe_globals(error)
+    if unsafe:
         return (
-            f'{source} holds pickled objects besides tensors, so it was not loaded and none of its code was run.'
-            f'{_unsafe_globals(message)} If you trust its origin, allow just these classes with '
+            f'{source} holds pickled objects besides tensors ({unsafe}), so it was not loaded and none of its code was '
+            'run. If you know these classes to be harmless, allow just them with '
             'torch.serialization.add_safe_globals([...]) and load again; do not switch weights_only off.')
     unreadable = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
-    if isinstance(error, unreadable) or 'PytorchStreamReader' in message:
+    if isinstance(error, unreadable) or 'PytorchStreamReader' in message or 'weights_only=True blocked' in message:
         path = Path(source)
         size = f' ({path.stat().st_size} bytes)' if path.is_file() else ''
         return f'{source}{size} is empty, truncated or no weight file: delete it and fetch it again.'
     return None
 
 
-def _unsafe_globals(message: str) -> str:
-    start = message.find('Unsupported globals:')
-    return '' if start < 0 else ' ' + message[start:].split('. ')[0] + '.'
+def _unsafe_globals(error: Exception) -> str:
+    """Names of the classes and functions that a pickle wanted, as far as timm and torch tell; '' for other errors."""
+    listed = re.search(r'Unsupported globals: (.+?)\. ', str(error))
+    first = re.search(r'Unsupported global: GLOBAL (\S+)', str(error.__cause__))
+    found = listed or first
+    return found[1] if found else ''

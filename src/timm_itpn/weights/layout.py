@@ -5,7 +5,7 @@ converts an official file, read the other way it writes one.
 """
 import logging
 import re
-from typing import Dict, List, Tuple
+from typing import Dict, List, Set, Tuple
 
 import torch
 from einops import rearrange
@@ -103,7 +103,8 @@ def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
     last = max(int(key.split('.')[1]) for key in state_dict if key.startswith('blocks.'))
     table = key_table((first, second - first - 1, last - second))
 
-    native, used = {}, set()
+    native: Dict[str, torch.Tensor] = {}
+    used: Set[str] = set()
     for key, sources in table.items():
         present = [source for source in sources if source in state_dict]
         if not present:

@@ -1,0 +1,57 @@
+"""The demo, shortened to one epoch; `.ci/run` runs it whole."""
+import argparse
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_dataset
+
+from timm_itpn.cli import demo, main
+
+
+def test_demo_trains_validates_and_leaves_a_checkpoint_for_timm(tmp_path, capsys):
+    output = tmp_path / 'demo'
+    argv = ['demo', '--output', str(output), '--epochs', '1', '--img-size', '16', '--batch-size', '32']
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert 'update' in captured.err  # the progress bar
+    assert result['images'] == 360 and 15 < result['top1'] <= 100  # far above chance after 45 updates
+
+    model = timm.create_model('fast_itpn_tiny', num_classes=10, img_size=16, checkpoint_path=result['checkpoint'])
+    model.eval()
+    transform = timm.data.create_transform(input_size=16, interpolation='bicubic', crop_pct=1.0)
+    dataset = create_dataset('', root=result['data'], split='val', transform=transform)
+    batch = torch.stack([image for image, _ in dataset])
+    with torch.inference_mode():
+        predicted = model(batch).argmax(dim=1)
+    target = torch.tensor([label for _, label in dataset])
+    assert round(100 * (predicted == target).float().mean().item(), 2) == result['top1']
+    assert Image.open(result['picture']).size[0] > 1000
+
+    assert main(argv) == 1  # nothing is overwritten
+    assert f'{output} exists already' in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, 'REQUIRES', ('sklearn', 'absent_package'))
+    assert main(['demo', '--output', str(tmp_path / 'demo')]) == 1
+    assert "the demo needs absent_package: pip install 'timm-itpn[demo]'" in capsys.readouterr().err
+    assert not (tmp_path / 'demo').exists()
+
+
+def test_bad_size_leaves_nothing_behind(tmp_path, capsys):
+    assert main(['demo', '--output', str(tmp_path / 'demo'), '--img-size', '20']) == 1
+    assert 'both sides must be multiples of 16' in capsys.readouterr().err
+    assert not (tmp_path / 'demo').exists()
+
+
+def test_loss_that_is_not_finite_stops(tmp_path):
+    args = argparse.Namespace(lr=1e-3, epochs=1, output=tmp_path, device='cpu', run=None)
+    model = torch.nn.Linear(4, 10)
+    torch.nn.init.constant_(model.weight, float('nan'))
+    batch = [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(RuntimeError, match='the loss is nan in epoch 0: lower --lr'):
+        demo.train(model, batch, batch, args)

@@ -1,0 +1,31 @@
+"""Shared by all tests. No test reaches the internet: the Hub's address is a server of the tests' own."""
+import os
+import tempfile
+
+import hub_server
+import pytest
+
+# set before anything imports huggingface_hub, which reads them once
+_hub = hub_server.Hub()
+os.environ['HF_ENDPOINT'] = _hub.endpoint
+os.environ['HF_HOME'] = tempfile.mkdtemp(prefix='timm_itpn_hf_')
+os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
+os.environ['HF_HUB_ETAG_TIMEOUT'] = '5'
+os.environ.pop('HF_HUB_OFFLINE', None)
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub, for one test."""
+    _hub.repos.clear()
+    _hub.downloads.clear()
+    _hub.truncate = None
+    return _hub
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='no CUDA device'))

@@ -1,0 +1,365 @@
+"""Weight files through every way that timm has of loading them, good ones and bad ones."""
+import argparse
+import fractions
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import golden
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import load_checkpoint, save_for_hf
+
+EXPECTED = golden.load('fast_itpn_tiny')
+REPO, FILE = 'xche32/RELO', 'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt'
+BOUND = 1e-4
+
+
+@pytest.fixture(scope='module')
+def classifier():
+    """Official weights of a classifier, float32."""
+    return golden.official_state_dict(EXPECTED, torch.float32)
+
+
+@pytest.fixture(scope='module')
+def pretraining():
+    """Official weights of a whole pre-training model."""
+    return golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32)
+
+
+@pytest.fixture(scope='module')
+def native(classifier):
+    model = timm.create_model('fast_itpn_tiny', num_classes=1000)
+    model.load_state_dict(classifier)
+    return model.state_dict()
+
+
+def load(path, num_classes=1000, cfg_classes=1000, **kwargs):
+    overlay = dict(file=str(path), num_classes=cfg_classes)
+    return timm.create_model(
+        'fast_itpn_tiny', pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+def as_bytes(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def assert_golden(model):
+    with torch.inference_mode():
+        assert golden.error(model.eval()(golden.image(EXPECTED, torch.float32)), EXPECTED['logits']) < BOUND
+
+
+def assert_backbone_of(model, pretraining):
+    """The model has the backbone of a pre-training file, and a norm that is new, not the file's `norm`."""
+    state = model.state_dict()
+    torch.testing.assert_close(state['stages.2.pos_embed'], pretraining['pos_embed'])
+    torch.testing.assert_close(state['stages.2.blocks.11.ls2.gamma'], pretraining['blocks.15.gamma_2'])
+    assert (state['head.norm.weight'] == 1).all() and (state['head.norm.bias'] == 0).all()
+
+
+# layouts and wrappers
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('wrapper', [None, 'model', 'module', 'state_dict', 'model_ema'])
+@pytest.mark.parametrize('layout', ['official', 'native'])
+def test_every_wrapper_and_layout_loads(layout, wrapper, prefix, classifier, native, tmp_path):
+    weights = {prefix + key: value for key, value in (classifier if layout == 'official' else native).items()}
+    extra = {'epoch': 3, 'args': argparse.Namespace(lr=1e-4)}
+    path = save(weights if wrapper is None else {wrapper: weights, **extra}, tmp_path / 'w.pt')
+    assert_golden(load(path))
+
+
+def test_averaged_weights_are_preferred(classifier, tmp_path):
+    worse = {key: torch.zeros_like(value) for key, value in classifier.items()}
+    assert_golden(load(save({'model': worse, 'model_ema': classifier}, tmp_path / 'w.pt')))
+
+
+def test_half_precision_file_loads_into_a_float_model(classifier, tmp_path):
+    model = load(save({'model': {k: v.half() for k, v in classifier.items()}}, tmp_path / 'w.pt'))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    with torch.inference_mode():
+        assert golden.error(model(golden.image(EXPECTED, torch.float32)), EXPECTED['logits']) < 1e-2
+
+
+def test_safetensors_file_loads(classifier, tmp_path):
+    safetensors.torch.save_file(classifier, tmp_path / 'w.safetensors')
+    assert_golden(load(tmp_path / 'w.safetensors'))
+
+
+@pytest.mark.parametrize('num_classes', [0, 7])
+def test_pretraining_file_loads_and_says_what_starts_new(num_classes, pretraining, tmp_path, caplog):
+    path = save({'model': {k: v.half() for k, v in pretraining.items()}}, tmp_path / 'w.pt')
+    with caplog.at_level(logging.INFO):
+        model = load(path, num_classes=num_classes, cfg_classes=0)
+    assert_backbone_of(model, {k: v.half().float() for k, v in pretraining.items()})
+    assert 'feature pyramid' in caplog.text and 'norm and classifier start new' in caplog.text
+    assert model.num_classes == num_classes
+
+
+def test_other_channels_classes_and_grid_are_adapted(classifier, tmp_path):
+    path = save({'model': classifier}, tmp_path / 'w.pt')
+    model = load(path, num_classes=5, in_chans=1, img_size=(64, 96))
+    assert model(torch.zeros(1, 1, 64, 96)).shape == (1, 5)
+    torch.testing.assert_close(
+        model.patch_embed.proj.weight, classifier['patch_embed.proj.weight'].sum(dim=1, keepdim=True))
+    resampled = torch.nn.functional.interpolate(
+        classifier['pos_embed'].reshape(1, 14, 14, -1).permute(0, 3, 1, 2), size=(4, 6), mode='bicubic')
+    torch.testing.assert_close(model.stages[2].pos_embed, resampled.flatten(2).transpose(1, 2))
+
+
+def test_grid_that_cannot_be_known_is_asked_for(classifier, tmp_path):
+    odd = dict(classifier, pos_embed=torch.zeros(1, 35, 384))
+    path = save({'model': odd}, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match=r'35 tokens, which is no square grid.*dict\(input_size=\(3, height'):
+        load(path)
+    overlay = dict(file=str(path), num_classes=1000, input_size=(3, 80, 112))
+    timm.create_model('fast_itpn_tiny', pretrained=True, pretrained_cfg_overlay=overlay, img_size=224)
+
+
+def test_classifier_is_left_out_of_a_model_without_one(classifier, tmp_path):
+    model = load(save({'model': classifier}, tmp_path / 'w.pt'), num_classes=0, cfg_classes=0)
+    torch.testing.assert_close(model.head.norm.weight, classifier['fc_norm.weight'])
+
+
+def test_features_only_loads(classifier, tmp_path):
+    path = save({'model': classifier}, tmp_path / 'w.pt')
+    overlay = dict(file=str(path), num_classes=1000)
+    for feature_cls in ('getter', 'list'):
+        backbone = timm.create_model(
+            'fast_itpn_tiny', pretrained=True, pretrained_cfg_overlay=overlay, features_only=True,
+            feature_cls=feature_cls)
+        with torch.inference_mode():
+            features = backbone.eval()(golden.image(EXPECTED, torch.float32))
+        for feature, stride in zip(features, (4, 8, 16)):
+            feature = feature if feature_cls == 'getter' else feature.permute(0, 3, 1, 2)
+            assert golden.error(feature, EXPECTED['features'][f'stride{stride}']) < BOUND
+
+
+# the other doors
+
+def test_checkpoint_path_takes_official_files(classifier, tmp_path):
+    for number, content in enumerate((classifier, {'model': classifier}, {'module': classifier})):
+        path = save(content, tmp_path / f'{number}.pt')
+        assert_golden(timm.create_model('fast_itpn_tiny', num_classes=1000, checkpoint_path=str(path)))
+        load_checkpoint(timm.create_model('fast_itpn_tiny', num_classes=1000), str(path))
+
+
+def test_checkpoint_path_names_the_way_for_a_file_without_classifier(pretraining, tmp_path):
+    path = save({'model': pretraining}, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='no classifier, which checkpoint_path= and --init.*--pretrained-path'):
+        timm.create_model('fast_itpn_tiny', num_classes=10, checkpoint_path=str(path))
+    assert_backbone_of(timm.create_model('fast_itpn_tiny', num_classes=0, checkpoint_path=str(path)), pretraining)
+
+
+def test_failed_load_changes_nothing(pretraining):
+    model = timm.create_model('fast_itpn_tiny', num_classes=10)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError):
+        model.load_state_dict(pretraining)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_saved_model_comes_back_by_local_dir(classifier, tmp_path):
+    model = timm.create_model('fast_itpn_tiny', num_classes=1000)
+    model.load_state_dict(classifier)
+    model.set_input_size((64, 96))
+    save_for_hf(model, tmp_path)
+    restored = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert restored.patch_embed.img_size == (64, 96)
+    for key, value in model.state_dict().items():
+        assert torch.equal(restored.state_dict()[key], value)
+
+
+# the Hub
+
+def hub_model(**kwargs):
+    return timm.create_model('fast_itpn_tiny', pretrained=True, **kwargs)
+
+
+def test_pretrained_downloads_once_and_then_works_offline(hub, pretraining, tmp_path):
+    hub.commit(REPO, {FILE: as_bytes({'model': pretraining})})
+    assert_backbone_of(hub_model(cache_dir=tmp_path), pretraining)
+    assert hub.downloads == [(REPO, FILE)]
+    assert_backbone_of(hub_model(cache_dir=tmp_path), pretraining)
+    assert hub.downloads == [(REPO, FILE)]
+    offline = (
+        'import sys, timm\n'
+        'timm.create_model("fast_itpn_tiny", pretrained=True, cache_dir=sys.argv[1])\n'
+        'try:\n'
+        '    timm.create_model("fast_itpn_tiny", pretrained=True, cache_dir=sys.argv[1] + "/empty")\n'
+        'except RuntimeError as error:\n'
+        '    print(error)\n')
+    done = subprocess.run(
+        [sys.executable, '-c', offline, str(tmp_path)],
+        env={**os.environ, 'HF_HUB_OFFLINE': '1'}, check=True, capture_output=True, text=True)
+    assert f'{REPO}/{FILE} is not in the local cache' in done.stdout and 'dict(file=...)' in done.stdout
+    assert hub.downloads == [(REPO, FILE)]
+
+
+def test_moved_revision_is_followed_and_a_pinned_one_kept(hub, pretraining, tmp_path):
+    first = hub.commit(REPO, {FILE: as_bytes({'model': pretraining})})
+    hub_model(cache_dir=tmp_path)
+    moved = dict(pretraining, pos_embed=pretraining['pos_embed'] + 1)
+    hub.commit(REPO, {FILE: as_bytes({'model': moved})})
+    assert_backbone_of(hub_model(cache_dir=tmp_path), moved)
+    pinned = dict(hf_hub_id=f'{REPO}@{first}')
+    assert_backbone_of(hub_model(cache_dir=tmp_path, pretrained_cfg_overlay=pinned), pretraining)
+
+
+@pytest.mark.parametrize('missing', ['repo', 'file', 'revision'])
+def test_missing_on_the_hub_is_said(missing, hub, tmp_path):
+    if missing != 'repo':
+        hub.commit(REPO, {'README.md': b'', **({FILE: b'x'} if missing == 'revision' else {})})
+    overlay = dict(hf_hub_id=f'{REPO}@{"0" * 40}') if missing == 'revision' else None
+    with pytest.raises(RuntimeError, match=f'{FILE} cannot be had from the Hub .*404.*: check name and revision'):
+        hub_model(cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
+
+
+def test_broken_download_leaves_nothing_behind(hub, pretraining, tmp_path):
+    content = as_bytes({'model': pretraining})
+    hub.commit(REPO, {FILE: content})
+    hub.truncate = len(content) // 2
+    with pytest.raises(RuntimeError, match=f'The download of {REPO}/{FILE} broke off .*: run it again to go on'):
+        hub_model(cache_dir=tmp_path)
+    hub.truncate = None
+    assert_backbone_of(hub_model(cache_dir=tmp_path), pretraining)
+
+
+def test_truncated_file_on_the_hub_is_named(hub, pretraining, tmp_path):
+    hub.commit(REPO, {FILE: as_bytes({'model': pretraining})[:100_000]})
+    with pytest.raises(RuntimeError, match=f'{REPO}/{FILE} is empty, truncated or no weight file'):
+        hub_model(cache_dir=tmp_path)
+
+
+def test_hub_repository_of_a_saved_model_loads(hub, classifier, tmp_path):
+    model = timm.create_model('fast_itpn_tiny', num_classes=1000)
+    model.load_state_dict(classifier)
+    save_for_hf(model, tmp_path / 'saved')
+    hub.commit('someone/model', {path.name: path.read_bytes() for path in (tmp_path / 'saved').iterdir()})
+    assert_golden(timm.create_model('hf-hub:someone/model', pretrained=True, cache_dir=tmp_path / 'cache'))
+
+
+def test_weights_that_no_hub_has_are_pointed_to():
+    with pytest.raises(RuntimeError, match='fast_itpn_small.mim_in1k cannot be down.*drive.google.com.*dict.file='):
+        timm.create_model('fast_itpn_small', pretrained=True)
+
+
+# bad files
+
+def test_vit_checkpoint_is_refused(tmp_path):
+    vit = timm.create_model('vit_tiny_patch16_224').state_dict()
+    path = save(vit, tmp_path / 'w.pt')
+    for door in (load, lambda p: timm.create_model('fast_itpn_tiny', checkpoint_path=str(p))):
+        with pytest.raises(ValueError, match='not a Fast-iTPN checkpoint, its keys are: cls_token, pos_embed'):
+            door(path)
+
+
+@pytest.mark.parametrize('layout', ['official', 'native'])
+def test_other_size_is_refused(layout, tmp_path):
+    if layout == 'official':
+        weights = {key: torch.zeros(shape) for key, shape in golden.load('fast_itpn_small')['keys']}
+    else:
+        weights = timm.create_model('fast_itpn_small', num_classes=1000).state_dict()
+    with pytest.raises(ValueError, match=r'depths \[2, 2, 20\] and embed_dim 384, but the model has .*\[1, 1, 12\]'):
+        load(save(weights, tmp_path / 'w.pt'))
+
+
+@pytest.mark.parametrize('layout', ['official', 'native'])
+def test_missing_layer_scale_is_said(layout, classifier, native, tmp_path):
+    weights = classifier if layout == 'official' else native
+    path = save({k: v for k, v in weights.items() if 'gamma' not in k}, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='it lacks stages.2.blocks.0.ls1.gamma.*The file has no layer scale'):
+        load(path)
+    assert load(path, init_values=0.).num_classes == 1000
+
+
+def test_layer_scale_is_never_dropped(classifier, tmp_path):
+    path = save(classifier, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='the model has no stages.2.blocks.0.ls1.gamma.*with init_values=0.1'):
+        load(path, init_values=0.)
+
+
+def test_unknown_and_missing_native_keys_are_listed(native, tmp_path):
+    weights = dict(native, surplus=torch.zeros(1))
+    del weights['stages.0.blocks.0.norm.bias']
+    with pytest.raises(ValueError, match='it lacks stages.0.blocks.0.norm.bias, and the model has no surplus'):
+        load(save(weights, tmp_path / 'w.pt'))
+
+
+def test_missing_classifier_is_an_error_when_it_is_kept(native, tmp_path):
+    weights = {key: value for key, value in native.items() if not key.startswith('head.fc')}
+    with pytest.raises(RuntimeError, match='Missing key.*head.fc.weight'):
+        load(save(weights, tmp_path / 'w.pt'))
+
+
+@pytest.mark.parametrize('suffix', ['pt', 'safetensors'])
+@pytest.mark.parametrize('size', [0, 1, 200_000])
+def test_truncated_and_empty_files_are_named(size, suffix, classifier, tmp_path):
+    content = as_bytes(classifier) if suffix == 'pt' else safetensors.torch.save(classifier)
+    path = tmp_path / f'w.{suffix}'
+    path.write_bytes(content[:size])
+    with pytest.raises(RuntimeError, match=rf'w\.{suffix} \({size} bytes\) is empty, truncated or no weight file'):
+        load(path)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(RuntimeError, match=r'absent\.pt does not exist'):
+        load(tmp_path / 'absent.pt')
+
+
+def test_web_page_instead_of_a_file_is_refused(tmp_path):
+    (tmp_path / 'w.pt').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
+    with pytest.raises(RuntimeError, match='is empty, truncated or no weight file'):
+        load(tmp_path / 'w.pt')
+
+
+class Explosive:
+    """Leaves a mark if it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (open, (str(self.mark), 'w'))
+
+
+def test_pickled_code_never_runs(classifier, tmp_path):
+    mark = tmp_path / 'mark'
+    path = save({'model': classifier, 'args': Explosive(mark)}, tmp_path / 'w.pt')
+    with pytest.raises(RuntimeError, match=r'open\).*none of its code was run.*add_safe_globals.*do not switch'):
+        load(path)
+    with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+        timm.create_model('fast_itpn_tiny', num_classes=1000, checkpoint_path=str(path))
+    assert not mark.exists()
+
+
+def test_harmless_globals_can_be_allowed(classifier, tmp_path):
+    path = save({'model': classifier, 'rate': fractions.Fraction(1, 3)}, tmp_path / 'w.pt')
+    with pytest.raises(RuntimeError, match=r'fractions\.Fraction'):
+        load(path)
+    with torch.serialization.safe_globals([fractions.Fraction]):
+        assert_golden(load(path))
+
+
+def test_published_configs_are_complete():
+    for name in timm.list_models('fast_itpn*', pretrained=True):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.hf_hub_id == REPO and cfg.hf_hub_filename.startswith('pretrained/itpn/fast_itpn_')
+    for name in timm.list_models('fast_itpn*', include_tags=True):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.num_classes in (0, 21841)
+        assert cfg.origin_url.startswith('https://drive.google.com/file/d/')
+        assert (cfg.paper_ids, cfg.interpolation, cfg.crop_pct) == ('arXiv:2211.12735', 'bicubic', 0.875)
+        json.dumps(cfg.to_dict())
