@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         'picture': str(args.output / 'demo.png'),
         'data': str(args.output / 'data'),
     }
+    (args.output / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
     print(json.dumps(result))
 
 
