@@ -127,16 +127,17 @@ def test_reloading_is_harmless(stage):
     assert done.stdout == "['fast_itpn_tiny']\n" and done.stderr == ''
 
 
-@pytest.mark.parametrize('_', range(5))
+@pytest.mark.parametrize('_', range(10))
 def test_threads_may_import_at_once(stage, _):
     done = python(stage, """
-        import threading
+        import sys, threading
         import torch
-        barrier = threading.Barrier(4)
+        sys.setswitchinterval(1e-5)
+        barrier = threading.Barrier(5)
         def work(name):
             barrier.wait()
             __import__(name)
-        names = ('timm', 'timm.models', 'timm_itpn', 'timm')
+        names = ('timm', 'timm.models', 'timm_itpn', 'timm_itpn.models', 'timm')
         threads = [threading.Thread(target=work, args=(name,)) for name in names]
         for thread in threads: thread.start()
         for thread in threads: thread.join()

@@ -40,7 +40,8 @@ def register() -> None:
         else:
             importlib.import_module(MODELS)
     except Exception as error:
-        warn(f'{type(error).__name__}: {error}')
+        if type(error).__name__ != '_DeadlockError':  # that is another thread importing them, which waits for this one
+            warn(f'{type(error).__name__}: {error}')
 
 
 class TimmModelsFinder(importlib.abc.MetaPathFinder):

@@ -128,6 +128,14 @@ def test_grid_that_cannot_be_known_is_asked_for(classifier, tmp_path):
     timm.create_model('fast_itpn_tiny', pretrained=True, pretrained_cfg_overlay=overlay, img_size=224)
 
 
+@pytest.mark.parametrize('cfg_classes, warned', [(1000, False), (0, True), (-1, False)])
+def test_unused_classifier_is_not_dropped_in_silence(cfg_classes, warned, classifier, tmp_path, caplog):
+    path = save({'model': classifier}, tmp_path / 'w.pt')
+    model = load(path, num_classes=1000, cfg_classes=cfg_classes)
+    assert torch.equal(model.head.fc.weight, classifier['head.weight']) == (cfg_classes == 1000)
+    assert ('To keep it, pass pretrained_cfg_overlay=dict(num_classes=1000)' in caplog.text) == warned
+
+
 def test_classifier_is_left_out_of_a_model_without_one(classifier, tmp_path):
     model = load(save({'model': classifier}, tmp_path / 'w.pt'), num_classes=0, cfg_classes=0)
     torch.testing.assert_close(model.head.norm.weight, classifier['fc_norm.weight'])
@@ -161,6 +169,16 @@ def test_checkpoint_path_names_the_way_for_a_file_without_classifier(pretraining
     with pytest.raises(ValueError, match='no classifier, which checkpoint_path= and --init.*--pretrained-path'):
         timm.create_model('fast_itpn_tiny', num_classes=10, checkpoint_path=str(path))
     assert_backbone_of(timm.create_model('fast_itpn_tiny', num_classes=0, checkpoint_path=str(path)), pretraining)
+
+
+def test_parts_of_a_native_state_dict_load_as_with_any_model(native):
+    model = timm.create_model('fast_itpn_tiny', num_classes=1000)
+    part = {key: value for key, value in native.items() if key.startswith(('head.', 'patch_embed.'))}
+    result = model.load_state_dict(part, strict=False)
+    assert not result.unexpected_keys and 'stages.2.pos_embed' in result.missing_keys
+    assert torch.equal(model.head.fc.weight, native['head.fc.weight'])
+    with pytest.raises(RuntimeError, match='Missing key'):
+        model.load_state_dict(part)
 
 
 def test_failed_load_changes_nothing(pretraining):
@@ -312,6 +330,14 @@ def test_truncated_and_empty_files_are_named(size, suffix, classifier, tmp_path)
     path.write_bytes(content[:size])
     with pytest.raises(RuntimeError, match=rf'w\.{suffix} \({size} bytes\) is empty, truncated or no weight file'):
         load(path)
+
+
+def test_file_without_a_state_dict_is_refused(hub, tmp_path):
+    with pytest.raises(RuntimeError, match=r'w\.pt holds no dict of tensors'):
+        load(save(torch.zeros(3), tmp_path / 'w.pt'))
+    hub.commit(REPO, {FILE: as_bytes([torch.zeros(3)])})
+    with pytest.raises(ValueError, match='not a checkpoint: it holds a list, not a dict of tensors'):
+        hub_model(cache_dir=tmp_path)
 
 
 def test_missing_file_is_named(tmp_path):

@@ -17,6 +17,7 @@ Differs from upstream:
 Native state dict: `patch_embed`, `stages.{0,1,2}.{downsample,pos_embed,blocks.N}`, `head.{norm,fc}`. It names layers as
 timm's other hierarchical models do, and keeps in one tensor what is multiplied in one go.
 """
+import logging
 from contextlib import nullcontext
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
@@ -50,6 +51,8 @@ from ..weights import fit_to_model, readable_load_errors, to_native
 from ._timm import feature_take_indices, update_model_input_size
 
 __all__ = ['FastITPN']
+
+_logger = logging.getLogger(__name__)
 
 POOL_TYPES = ('', 'avg', 'max', 'avgmax')
 
@@ -146,6 +149,7 @@ class MlpStage(nn.Module):
         drop_path: Stochastic depth rate of each block.
         block_kwargs: For the blocks.
     """
+
     def __init__(
             self,
             dim: int,
@@ -521,7 +525,14 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     Raises:
         ValueError: It is of something else, of another size, has unknown keys or lacks some; the message lists them.
     """
-    return fit_to_model(to_native(state_dict), model)
+    state_dict = fit_to_model(to_native(state_dict), model)
+    num_classes = len(state_dict.get('head.fc.bias', ()))
+    cfg_classes = model.pretrained_cfg['num_classes']
+    if num_classes == model.num_classes > 0 and cfg_classes not in (num_classes, -1):  # -1: replacing it is asked for
+        _logger.warning(
+            f'The classifier in the checkpoint is not used: it has {num_classes} classes, but pretrained_cfg says '
+            f'{cfg_classes}. To keep it, pass pretrained_cfg_overlay=dict(num_classes={num_classes}).')
+    return state_dict
 
 
 def load_official_layout(
@@ -534,11 +545,11 @@ def load_official_layout(
 ) -> None:
     """Let `model.load_state_dict()` take official files, for the loaders of timm that run no filter.
 
-    `checkpoint_path=` and `--initial-checkpoint` are such loaders. Native state dicts pass untouched.
+    `checkpoint_path=` and `--initial-checkpoint` are such loaders. Native state dicts, or parts of one, pass untouched.
     """
-    if prefix or any(key.startswith('stages.') for key in state_dict):
+    if prefix or any(key.startswith('stages.') for key in state_dict) or set(state_dict) <= set(model.state_dict()):
         return
-    native = checkpoint_filter_fn(state_dict, model)
+    native = fit_to_model(to_native(state_dict), model)
     if strict and model.num_classes > 0 and 'head.fc.weight' not in native:
         raise ValueError(
             'The checkpoint has no classifier, which checkpoint_path= and --initial-checkpoint need. To start a new '

@@ -32,11 +32,13 @@ def to_native(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
         ValueError: It is not a Fast-iTPN checkpoint, or has keys of something else; the message lists them.
     """
     state_dict: Any = checkpoint
-    while True:
+    while isinstance(state_dict, dict):
         inner = next((key for key in WRAPPERS if isinstance(state_dict.get(key), dict)), None)
         if inner is None:
             break
         state_dict = state_dict[inner]
+    else:
+        raise ValueError(f'This is not a checkpoint: it holds a {type(state_dict).__name__}, not a dict of tensors.')
     state_dict = clean_state_dict(state_dict)
     if any(key.startswith('stages.') for key in state_dict):
         return state_dict

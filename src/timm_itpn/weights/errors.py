@@ -47,6 +47,8 @@ def _explain(error: Exception, cfg: Any) -> Optional[str]:
         return f'{source} cannot be had from the Hub ({reason}): check name and revision, or {instead}.'
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split('.')[0] in HTTP_CLIENTS:
         return f'The download of {source} broke off ({message}): run it again to go on, or {instead}.'
+    if isinstance(error, AttributeError) and "has no attribute 'items'" in message:
+        return f'{source} holds no dict of tensors.'
     if isinstance(error, FileNotFoundError):
         return f'{source} does not exist.'
     unsafe = _unsafe_globals(error)
