@@ -133,16 +133,22 @@ def test_threads_may_import_at_once(stage, _):
         import sys, threading
         import torch
         sys.setswitchinterval(1e-5)
-        barrier = threading.Barrier(5)
+        barrier = threading.Barrier(4)
         def work(name):
             barrier.wait()
             __import__(name)
-        names = ('timm', 'timm.models', 'timm_itpn', 'timm_itpn.models', 'timm')
+        names = ('timm', 'timm.models', 'timm_itpn', 'timm')
         threads = [threading.Thread(target=work, args=(name,)) for name in names]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
     """ + SHOW.replace('\n', '\n        '))
     assert done.stdout == "['fast_itpn_tiny']\n" and done.stderr == ''
+
+
+def test_models_that_another_thread_is_importing_are_left_to_it(stage):
+    """Python refuses to wait for a thread that waits for this one, with an error of its own."""
+    write(stage, 'timm_itpn/models.py', "raise type('_DeadlockError', (RuntimeError,), {})('by _ModuleLock')")
+    assert python(stage, IMPORT_ALL).stderr == ''
 
 
 # failures: one warning, and everything else as if the package were not there
