@@ -35,11 +35,11 @@ def readable_load_errors(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]
 
 def _explain(error: Exception, cfg: Any) -> Optional[str]:
     message = str(error)
-    source = cfg.file or '/'.join(filter(None, (cfg.hf_hub_id, cfg.hf_hub_filename))) or cfg.url
+    source = cfg.file or '/'.join(filter(None, (cfg.hf_hub_id, cfg.hf_hub_filename))) or cfg.url or ''
     instead = 'pass a local copy with pretrained_cfg_overlay=dict(file=...)'
     if not source and 'No pretrained weights exist' in message:
         name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
-        return f'{name} cannot be downloaded automatically: get it from {cfg.origin_url}, then {instead}.'
+        return f'{name} cannot be downloaded automatically: get it from {cfg.origin_url or 'its authors'}, then {instead}.'
     if isinstance(error, LocalEntryNotFoundError):
         return f'{source} is not in the local cache and the Hub cannot be reached: go online once, or {instead}.'
     if isinstance(error, (EntryNotFoundError, HfHubHTTPError)):
