@@ -39,7 +39,8 @@ def _explain(error: Exception, cfg: Any) -> Optional[str]:
     instead = 'pass a local copy with pretrained_cfg_overlay=dict(file=...)'
     if not source and 'No pretrained weights exist' in message:
         name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
-        return f'{name} cannot be downloaded automatically: get it from {cfg.origin_url or 'its authors'}, then {instead}.'
+        origin = cfg.origin_url or 'its authors'
+        return f'{name} cannot be downloaded automatically: get it from {origin}, then {instead}.'
     if isinstance(error, LocalEntryNotFoundError):
         return f'{source} is not in the local cache and the Hub cannot be reached: go online once, or {instead}.'
     if isinstance(error, (EntryNotFoundError, HfHubHTTPError)):
