@@ -11,7 +11,7 @@ __all__ = ['Attention']
 
 
 class Attention(nn.Module):
-    """Self-attention with packed q, k and v; q and v have a bias, k has none.
+    """Self-attention with packed q, k and v; q and v have a bias, k has none. (B, N, dim) -> (B, N, dim).
 
     A bias on k would add the same number to all scores of a query, which softmax removes.
 
