@@ -15,6 +15,8 @@ import timm
 import torch
 from timm.models import load_checkpoint, save_for_hf
 
+from timm_itpn.models.fast_itpn import FastITPN, checkpoint_filter_fn
+
 EXPECTED = golden.load('fast_itpn_tiny')
 REPO, FILE = 'xche32/RELO', 'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt'
 BOUND = 1e-4
@@ -179,6 +181,14 @@ def test_parts_of_a_native_state_dict_load_as_with_any_model(native):
     assert torch.equal(model.head.fc.weight, native['head.fc.weight'])
     with pytest.raises(RuntimeError, match='Missing key'):
         model.load_state_dict(part)
+
+
+def test_model_made_without_timms_factory_takes_official_weights(classifier):
+    model = FastITPN(embed_dim=384, depths=(1, 1, 12), num_heads=6)
+    model.load_state_dict(classifier)
+    assert_golden(model)
+    model.load_state_dict(checkpoint_filter_fn({'model': classifier}, model))
+    assert_golden(model)
 
 
 def test_failed_load_changes_nothing(pretraining):

@@ -527,7 +527,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     """
     state_dict = fit_to_model(to_native(state_dict), model)
     num_classes = len(state_dict.get('head.fc.bias', ()))
-    cfg_classes = model.pretrained_cfg['num_classes']
+    cfg_classes = getattr(model, 'pretrained_cfg', {}).get('num_classes', num_classes)
     if num_classes == model.num_classes > 0 and cfg_classes not in (num_classes, -1):  # -1: replacing it is asked for
         _logger.warning(
             f'The classifier in the checkpoint is not used: it has {num_classes} classes, but pretrained_cfg says '
