@@ -176,7 +176,7 @@ def test_checkpoint_path_names_the_way_for_a_file_without_classifier(pretraining
 def test_parts_of_a_native_state_dict_load_as_with_any_model(native):
     model = timm.create_model('fast_itpn_tiny', num_classes=1000)
     part = {key: value for key, value in native.items() if key.startswith(('head.', 'patch_embed.'))}
-    result = model.load_state_dict(part, strict=False)
+    result = model.load_state_dict(part, strict=False)  # only a part is given, on purpose
     assert not result.unexpected_keys and 'stages.2.pos_embed' in result.missing_keys
     assert torch.equal(model.head.fc.weight, native['head.fc.weight'])
     with pytest.raises(RuntimeError, match='Missing key'):
