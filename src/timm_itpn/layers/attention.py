@@ -11,13 +11,13 @@ __all__ = ['Attention']
 
 
 class Attention(nn.Module):
-    """Self-attention with packed q, k and v; q and v have a bias, k has none. (B, N, dim) -> (B, N, dim).
-
-    A bias on k would add the same number to all scores of a query, which softmax removes.
+    """Self-attention with packed q, k and v. (B, N, dim) -> (B, N, dim).
 
     Args:
         dim: Width of a token.
         num_heads: Number of heads; must divide `dim`.
+        k_bias: One bias for q, k and v, as a part of their Linear layer. False = biases of their own for q and v, none
+            for k, where it would add the same number to all scores of a query, which softmax removes.
         attn_drop: Dropout rate of the attention weights, 0..1.
         proj_drop: Dropout rate after the output projection, 0..1.
 
@@ -29,6 +29,7 @@ class Attention(nn.Module):
             self,
             dim: int,
             num_heads: int,
+            k_bias: bool = False,
             attn_drop: float = 0.,
             proj_drop: float = 0.,
             device=None,
@@ -40,29 +41,38 @@ class Attention(nn.Module):
             raise ValueError(f'embed_dim {dim} is not a multiple of num_heads {num_heads}')
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.q_bias = nn.Parameter(torch.empty(dim, **dd))
-        self.v_bias = nn.Parameter(torch.empty(dim, **dd))
-        self.register_buffer('k_bias', torch.empty(dim, **dd), persistent=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=k_bias, **dd)
+        if k_bias:
+            self.q_bias = self.v_bias = self.k_bias = None
+        else:
+            self.q_bias = nn.Parameter(torch.empty(dim, **dd))
+            self.v_bias = nn.Parameter(torch.empty(dim, **dd))
+            self.register_buffer('k_bias', torch.empty(dim, **dd), persistent=False)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.attention = choose()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.q_bias)
-        nn.init.zeros_(self.v_bias)
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
         self.init_non_persistent_buffers()
 
     def init_non_persistent_buffers(self) -> None:
-        nn.init.zeros_(self.k_bias)
+        if self.k_bias is not None:
+            nn.init.zeros_(self.k_bias)
 
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, attention={self.attention.__module__.rpartition(".")[2]}'
 
     def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Args: tokens (B, N, dim), and a bias that broadcasts to the scores (B, num_heads, N, N)."""
         B, N, C = x.shape
-        qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        if self.q_bias is None:
+            qkv = self.qkv(x)
+        else:
+            qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
         qkv = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, num_heads, N, head_dim)
         x = self.attention(q, k, v, bias, self.attn_drop if self.training else 0.)

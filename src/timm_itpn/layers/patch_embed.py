@@ -1,7 +1,7 @@
-"""The 4 x 4 stem and the merges between stages, all on (B, H, W, C) maps.
+"""The 4 x 4 stem, and merges and splits of 2 x 2 neighbours, all on (B, H, W, C) maps.
 
-Everything before stage 3 stays inside one 16 x 16 pixel patch: a stem position and the merges above it never look
-across a patch's border.
+Everything before stage 3, and in the pyramid, stays inside one 16 x 16 pixel patch: nothing here looks across a
+patch's border. The merge of iTPN is `timm.models.swin_transformer.PatchMerging`.
 """
 from typing import Callable, Optional, Tuple, Union
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
-__all__ = ['ConvPatchMerge', 'StemPatchEmbed', 'check_side_lengths']
+__all__ = ['ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
 
 ImageSize = Union[int, Tuple[int, int]]
 
@@ -105,3 +105,46 @@ class ConvPatchMerge(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
         return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, H/2, W/2) -> (B, H/2, W/2, D)
+
+
+class ConvPatchSplit(nn.Module):
+    """Split each position in 2 x 2: LayerNorm, then a transposed convolution. (B, H, W, C) -> (B, 2H, 2W, D).
+
+    Args:
+        dim: Input channels.
+        out_dim: Output channels.
+        norm_layer: Normalisation of each input position.
+    """
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = norm_layer(dim, **dd)
+        self.reduction = nn.ConvTranspose2d(dim, out_dim, kernel_size=2, stride=2, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
+        return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, 2H, 2W) -> (B, 2H, 2W, D)
+
+
+class LinearPatchSplit(nn.Module):
+    """Split each position in 2 x 2: LayerNorm, then a Linear layer without bias. (B, H, W, C) -> (B, 2H, 2W, D).
+
+    Its output is read as (row, column, channel) = (2, 2, D).
+
+    Args:
+        dim: Input channels.
+        out_dim: Output channels.
+        norm_layer: Normalisation of each input position.
+    """
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = norm_layer(dim, **dd)
+        self.reduction = nn.Linear(dim, 4 * out_dim, bias=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, H, W, C = x.shape
+        x = self.reduction(self.norm(x)).reshape(B, H, W, 2, 2, -1)
+        return x.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1)  # (B, H, W, 2, 2, D) -> (B, 2H, 2W, D)

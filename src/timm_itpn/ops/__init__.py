@@ -1,1 +1,2 @@
 """Operations that have one meaning and several implementations."""
+import timm.models  # noqa: F401  first: once it has loaded, our models load, which take their parts from files here

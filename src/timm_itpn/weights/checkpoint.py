@@ -2,34 +2,37 @@
 import logging
 import math
 import re
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
-import torch.nn as nn
-from timm.layers import to_2tuple
+from timm.layers import resize_rel_pos_bias_table, to_2tuple
 from timm.models import clean_state_dict
 
-from ..layers import resample_pos_embed
-from .layout import is_official, official_to_native
+from ..layers.pos_embed import resample_pos_embed
+from .layout import is_official, native_family, official_to_native
 
 __all__ = ['fit_to_model', 'to_native']
 
 _logger = logging.getLogger(__name__)
 
+StateDict = Dict[str, torch.Tensor]
+
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')  # averaged weights first, as timm does
 POS_EMBED = 'stages.2.pos_embed'
+TABLE = '.relative_position_bias_table'
+PYRAMID = 'pyramid.'
 CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
 
 
-def to_native(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+def to_native(checkpoint: Dict[str, Any]) -> StateDict:
     """Unwrap a checkpoint and convert official names to native ones.
 
     Args:
         checkpoint: State dict in official or native layout, bare or wrapped (`WRAPPERS`, `module.` before keys).
 
     Raises:
-        ValueError: It is not a Fast-iTPN checkpoint, or has keys of something else; the message lists them.
+        ValueError: It is not of a model of this package, or has keys of something else; the message lists them.
     """
     state_dict: Any = checkpoint
     while isinstance(state_dict, dict):
@@ -44,52 +47,95 @@ def to_native(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
         return state_dict
     if is_official(state_dict):
         return official_to_native(state_dict)
-    raise ValueError(f'This is not a Fast-iTPN checkpoint, its keys are: {_listed(list(state_dict))}.')
+    raise ValueError(
+        f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT, its keys are: {_listed(list(state_dict))}.')
 
 
-def fit_to_model(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Check native weights against a model and resample their position embedding to its grid.
+def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
+    """Check native weights against a model, and resample their position embeddings to its grid.
 
     The classifier is not checked: whether it is kept or replaced is decided by timm, which has the numbers of classes.
 
     Args:
         state_dict: Native weights.
-        model: The Fast-iTPN that they are for; read, not changed.
+        model: The model that they are for; read, not changed.
 
     Raises:
-        ValueError: The weights are of another size, a key is unknown, or one is missing; the message lists them.
+        ValueError: The weights are of another family or size, a key is unknown, or one is missing; the message lists
+            them.
     """
     target = model.state_dict()
     _check_architecture(state_dict, target)
-    state_dict = dict(state_dict)
-    has_classifier = any(key in state_dict for key in CLASSIFIER)
-    if has_classifier and CLASSIFIER[0] not in target:
-        _logger.info('Left out the classifier: the model has none.')
-        state_dict = {key: value for key, value in state_dict.items() if key not in CLASSIFIER}
-    if not has_classifier and not any(key in state_dict for key in CLASSIFIER_NORM):
-        _logger.info('The checkpoint is of pre-training, it has no classifier: norm and classifier start new.')
-        state_dict.update({key: target[key] for key in CLASSIFIER_NORM if key in target})
-
+    state_dict = _fit_head(state_dict, target)
+    state_dict = _fit_pyramid(state_dict, target, model.pyramid_init)
     unknown = [key for key in state_dict if key not in target and key not in CLASSIFIER]
     missing = [key for key in target if key not in state_dict and key not in CLASSIFIER]
     if unknown or missing:
         raise ValueError(_mismatch(unknown, missing))
-    state_dict[POS_EMBED] = _resampled_pos_embed(state_dict[POS_EMBED], model)
+    old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
+    new_grid = model.patch_embed.grid_size
+    return {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
+
+
+def _fit_head(state_dict: StateDict, target: StateDict) -> StateDict:
+    """Leave out a classifier that the model has no place for; let what a pre-training file lacks start new."""
+    if any(key in state_dict for key in CLASSIFIER):
+        if CLASSIFIER[0] not in target:
+            _logger.info('Left out the classifier: the model has none.')
+            return {key: value for key, value in state_dict.items() if key not in CLASSIFIER}
+        return state_dict
+    if any(key in state_dict for key in CLASSIFIER_NORM):
+        return state_dict
+    _logger.info('The checkpoint is of pre-training, it has no classifier: norm and classifier start new.')
+    new = {key: target[key] for key in CLASSIFIER_NORM if key in target}
+    tables = [key for key in target if key.endswith(TABLE)]
+    if tables and not any(key.endswith(TABLE) for key in state_dict):
+        _logger.info('Its model had no relative position bias: the tables start at zero.')
+        new.update({key: torch.zeros_like(target[key]) for key in tables})
+    return {**state_dict, **new}
+
+
+def _fit_pyramid(state_dict: StateDict, target: StateDict, pyramid_init: str) -> StateDict:
+    """Leave out a pyramid that the model has no place for, check one that it has, let one start new if asked for."""
+    in_file, in_model = _starting(PYRAMID, state_dict), _starting(PYRAMID, target)
+    if in_file and not in_model:
+        _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
+        return {key: value for key, value in state_dict.items() if key not in in_file}
+    if in_model and not in_file:
+        if pyramid_init != 'random':
+            raise ValueError(
+                "The checkpoint has no feature pyramid: use a pre-training file, or pass pyramid_init='random' for a "
+                'pyramid that starts new.')
+        _logger.info('The checkpoint has no feature pyramid: it starts new, as asked for by pyramid_init.')
+        return {**state_dict, **{key: target[key] for key in in_model}}
+    if _pyramid_sizes(state_dict) != _pyramid_sizes(target):
+        file_sizes, sizes = (', '.join(f'{k} {v}' for k, v in _pyramid_sizes(d).items()) for d in (state_dict, target))
+        raise ValueError(
+            f"The checkpoint's pyramid has {file_sizes}, but the model's has {sizes}: create the model with "
+            'pyramid_dim= and pyramid_depth= that fit the file.')
     return state_dict
 
 
-def _check_architecture(state_dict: Dict[str, torch.Tensor], target: Dict[str, torch.Tensor]) -> None:
-    (file_depths, file_dim), (depths, dim) = _architecture(state_dict), _architecture(target)
-    if (file_depths, file_dim) != (depths, dim):
+def _pyramid_sizes(state_dict: StateDict) -> Dict[str, int]:
+    block = re.compile(r'pyramid\.levels\.[01]\.blocks\.(\d+)')
+    depths = [int(match[1]) + 1 for key in state_dict if (match := block.match(key))]
+    weight = state_dict.get('pyramid.levels.2.out.mlp.fc1.weight')
+    hidden, dim = (0, 0) if weight is None else weight.shape
+    return {'dim': dim, 'depth': max(depths, default=0), 'hidden width': hidden}
+
+
+def _check_architecture(state_dict: StateDict, target: StateDict) -> None:
+    file, model = _architecture(state_dict), _architecture(target)
+    if file != model:
         raise ValueError(
-            f'The checkpoint is a Fast-iTPN with depths {file_depths} and embed_dim {file_dim}, but the model has '
-            f'depths {depths} and embed_dim {dim}: create the model that fits the file.')
+            f'The checkpoint is of {file}, but the model is of {model}: create the model that fits the file.')
 
 
-def _architecture(state_dict: Dict[str, torch.Tensor]) -> Tuple[List[int], int]:
+def _architecture(state_dict: StateDict) -> str:
     blocks = {match.groups() for key in state_dict if (match := re.match(r'stages\.(\d)\.blocks\.(\d+)\.', key))}
     depths = [sum(stage == str(i) for stage, _ in blocks) for i in range(3)]
-    return depths, state_dict[POS_EMBED].shape[-1] if POS_EMBED in state_dict else 0
+    embed_dim = state_dict[POS_EMBED].shape[-1] if POS_EMBED in state_dict else 0
+    return f'{native_family(state_dict)} with depths {depths} and embed_dim {embed_dim}'
 
 
 def _mismatch(unknown: List[str], missing: List[str]) -> str:
@@ -103,12 +149,24 @@ def _mismatch(unknown: List[str], missing: List[str]) -> str:
         message += ' The file has no layer scale; a model without it is created with init_values=0.'
     elif any(key.endswith('.gamma') for key in unknown):
         message += ' The file has layer scale, which is ruined without it; create the model with init_values=0.1.'
+    if any(key.endswith(TABLE) for key in missing):
+        message += ' The file has no relative position bias; a model without it is created with rel_pos_bias=False.'
+    elif any(key.endswith(TABLE) for key in unknown):
+        message += ' The file has relative position bias; create the model with rel_pos_bias=True.'
     return message
 
 
-def _resampled_pos_embed(pos_embed: torch.Tensor, model: Any) -> torch.Tensor:
-    old_size = _source_grid(pos_embed.shape[1], model)
-    return resample_pos_embed(pos_embed, new_size=list(model.patch_embed.grid_size), old_size=list(old_size))
+def _resampled(key: str, value: torch.Tensor, old_grid: Tuple[int, int], new_grid: Tuple[int, int]) -> torch.Tensor:
+    """Resample a position embedding to another grid; other tensors come back as they are."""
+    if key == POS_EMBED:
+        return resample_pos_embed(value, new_size=list(new_grid), old_size=list(old_grid))
+    if not key.endswith(TABLE) or old_grid == new_grid:
+        return value
+    (old_height, old_width), (height, width) = old_grid, new_grid
+    if len(value) != (2 * old_height - 1) * (2 * old_width - 1):
+        raise ValueError(f'{key} has {len(value)} rows, the position embedding {old_height} x {old_width} tokens.')
+    shape = ((2 * height - 1) * (2 * width - 1), value.shape[1])
+    return resize_rel_pos_bias_table(value, new_grid, shape, old_window_size=old_grid)
 
 
 def _source_grid(num_tokens: int, model: Any) -> Tuple[int, int]:
@@ -123,6 +181,10 @@ def _source_grid(num_tokens: int, model: Any) -> Tuple[int, int]:
     raise ValueError(
         f'The position embedding has {num_tokens} tokens, which is no square grid: give the image size that it was '
         'trained at with pretrained_cfg_overlay=dict(input_size=(3, height, width)).')
+
+
+def _starting(start: str, keys: Iterable[str]) -> List[str]:
+    return [key for key in keys if key.startswith(start)]
 
 
 def _listed(keys: List[str], most: int = 8) -> str:

@@ -1,0 +1,120 @@
+"""Residual blocks of the stages and of the feature pyramid."""
+from typing import Callable, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp
+
+from .attention import Attention
+from .rel_pos_bias import RelPosBias
+
+__all__ = ['AttentionBlock', 'MlpBlock']
+
+
+class MlpBlock(nn.Module):
+    """Residual MLP, per position; the block of stages 1 and 2 and of the pyramid. (..., dim) -> (..., dim).
+
+    Args:
+        dim: Channels.
+        mlp_ratio: Hidden channels per channel.
+        scale_mlp: Put a norm between the two layers of the MLP.
+        proj_drop: Dropout rate after the MLP.
+        drop_path: Stochastic depth rate.
+        init_values: Layer scale at initialisation, 0 or None for no layer scale.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            mlp_ratio: float = 3.,
+            scale_mlp: bool = False,
+            proj_drop: float = 0.,
+            drop_path: float = 0.,
+            init_values: Optional[float] = None,
+            act_layer: Callable = nn.GELU,
+            norm_layer: Callable = LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = norm_layer(dim, **dd)
+        self.mlp = Mlp(
+            dim,
+            int(dim * mlp_ratio),
+            act_layer=act_layer,
+            norm_layer=norm_layer if scale_mlp else None,
+            drop=(0., proj_drop),
+            **dd,
+        )
+        self.ls = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop_path(self.ls(self.mlp(self.norm(x))))
+
+
+class AttentionBlock(nn.Module):
+    """Pre-norm transformer block of stage 3; tokens are (B, N, dim).
+
+    Args:
+        dim: Token width.
+        num_heads: Attention heads.
+        mlp_ratio: Hidden width per token width.
+        swiglu_mlp: Gated MLP (SwiGLU) instead of a plain one.
+        scale_mlp: Put a norm before the last layer of the MLP.
+        k_bias: One bias for q, k and v, as a part of their Linear layer; False = k has none.
+        window_size: Grid (height, width) of the relative position bias, None for no such bias.
+        dynamic_window_size: Resample that bias in forward when the map has another size.
+        proj_drop: Dropout rate after attention and MLP.
+        attn_drop: Dropout rate of attention weights.
+        drop_path: Stochastic depth rate.
+        init_values: Layer scale at initialisation, 0 or None for no layer scale.
+        act_layer: Activation of the MLP.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            mlp_ratio: float = 4.,
+            swiglu_mlp: bool = False,
+            scale_mlp: bool = False,
+            k_bias: bool = True,
+            window_size: Optional[Tuple[int, int]] = None,
+            dynamic_window_size: bool = False,
+            proj_drop: float = 0.,
+            attn_drop: float = 0.,
+            drop_path: float = 0.,
+            init_values: Optional[float] = None,
+            act_layer: Callable = nn.GELU,
+            norm_layer: Callable = LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = Attention(dim, num_heads, k_bias=k_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        self.rel_pos_bias = None
+        if window_size is not None:
+            self.rel_pos_bias = RelPosBias(window_size, num_heads, dynamic_window_size, **dd)
+        self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        mlp_kwargs = dict(
+            act_layer=act_layer, norm_layer=norm_layer if scale_mlp else None, drop=(0., proj_drop), **dd)
+        if swiglu_mlp:
+            self.mlp = GluMlp(dim, 2 * int(dim * mlp_ratio), gate_last=False, **mlp_kwargs)  # gate and value together
+        else:
+            self.mlp = Mlp(dim, int(dim * mlp_ratio), **mlp_kwargs)
+        self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Args: tokens (B, N, dim) of a `height` x `width` grid, row-major."""
+        bias: Optional[torch.Tensor] = None
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias(height, width)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))

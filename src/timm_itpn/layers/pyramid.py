@@ -1,0 +1,175 @@
+"""The feature pyramid that is pre-trained together with the backbone.
+
+It goes from stride 16 down to 4; nothing in it mixes positions except the splits, which stay inside a 16 x 16 pixel
+patch. The levels at strides 32 and 64, which detectors want, are pooled from the one at stride 16.
+"""
+from typing import Callable, Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import LayerNorm
+
+from .blocks import MlpBlock
+from .patch_embed import ConvPatchSplit
+
+__all__ = ['FeaturePyramid']
+
+# odd sides are rounded up; 'subsample' keeps every other position, as torchvision's LastLevelMaxPool does
+POOLS: Dict[str, Callable] = {
+    'max': lambda: nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True),
+    'avg': lambda: nn.AvgPool2d(kernel_size=2, stride=2, ceil_mode=True),
+    'subsample': lambda: nn.MaxPool2d(kernel_size=1, stride=2, ceil_mode=True),
+}
+
+
+class PyramidLevel(nn.Module):
+    """One level: stage features, plus what comes from the level above, through blocks.
+
+    Args:
+        in_dim: Channels of the stage.
+        above_dim: Channels of what comes from above, None at the top.
+        dim: Channels of the level.
+        depth: Blocks after the sum; the top has none.
+        align_bias: Bias in the layer that brings stage features to `dim` channels.
+        split_layer: Class of the split of what comes from above.
+        block_kwargs: For the blocks.
+    """
+
+    def __init__(
+            self,
+            in_dim: int,
+            above_dim: Optional[int],
+            dim: int,
+            depth: int,
+            align_bias: bool,
+            split_layer: Callable,
+            norm_layer: Callable = LayerNorm,
+            device=None,
+            dtype=None,
+            **block_kwargs,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        block_kwargs = dict(norm_layer=norm_layer, **block_kwargs, **dd)
+        self.align = nn.Linear(in_dim, dim, bias=align_bias, **dd)
+        self.split = None if above_dim is None else split_layer(above_dim, dim, norm_layer=norm_layer, **dd)
+        self.blocks = nn.Sequential(*[MlpBlock(dim, **block_kwargs) for _ in range(depth)])
+        self.out = MlpBlock(dim, **block_kwargs)
+
+    def forward(self, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
+        """Stage features (B, H, W, in_dim) and the level above (B, H/2, W/2, above_dim) -> (B, H, W, dim)."""
+        if self.align is not None:
+            x = self.align(x)
+        if self.split is not None:
+            x = x + self.split(above)
+        if self.blocks is not None:
+            x = self.blocks(x)
+        return x
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        """The block between what the level below sees, and the level's output. (B, H, W, dim) -> (B, H, W, dim)."""
+        if self.out is not None:
+            x = self.out(x)
+        return x
+
+
+class FeaturePyramid(nn.Module):
+    """Feature pyramid of five levels, strides 4, 8, 16, 32, 64.
+
+    Args:
+        in_dims: Channels of stages 1, 2 and 3.
+        dim: Channels of the levels.
+        depth: Blocks in each of the levels at strides 8 and 4.
+        mlp_ratio: Hidden channels per channel in the blocks.
+        pre_norm: Normalise the features of stage 3.
+        align_bias: Bias in the layers that bring stages 1 and 2 to `dim` channels.
+        split_layer: Class of the splits.
+        pool: How strides 32 and 64 are pooled: 'max', 'avg' or 'subsample'.
+        concat: Put the stage's own features before each level's; the pooled levels have those of stage 3.
+        act_layer: Activation of the blocks.
+
+    Raises:
+        ValueError: `pool` is unknown.
+    """
+    concat: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            in_dims: Tuple[int, int, int],
+            dim: int = 256,
+            depth: int = 1,
+            mlp_ratio: float = 4.,
+            pre_norm: bool = False,
+            align_bias: bool = True,
+            split_layer: Callable = ConvPatchSplit,
+            pool: str = 'max',
+            concat: bool = False,
+            act_layer: Callable = nn.GELU,
+            norm_layer: Callable = LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        if pool not in POOLS:
+            raise ValueError(f'pyramid_pool {pool!r} is unknown, use one of {tuple(POOLS)}')
+        self.concat = concat
+        self.norm = norm_layer(in_dims[2], **dd) if pre_norm else nn.Identity()
+        shared = dict(
+            dim=dim, split_layer=split_layer, mlp_ratio=mlp_ratio, act_layer=act_layer, norm_layer=norm_layer, **dd)
+        self.levels = nn.ModuleList([
+            PyramidLevel(in_dims[0], above_dim=dim, depth=depth, align_bias=align_bias, **shared),
+            PyramidLevel(in_dims[1], above_dim=in_dims[2], depth=depth, align_bias=align_bias, **shared),
+            PyramidLevel(in_dims[2], above_dim=None, depth=0, align_bias=True, **shared),
+        ])
+        self.pools = nn.ModuleList([POOLS[pool](), POOLS[pool]()])
+        level_dims = [dim + in_dim if concat else dim for in_dim in in_dims]
+        self.feature_info = [
+            dict(module=f'levels.{i}', num_chs=num_chs, reduction=4 * 2 ** i) for i, num_chs in enumerate(level_dims)]
+        self.feature_info += [
+            dict(module=f'pools.{i}', num_chs=level_dims[2], reduction=32 * 2 ** i) for i in range(2)]
+
+    @torch.jit.ignore
+    def prune(self, indices: List[int]) -> None:
+        """Remove what the levels at `indices` (0 = stride 4 to 4 = stride 64) do not need."""
+        needed = {min(i, 2) for i in indices}
+        for i, level in enumerate(self.levels):
+            if i not in needed:
+                level.out = None
+            if i not in needed and (i == 2 or i < min(needed)):  # stride 8 is built from stage 3, not from stride 16
+                level.align = level.split = level.blocks = None
+
+    def forward(self, stages: List[torch.Tensor], indices: List[int]) -> List[torch.Tensor]:
+        """Compute some levels, and of the others only what those need.
+
+        Args:
+            stages: Maps (B, H, W, C) of stages 1, 2 and 3.
+            indices: Levels wanted, 0 = stride 4 to 4 = stride 64.
+
+        Returns:
+            Maps (B, H, W, D) of the levels wanted, from fine to coarse.
+        """
+        maps: List[torch.Tensor] = []  # from coarse to fine
+        top = self.norm(stages[2])
+        if max(indices) >= 2:
+            x16 = self.join(stages[2], self.levels[2].finish(self.levels[2](top, top)))
+            x32 = self.pools[0](x16.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x64 = self.pools[1](x32.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            if 4 in indices:
+                maps.append(x64)
+            if 3 in indices:
+                maps.append(x32)
+            if 2 in indices:
+                maps.append(x16)
+        if min(indices) <= 1:
+            x8 = self.levels[1](stages[1], top)
+            if 1 in indices:
+                maps.append(self.join(stages[1], self.levels[1].finish(x8)))
+            if 0 in indices:
+                x4 = self.levels[0](stages[0], x8)
+                maps.append(self.join(stages[0], self.levels[0].finish(x4)))
+        return maps[::-1]
+
+    def join(self, stage: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) and (B, H, W, dim) -> (B, H, W, dim), or (B, H, W, C + dim) with `concat`."""
+        return torch.cat((stage, level), dim=-1) if self.concat else level

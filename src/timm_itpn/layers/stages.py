@@ -1,0 +1,139 @@
+"""The stages: a merge of 2 x 2 neighbours, then blocks. Maps are (B, H, W, C) in and out."""
+from typing import Callable, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import LayerNorm, trunc_normal_
+from timm.models import checkpoint, checkpoint_seq
+
+from .blocks import AttentionBlock, MlpBlock
+from .patch_embed import ConvPatchMerge
+from .pos_embed import resample_pos_embed
+
+__all__ = ['AttentionStage', 'MlpStage']
+
+
+class MlpStage(nn.Module):
+    """Stage 1 or 2: an optional merge, then MLP blocks.
+
+    Args:
+        dim: Channels of the stage.
+        depth: Number of blocks.
+        in_dim: Channels before the merge, None for a stage without merge.
+        merge_layer: Class of the merge.
+        drop_path: Stochastic depth rate of each block.
+        block_kwargs: For the blocks.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            depth: int,
+            in_dim: Optional[int] = None,
+            merge_layer: Callable = ConvPatchMerge,
+            drop_path: Tuple[float, ...] = (),
+            norm_layer: Callable = LayerNorm,
+            device=None,
+            dtype=None,
+            **block_kwargs,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = nn.Identity() if in_dim is None else merge_layer(in_dim, dim, norm_layer=norm_layer, **dd)
+        self.blocks = nn.Sequential(*[
+            MlpBlock(dim, drop_path=drop_path[i], norm_layer=norm_layer, **block_kwargs, **dd) for i in range(depth)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x
+
+
+class AttentionStage(nn.Module):
+    """Stage 3: merge, absolute position embedding, attention blocks.
+
+    Args:
+        dim: Token width.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        in_dim: Channels before the merge.
+        grid_size: Tokens (height, width) that `pos_embed` is for.
+        dynamic_grid_size: Resample the position embeddings in forward when the map has another size.
+        rel_pos_bias: Add a relative position bias in every block.
+        merge_layer: Class of the merge.
+        drop_path: Stochastic depth rate of each block.
+        pos_drop: Dropout rate after the position embedding.
+        block_kwargs: For the blocks.
+    """
+    dynamic_grid_size: torch.jit.Final[bool]
+
+    def __init__(
+            self,
+            dim: int,
+            depth: int,
+            num_heads: int,
+            in_dim: int,
+            grid_size: Tuple[int, int],
+            dynamic_grid_size: bool = False,
+            rel_pos_bias: bool = False,
+            merge_layer: Callable = ConvPatchMerge,
+            drop_path: Tuple[float, ...] = (),
+            pos_drop: float = 0.,
+            norm_layer: Callable = LayerNorm,
+            device=None,
+            dtype=None,
+            **block_kwargs,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.grid_size = grid_size
+        self.dynamic_grid_size = dynamic_grid_size
+        self.grad_checkpointing = False
+        self.downsample = merge_layer(in_dim, dim, norm_layer=norm_layer, **dd)
+        self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim, **dd))
+        self.pos_drop = nn.Dropout(pos_drop)
+        self.blocks = nn.ModuleList([
+            AttentionBlock(
+                dim,
+                num_heads,
+                window_size=grid_size if rel_pos_bias else None,
+                dynamic_window_size=dynamic_grid_size,
+                drop_path=drop_path[i],
+                norm_layer=norm_layer,
+                **block_kwargs,
+                **dd,
+            ) for i in range(depth)])
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        trunc_normal_(self.pos_embed, std=.02)
+
+    def set_grid_size(self, grid_size: Tuple[int, int]) -> None:
+        """Resample the position embeddings to `grid_size` tokens (height, width)."""
+        if grid_size == self.grid_size:
+            return
+        with torch.no_grad():
+            pos_embed = resample_pos_embed(self.pos_embed, new_size=list(grid_size), old_size=list(self.grid_size))
+        self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
+        for block in self.blocks:
+            if block.rel_pos_bias is not None:
+                block.rel_pos_bias.set_window_size(grid_size)
+        self.grid_size = grid_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        B, H, W, C = x.shape
+        pos_embed = self.pos_embed
+        if self.dynamic_grid_size:
+            pos_embed = resample_pos_embed(pos_embed, new_size=[H, W], old_size=self.grid_size)
+        x = self.pos_drop(x.reshape(B, H * W, C) + pos_embed)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x, H, W)
+            else:
+                x = block(x, H, W)
+        return x.reshape(B, H, W, C)
