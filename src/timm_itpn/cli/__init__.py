@@ -7,9 +7,9 @@ import sys
 from typing import List, Optional
 
 from .. import __version__
-from . import demo, recipe
+from . import demo, recipe, show
 
-COMMANDS = (demo, recipe)
+COMMANDS = (demo, recipe, show)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -6,6 +6,7 @@ from .blocks import AttentionBlock as AttentionBlock
 from .blocks import MlpBlock as MlpBlock
 from .patch_embed import ConvPatchMerge as ConvPatchMerge
 from .patch_embed import ConvPatchSplit as ConvPatchSplit
+from .patch_embed import LinearPatchMerge as LinearPatchMerge
 from .patch_embed import LinearPatchSplit as LinearPatchSplit
 from .patch_embed import StemPatchEmbed as StemPatchEmbed
 from .pos_embed import resample_pos_embed as resample_pos_embed

@@ -1,7 +1,7 @@
 """The 4 x 4 stem, and merges and splits of 2 x 2 neighbours, all on (B, H, W, C) maps.
 
 Everything before stage 3, and in the pyramid, stays inside one 16 x 16 pixel patch: nothing here looks across a
-patch's border. The merge of iTPN is `timm.models.swin_transformer.PatchMerging`.
+patch's border.
 """
 from typing import Callable, Optional, Tuple, Union
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
-__all__ = ['ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
+__all__ = [
+    'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
 
 ImageSize = Union[int, Tuple[int, int]]
 
@@ -105,6 +106,30 @@ class ConvPatchMerge(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
         return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, H/2, W/2) -> (B, H/2, W/2, D)
+
+
+class LinearPatchMerge(nn.Module):
+    """Merge 2 x 2 neighbours: LayerNorm over all four, then a Linear layer without bias.
+
+    (B, H, W, C) -> (B, H/2, W/2, D). The neighbours stand in the order (0, 0), (1, 0), (0, 1), (1, 1), as (row,
+    column). timm's Swin has the same layer, but pads for odd sides, which is one more copy of the map.
+
+    Args:
+        dim: Input channels.
+        out_dim: Output channels.
+        norm_layer: Normalisation of the four positions together.
+    """
+
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.norm = norm_layer(4 * dim, **dd)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, H, W, C = x.shape
+        x = x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # column before row
+        return self.reduction(self.norm(x.reshape(B, H // 2, W // 2, 4 * C)))
 
 
 class ConvPatchSplit(nn.Module):

@@ -1,7 +1,7 @@
 """Relative position bias of stage 3: one learned number per head and offset between two tokens.
 
-Differs from `timm.layers.RelPosBias`: no index is kept. timm's module holds one of N x N int64 per block, which for
-24 blocks at 1024 pixels is 3.2 GB; here the bias is copied out of overlapping views of the table.
+Differs from `timm.layers.RelPosBias`: the index is not kept but made anew when it is needed. One of N x N int64 per
+block, as timm's module has it, would be 3.2 GB for 24 blocks at 1024 pixels.
 """
 from typing import Optional, Tuple
 
@@ -10,28 +10,53 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module, resize_rel_pos_bias_table
 
-__all__ = ['RelPosBias']
+__all__ = ['RelPosBias', 'resample_table']
 
-ALIGNMENT = 8  # rows of a bias start at multiples of so many elements, or CUDA's memory-efficient kernel copies it
 MAX_CACHED = 2 ** 23  # elements of a bias that is kept; 512 pixels with 8 heads. At 1024, 24 of them would be 13 GB.
 
 
-def _resample(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+def resample_table(table: torch.Tensor, new_size: Tuple[int, int], old_size: Tuple[int, int]) -> torch.Tensor:
     """Resample a table to another grid by timm's helper: offsets near zero keep their meaning, far ones are stretched.
 
     Args:
-        table: ((2 * old_height - 1) * (2 * old_width - 1), num_heads), row-major.
-        height: Of the new grid, in tokens; and so on.
+        table: ((2h-1) * (2w-1), num_heads), row-major.
+        new_size: New grid (height, width), in tokens.
+        old_size: Grid (h, w) of `table`.
+    """
+    shape = ((2 * new_size[0] - 1) * (2 * new_size[1] - 1), table.shape[1])
+    return resize_rel_pos_bias_table(table, new_size, shape, old_window_size=old_size)
+
+
+def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Spread a table over all pairs of tokens.
+
+    Args:
+        table: ((2 * height - 1) * (2 * width - 1), num_heads).
+        height: Of the grid, in tokens.
+        width: Of the grid, in tokens.
 
     Returns:
-        The table of the new grid, a copy also when nothing changes.
+        The bias (1, num_heads, N, N + padding), N = height * width; rows are padded to multiples of 8, or CUDA's
+        memory-efficient attention would copy it to align them.
     """
-    shape = ((2 * height - 1) * (2 * width - 1), table.shape[1])
-    return resize_rel_pos_bias_table(table, (height, width), shape, old_window_size=(old_height, old_width)).clone()
+    y = torch.arange(height, device=table.device, dtype=torch.int32)
+    x = torch.arange(width, device=table.device, dtype=torch.int32)
+    rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
+    columns = x[:, None] - x + width - 1  # (width, width)
+    index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
+    index = F.pad(index, (0, -(height * width) % 8))
+    bias = table.t().contiguous().index_select(1, index.flatten())
+    return bias.reshape(1, -1, height * width, index.shape[1])
 
 
-def _resample_fake(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    return table.new_empty((2 * height - 1) * (2 * width - 1), table.shape[1])
+def _resampled_bias(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    """Bias of a table that is resampled from the old grid. Both steps are linear in the table."""
+    return bias_of_table(resample_table(table, (height, width), (old_height, old_width)), height, width)
+
+
+def _resampled_bias_fake(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    N = height * width
+    return table.new_empty(1, table.shape[1], N, N + -N % 8)
 
 
 def _save_sizes(ctx, inputs, output) -> None:
@@ -39,17 +64,17 @@ def _save_sizes(ctx, inputs, output) -> None:
     ctx.like = table.new_empty(1).expand(table.shape)  # shape, type and device only
 
 
-def _resample_backward(ctx, grad: torch.Tensor):
+def _resampled_bias_backward(ctx, grad: torch.Tensor):
     table = torch.zeros_like(ctx.like, memory_format=torch.contiguous_format).requires_grad_()
-    with torch.enable_grad():  # resampling is linear: its gradient is the same at any table
-        resampled = _resample(table, *ctx.sizes)
-    return torch.autograd.grad(resampled, table, grad)[0], None, None, None, None
+    with torch.enable_grad():  # it is linear: the gradient is the same at any table
+        bias = _resampled_bias(table, *ctx.sizes)
+    return torch.autograd.grad(bias, table, grad)[0], None, None, None, None
 
 
-# an operator, so that compilers and exporters need not look inside, and sizes may stay symbols
-_op = torch.library.custom_op('timm_itpn::resample_rel_pos_table', _resample, mutates_args=())
-_op.register_fake(_resample_fake)
-_op.register_autograd(_resample_backward, setup_context=_save_sizes)
+# for sizes that are known in forward only: an operator, which compilers and exporters need not look into
+_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_bias', _resampled_bias, mutates_args=())
+_op.register_fake(_resampled_bias_fake)
+_op.register_autograd(_resampled_bias_backward, setup_context=_save_sizes)
 
 
 @register_notrace_module
@@ -95,7 +120,7 @@ class RelPosBias(nn.Module):
             return
         table = self.relative_position_bias_table
         with torch.no_grad():
-            resampled = torch.ops.timm_itpn.resample_rel_pos_table(table, *window_size, *self.window_size)
+            resampled = resample_table(table, window_size, self.window_size)
         self.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
         self.window_size = window_size
         self._cache = None
@@ -111,16 +136,12 @@ class RelPosBias(nn.Module):
         return self._compute(height, width)
 
     def _compute(self, height: int, width: int) -> torch.Tensor:
-        H, W = self.window_size
         table = self.relative_position_bias_table
+        H, W = self.window_size
         if self.dynamic_window_size:
-            table = torch.ops.timm_itpn.resample_rel_pos_table(table, height, width, H, W)
-            H, W = height, width
-        # overlapping views instead of an index: offsets = rows of both grids, read from the last to the first
-        table = table.reshape(2 * H - 1, 2 * W - 1, -1).permute(2, 0, 1).flip(1, 2)  # (num_heads, 2H-1, 2W-1)
-        bias = table.unfold(1, H, 1).unfold(2, W, 1)  # (num_heads, H, W, H, W): queries from the last, then keys
-        bias = bias.flip(1, 2).reshape(1, -1, H * W, H * W)
-        return F.pad(bias, (0, -(H * W) % ALIGNMENT))[..., :H * W]
+            bias = torch.ops.timm_itpn.resampled_rel_pos_bias(table, height, width, H, W)
+            return bias[..., :height * width]
+        return bias_of_table(table, H, W)[..., :H * W]
 
     def _may_cache(self) -> bool:
         table = self.relative_position_bias_table

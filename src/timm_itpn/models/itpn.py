@@ -22,9 +22,8 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations, resolve_pretrained_cfg
-from timm.models.swin_transformer import PatchMerging
 
-from ..layers.patch_embed import LinearPatchSplit, StemPatchEmbed
+from ..layers.patch_embed import LinearPatchMerge, LinearPatchSplit, StemPatchEmbed
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage, MlpStage
 from .base import BaseITPN, checkpoint_filter_fn, create
@@ -107,7 +106,7 @@ class ITPN(BaseITPN):
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         shared = dict(
-            init_values=init_values, merge_layer=PatchMerging, proj_drop=proj_drop_rate, act_layer=act_layer,
+            init_values=init_values, merge_layer=LinearPatchMerge, proj_drop=proj_drop_rate, act_layer=act_layer,
             norm_layer=norm_layer, **dd)
         patch_embed = StemPatchEmbed(
             img_size, in_chans=in_chans, embed_dim=dims[0], strict_img_size=not dynamic_img_size,

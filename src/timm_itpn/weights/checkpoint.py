@@ -5,10 +5,11 @@ import re
 from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
-from timm.layers import resize_rel_pos_bias_table, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import clean_state_dict
 
 from ..layers.pos_embed import resample_pos_embed
+from ..layers.rel_pos_bias import resample_table
 from .layout import is_official, native_family, official_to_native
 
 __all__ = ['fit_to_model', 'to_native']
@@ -162,11 +163,10 @@ def _resampled(key: str, value: torch.Tensor, old_grid: Tuple[int, int], new_gri
         return resample_pos_embed(value, new_size=list(new_grid), old_size=list(old_grid))
     if not key.endswith(TABLE) or old_grid == new_grid:
         return value
-    (old_height, old_width), (height, width) = old_grid, new_grid
+    old_height, old_width = old_grid
     if len(value) != (2 * old_height - 1) * (2 * old_width - 1):
         raise ValueError(f'{key} has {len(value)} rows, the position embedding {old_height} x {old_width} tokens.')
-    shape = ((2 * height - 1) * (2 * width - 1), value.shape[1])
-    return resize_rel_pos_bias_table(value, new_grid, shape, old_window_size=old_grid)
+    return resample_table(value, new_grid, old_grid)
 
 
 def _source_grid(num_tokens: int, model: Any) -> Tuple[int, int]:

@@ -1,0 +1,47 @@
+"""A backbone for torchvision's detection models, which want one module that returns named maps of equal channels."""
+from collections import OrderedDict
+from typing import Dict
+
+import torch
+import torch.nn as nn
+from timm.models import create_model
+
+__all__ = ['DetectionBackbone']
+
+
+class DetectionBackbone(nn.Module):
+    """A model with feature pyramid, as torchvision's detectors take it (`MaskRCNN`, `RetinaNet` and so on).
+
+    Levels are named by their place among those returned: '0' to '4' are strides 4, 8, 16, 32, 64. So an
+    `AnchorGenerator` needs five entries; `MultiScaleRoIAlign` takes '0' to '3'. torchvision pads images to multiples of
+    32, and its default mean and std are those of the models.
+
+    Args:
+        model_name: Name of a model with pyramid, such as 'fast_itpn_tiny_fpn'.
+        dynamic_img_size: Take images of any size. False saves resampling the position embeddings, for detectors that
+            are made with `fixed_size`; then give `img_size` too.
+        kwargs: For `timm.create_model`, such as `pretrained`, `out_indices`, `img_size` or `drop_path_rate`.
+
+    Attributes:
+        body: timm's feature extractor.
+        out_channels: Channels of every level.
+
+    Raises:
+        ValueError: The levels have unequal numbers of channels.
+    """
+
+    def __init__(self, model_name: str, dynamic_img_size: bool = True, **kwargs):
+        super().__init__()
+        # feature_cls: the other feature classes of timm give maps that are channels last
+        self.body = create_model(
+            model_name, features_only=True, feature_cls='getter', dynamic_img_size=dynamic_img_size, **kwargs)
+        channels = self.body.feature_info.channels()
+        if len(set(channels)) > 1:
+            raise ValueError(
+                f'The levels of {model_name} have {channels} channels, but a detector needs the same number in all: '
+                f'use a model whose name ends in _fpn, without pyramid_concat=True.')
+        self.out_channels = channels[0]
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Maps from fine to coarse, (B, in_chans, H, W) -> name: (B, out_channels, H / stride, W / stride)."""
+        return OrderedDict((str(i), level) for i, level in enumerate(self.body(x)))
