@@ -89,8 +89,11 @@ def read_image(path: Path) -> Any:
     if not path.exists():
         raise ValueError(f'{path} does not exist')
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert('RGB')
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith('I'):  # 16 bits: convert('RGB') would make white of all above 255
+                image = image.convert('F').point(lambda value: value / 257).convert('L')
+            return image.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG files
         raise ValueError(f'{path} cannot be read as an image: {error}') from error
 

@@ -10,16 +10,16 @@ __all__ = ['DetectionBackbone']
 
 
 class DetectionBackbone(nn.Module):
-    """A model with feature pyramid, as torchvision's detectors take it (`MaskRCNN`, `RetinaNet` and so on).
+    """A model with feature pyramid, as torchvision's detectors take it.
 
-    Levels are named by their place among those returned: '0' to '4' are strides 4, 8, 16, 32, 64. So an
-    `AnchorGenerator` needs five entries; `MultiScaleRoIAlign` takes '0' to '3'. torchvision pads images to multiples of
-    32, and its default mean and std are those of the models.
+    Levels are named by their place among those returned: '0' to '4' are strides 4, 8, 16, 32, 64. The defaults of
+    `FasterRCNN`, `MaskRCNN` and `RetinaNet` are made for such five levels. torchvision pads images to multiples of 32,
+    which suits, and its default mean and std are those of the models.
 
     Args:
         model_name: Name of a model with pyramid, such as 'fast_itpn_tiny_fpn'.
-        dynamic_img_size: Take images of any size. False saves resampling the position embeddings, for detectors that
-            are made with `fixed_size`; then give `img_size` too.
+        dynamic_img_size: Take images of any size. False, with `img_size`, saves resampling the position embeddings in
+            detectors of one image size (torchvision's `fixed_size`).
         kwargs: For `timm.create_model`, such as `pretrained`, `out_indices`, `img_size` or `drop_path_rate`.
 
     Attributes:
