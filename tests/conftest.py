@@ -5,6 +5,9 @@ import tempfile
 import hub_server
 import pytest
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers share the cores
+
 # set before anything imports huggingface_hub, which reads them once
 _hub = hub_server.Hub()
 os.environ['HF_ENDPOINT'] = _hub.endpoint

@@ -42,6 +42,16 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / 'demo').exists()
 
 
+@pytest.mark.parametrize('change, message', [
+    (['--epochs', '0'], '--epochs is 0, but must be at least 1'),
+    (['--device', 'xpu'], "device 'xpu' cannot be used"),
+])
+def test_mistakes_are_one_sentence(change, message, tmp_path, capsys):
+    assert main(['demo', '--output', str(tmp_path / 'demo'), *change]) == 1
+    assert f'timm-itpn: {message}' in capsys.readouterr().err
+    assert not (tmp_path / 'demo').exists()
+
+
 def test_bad_size_leaves_nothing_behind(tmp_path, capsys):
     assert main(['demo', '--output', str(tmp_path / 'demo'), '--img-size', '20']) == 1
     assert 'both sides must be multiples of 16' in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The recipes: the authors' numbers, in a form that timm takes."""
 import pytest
 import timm
+import torch
 import yaml
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -13,7 +14,12 @@ RECIPES = {
     'fast_itpn_small': (100, 5, 1024, 1e-4, 0.90, 0.1, 224),
     'fast_itpn_base': (20, 3, 1024, 1e-4, 0.90, 0.1, 224),
     'fast_itpn_large': (20, 3, 512, 5e-5, 0.95, 0.2, 640),
+    'itpn_base.clip_in1k': (100, 20, 1024, 5e-4, 0.60, 0.1, 224),
+    'itpn_base.pixel_in1k': (100, 5, 1024, 4e-4 * 4, 0.81, 0.15, 224),  # 0.60 ** (13 / 32)
+    'itpn_large.clip_in1k': (50, 5, 512, 2e-4, 0.55, 0.25, 224),
+    'itpn_large.pixel_in1k': (50, 5, 1024, 1e-3 * 4, 0.84, 0.2, 224),  # 0.55 ** (13 / 45)
 }
+DOWNSTREAM = ('mask_rcnn', 'upernet')
 
 
 def read(name, capsys):
@@ -22,9 +28,44 @@ def read(name, capsys):
     return text, yaml.safe_load(text)
 
 
-def test_names_are_listed_and_every_model_has_one(capsys):
+def test_names_are_listed_and_every_model_with_weights_has_one(capsys):
     assert main(['recipe']) == 0
-    assert capsys.readouterr().out.split() == sorted(RECIPES) == timm.list_models('fast_itpn*')
+    assert capsys.readouterr().out.split() == sorted([*RECIPES, *DOWNSTREAM])
+    models = timm.list_models(module=('fast_itpn', 'itpn'), exclude_filters=('*_fpn', 'hivit*'), include_tags=True)
+    assert {name.split('.')[0] for name in models if '.' in name} == {name.split('.')[0] for name in RECIPES}
+
+
+def test_mask_rcnn_recipe_is_one_that_torchvision_runs(capsys):
+    pytest.importorskip('torchvision', reason='torchvision is not installed')
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.ops import MultiScaleRoIAlign
+
+    from timm_itpn.models.detection import DetectionBackbone
+    _, recipe = read('mask_rcnn', capsys)
+    kwargs = {key: value for key, value in recipe['backbone'].items() if value is not None and key != 'pretrained'}
+    backbone = DetectionBackbone(**kwargs, embed_dim=128, depths=(1, 1, 1), num_heads=2)
+    assert backbone.out_channels == recipe['out_channels']
+    assert list(recipe['levels'].values()) == backbone.body.feature_info.reduction()
+    sizes, ratios = recipe['anchors']['sizes'], recipe['anchors']['aspect_ratios']
+    model = MaskRCNN(
+        backbone,
+        num_classes=2,
+        rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in sizes), (tuple(ratios),) * len(sizes)),
+        box_roi_pool=MultiScaleRoIAlign(recipe['roi_levels'], output_size=7, sampling_ratio=2),
+        min_size=64,
+        max_size=96,
+    ).eval()
+    with torch.inference_mode():
+        assert set(model([torch.rand(3, 60, 90)])[0]) == {'boxes', 'labels', 'scores', 'masks'}
+
+
+def test_upernet_recipe_has_the_channels_of_its_backbone(capsys):
+    _, recipe = read('upernet', capsys)
+    kwargs = {key: value for key, value in recipe['backbone'].items() if value is not None and key != 'pretrained'}
+    backbone = timm.create_model(**kwargs, device='meta')
+    assert backbone.feature_info.channels() == recipe['channels']
+    assert backbone.feature_info.reduction() == [4, 8, 16, 32]
 
 
 def test_unknown_name_is_refused_with_the_list(capsys):

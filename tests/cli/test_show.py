@@ -188,7 +188,7 @@ def test_failed_write_leaves_nothing_behind(photo, monkeypatch, error, status):
 @pytest.mark.parametrize(('change', 'message'), [
     (['--model', 'resnet50'], "there is no model 'resnet50'; there are: fast_itpn_base"),
     (['--model', 'fast_itpn_tiny.none'], 'none'),
-    (['--model', 'itpn_tiny', '--pretrained'], 'itpn_tiny cannot be downloaded automatically'),
+    (['--model', 'itpn_tiny', '--pretrained'], 'itpn_tiny has no published weights'),
     (['--checkpoint', 'none.pt'], 'none.pt does not exist'),
     (['--img-size', '20'], 'both sides must be multiples of 16'),
     (['--img-size', '3', '64', '96'], '--img-size takes one or two numbers, not 3'),

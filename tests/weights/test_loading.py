@@ -282,6 +282,8 @@ def test_hub_repository_of_a_saved_model_loads(hub, classifier, tmp_path):
 def test_weights_that_no_hub_has_are_pointed_to():
     with pytest.raises(RuntimeError, match='fast_itpn_small.mim_in1k cannot be down.*drive.google.com.*dict.file='):
         timm.create_model('fast_itpn_small', pretrained=True)
+    with pytest.raises(RuntimeError, match='itpn_tiny has no published weights: create it without pretrained=True'):
+        timm.create_model('itpn_tiny', pretrained=True)
 
 
 # bad files
@@ -290,7 +292,7 @@ def test_vit_checkpoint_is_refused(tmp_path):
     vit = timm.create_model('vit_tiny_patch16_224').state_dict()
     path = save(vit, tmp_path / 'w.pt')
     for door in (load, lambda p: timm.create_model('fast_itpn_tiny', checkpoint_path=str(p))):
-        with pytest.raises(ValueError, match='not a Fast-iTPN checkpoint, its keys are: cls_token, pos_embed'):
+        with pytest.raises(ValueError, match='not a checkpoint of Fast-iTPN.*its keys are: cls_token, pos_embed'):
             door(path)
 
 
@@ -300,7 +302,7 @@ def test_other_size_is_refused(layout, tmp_path):
         weights = {key: torch.zeros(shape) for key, shape in golden.load('fast_itpn_small')['keys']}
     else:
         weights = timm.create_model('fast_itpn_small', num_classes=1000).state_dict()
-    with pytest.raises(ValueError, match=r'depths \[2, 2, 20\] and embed_dim 384, but the model has .*\[1, 1, 12\]'):
+    with pytest.raises(ValueError, match=r'depths \[2, 2, 20\] and embed_dim 384, but .*\[1, 1, 12\]'):
         load(save(weights, tmp_path / 'w.pt'))
 
 
@@ -339,6 +341,14 @@ def test_truncated_and_empty_files_are_named(size, suffix, classifier, tmp_path)
     path = tmp_path / f'w.{suffix}'
     path.write_bytes(content[:size])
     with pytest.raises(RuntimeError, match=rf'w\.{suffix} \({size} bytes\) is empty, truncated or no weight file'):
+        load(path)
+
+
+@pytest.mark.parametrize('text', ['hi', 'error', 'h', '<html>', '{"a": 1}'])
+def test_text_files_are_named(text, tmp_path):
+    path = tmp_path / 'w.pt'
+    path.write_text(text)
+    with pytest.raises(RuntimeError, match=r'w\.pt \(\d bytes\) is empty, truncated or no weight file'):
         load(path)
 
 
@@ -390,12 +400,17 @@ def test_harmless_globals_can_be_allowed(classifier, tmp_path):
 
 
 def test_published_configs_are_complete():
-    for name in timm.list_models('fast_itpn*', pretrained=True):
+    hub = {'fast_itpn_tiny', 'fast_itpn_base', 'fast_itpn_large'}
+    names = timm.list_models(module=('fast_itpn', 'itpn'), pretrained=True)
+    assert {name.split('.')[0] for name in names} == hub | {f'{name}_fpn' for name in hub}
+    for name in names:
         cfg = timm.get_pretrained_cfg(name)
         assert cfg.hf_hub_id == REPO and cfg.hf_hub_filename.startswith('pretrained/itpn/fast_itpn_')
-    for name in timm.list_models('fast_itpn*', include_tags=True):
+    for name in timm.list_models(module=('fast_itpn', 'itpn'), include_tags=True):
         cfg = timm.get_pretrained_cfg(name)
-        assert cfg.num_classes in (0, 21841)
-        assert cfg.origin_url.startswith('https://drive.google.com/file/d/')
-        assert (cfg.paper_ids, cfg.interpolation, cfg.crop_pct) == ('arXiv:2211.12735', 'bicubic', 0.875)
+        assert (cfg.num_classes in (0, 1000, 21841)) and (cfg.interpolation, cfg.crop_pct) == ('bicubic', 0.875)
+        assert cfg.license == ('mit' if name.startswith('hivit') else 'unknown')
+        assert cfg.paper_ids == ('arXiv:2205.14949' if name.startswith('hivit') else 'arXiv:2211.12735')
+        if '.' in name:  # without a tag there are no weights
+            assert cfg.origin_url.startswith('https://drive.google.com/file/d/')
         json.dumps(cfg.to_dict())

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from .show import check_device
+
 REQUIRES = ('sklearn', 'matplotlib', 'tqdm')
 NUM_CLASSES = 10
 
@@ -14,7 +16,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         'demo', help='train a model on handwritten digits', formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('--output', type=Path, default=Path('output/demo'), help='new folder for everything written')
-    parser.add_argument('--model', default='fast_itpn_tiny', help='any Fast-iTPN')
+    parser.add_argument('--model', default='fast_itpn_tiny', help='any model of this package')
     parser.add_argument('--pretrained', action='store_true', help='start from the published weights')
     parser.add_argument('--img-size', type=int, default=32, help='side of the images in pixels, a multiple of 16')
     parser.add_argument('--epochs', type=int, default=9, help='passes over the 1,437 training images')
@@ -31,6 +33,9 @@ def run(args: argparse.Namespace) -> None:
         raise RuntimeError(f"the demo needs {', '.join(missing)}: pip install 'timm-itpn[demo]'")
     if args.output.exists():
         raise ValueError(f'{args.output} exists already: name another folder with --output, or remove it')
+    if args.epochs < 1:
+        raise ValueError(f'--epochs is {args.epochs}, but must be at least 1')
+    check_device(args.device)
 
     import timm
     import torch
@@ -61,11 +66,10 @@ def run(args: argparse.Namespace) -> None:
         train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **common)
     val_loader = create_loader(val_set, crop_pct=data_config['crop_pct'], **common)
 
-    history = train(model, train_loader, val_loader, args)
-    top1, predictions = validate(model, val_loader, args.device)
+    history, predictions = train(model, train_loader, val_loader, args)
     draw(args.output / 'demo.png', val_set, predictions, history)
     result = {
-        'top1': round(top1, 2),
+        'top1': history[-1]['top1'],
         'images': len(val_set),
         'checkpoint': str(args.output / 'last.pth.tar'),
         'picture': str(args.output / 'demo.png'),
@@ -93,11 +97,16 @@ def write_digits(folder: Path) -> None:
             Image.fromarray(grey).save(path)
 
 
-def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespace) -> List[Dict[str, float]]:
+def train(
+        model: Any,
+        train_loader: Any,
+        val_loader: Any,
+        args: argparse.Namespace,
+) -> Tuple[List[Dict[str, float]], List[int]]:
     """Train with AdamW and a cosine schedule per update, saving a checkpoint after each epoch.
 
     Returns:
-        Training loss and held-out top-1 accuracy (percent) of each epoch.
+        Training loss and held-out top-1 accuracy (percent) of each epoch, and the last predicted classes.
     """
     import torch
     from timm.loss import LabelSmoothingCrossEntropy
@@ -139,10 +148,10 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
                 progress.update()
                 last_top1 = history[-1]['top1'] if history else '-'
                 progress.set_postfix(epoch=epoch, loss=f'{losses.avg:.3f}', top1=last_top1)
-            top1, _ = validate(model, val_loader, args.device)
+            top1, predictions = validate(model, val_loader, args.device)
             history.append({'loss': round(losses.avg, 4), 'top1': round(top1, 2)})
             saver.save_checkpoint(epoch, metric=top1)
-    return history
+    return history, predictions
 
 
 def checkpoint_args(args: argparse.Namespace) -> argparse.Namespace:

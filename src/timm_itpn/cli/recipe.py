@@ -1,4 +1,4 @@
-"""`timm-itpn recipe`: print the authors' fine-tuning recipe of a model, for timm's `train.py -c`."""
+"""`timm-itpn recipe`: print the authors' settings: of fine-tuning for timm's `train.py -c`, of two other tasks."""
 import argparse
 from importlib import resources
 from typing import Any, List
@@ -7,8 +7,8 @@ RECIPES = resources.files('timm_itpn') / 'recipes'
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser('recipe', help='print a fine-tuning recipe as YAML for train.py -c')
-    parser.add_argument('model', nargs='?', help='model name; without it the names are listed')
+    parser = subparsers.add_parser('recipe', help="print the authors' settings as YAML")
+    parser.add_argument('model', nargs='?', help='name of a model or a task; without it the names are listed')
     parser.set_defaults(run=run)
 
 

@@ -39,8 +39,9 @@ def _explain(error: Exception, cfg: Any) -> Optional[str]:
     instead = 'pass a local copy with pretrained_cfg_overlay=dict(file=...)'
     if not source and 'No pretrained weights exist' in message:
         name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
-        origin = cfg.origin_url or 'its authors'
-        return f'{name} cannot be downloaded automatically: get it from {origin}, then {instead}.'
+        if not cfg.origin_url:
+            return f'{name} has no published weights: create it without pretrained=True, or {instead}.'
+        return f'{name} cannot be downloaded automatically: get it from {cfg.origin_url}, then {instead}.'
     if isinstance(error, LocalEntryNotFoundError):
         return f'{source} is not in the local cache and the Hub cannot be reached: go online once, or {instead}.'
     if isinstance(error, (EntryNotFoundError, HfHubHTTPError)):
@@ -59,11 +60,20 @@ def _explain(error: Exception, cfg: Any) -> Optional[str]:
             'run. If you know these classes to be harmless, allow just them with '
             'torch.serialization.add_safe_globals([...]) and load again; do not switch weights_only off.')
     unreadable = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
-    if isinstance(error, unreadable) or 'PytorchStreamReader' in message or 'weights_only=True blocked' in message:
+    signs = ('PytorchStreamReader', 'weights_only=True blocked')
+    if isinstance(error, unreadable) or _raised_by_unpickler(error) or any(sign in message for sign in signs):
         path = Path(source)
         size = f' ({path.stat().st_size} bytes)' if path.is_file() else ''
         return f'{source}{size} is empty, truncated or no weight file: delete it and fetch it again.'
     return None
+
+
+def _raised_by_unpickler(error: Exception) -> bool:
+    """True for what torch's unpickler raises by mistake on files that are no pickles, such as KeyError."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get('__name__') == 'torch._weights_only_unpickler'
 
 
 def _unsafe_globals(error: Exception) -> str:

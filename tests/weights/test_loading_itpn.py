@@ -1,0 +1,123 @@
+"""Weight files of iTPN and HiViT: what the two kinds of pre-training leave out, and other grids."""
+import golden
+import pytest
+import timm
+import torch
+from small import SMALL, images, small_model
+from timm.layers import resize_rel_pos_bias_table
+
+from timm_itpn.weights.layout import ITPN, key_table
+
+TABLE = 'attn.relative_position_bias_table'
+
+
+def official(model, drop=()):
+    """Official state dict of a small iTPN; nothing is packed in this family, so it is a change of names."""
+    table = key_table(ITPN, SMALL['depths'], pyramid_depth=1)
+    state_dict = {table[key][0]: value.clone() for key, value in model.state_dict().items()}
+    return {key: value for key, value in state_dict.items() if not key.endswith(drop)} if drop else state_dict
+
+
+def load(state_dict, path, name='itpn_tiny', cfg_classes=5, **kwargs):
+    torch.save({'model': state_dict}, path)
+    overlay = dict(file=str(path), num_classes=cfg_classes, input_size=(3, 64, 64))
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **{**SMALL, **kwargs}).eval()
+
+
+@pytest.fixture
+def model():
+    return small_model('itpn_tiny')
+
+
+def test_official_file_gives_the_same_logits(model, tmp_path):
+    x = images(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(load(official(model), tmp_path / 'w.pt')(x), model(x))
+
+
+def test_pixel_pretraining_starts_the_bias_at_zero_and_says_so(model, tmp_path, caplog):
+    pretraining = official(model, drop=(TABLE, 'fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias'))
+    pretraining.update({'mask_token': torch.zeros(1, 1, 128), 'decoder_pos_embed': torch.zeros(1, 16, 512)})
+    with caplog.at_level('INFO'):
+        loaded = load(pretraining, tmp_path / 'w.pt', cfg_classes=0)
+    assert 'no relative position bias: the tables start at zero' in caplog.text
+    assert 'Left out 2 tensors that only pre-training needs (decoder, mask token)' in caplog.text
+    for key, value in loaded.state_dict().items():
+        if key.endswith('relative_position_bias_table'):
+            assert (value == 0).all()
+        elif not key.startswith('head'):
+            assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_classifier_without_bias_is_refused_with_the_way_out(model, tmp_path):
+    weights = official(model, drop=(TABLE,))
+    with pytest.raises(ValueError, match=r'it lacks .*relative_position_bias_table.*with rel_pos_bias=False'):
+        load(weights, tmp_path / 'w.pt')
+    load(weights, tmp_path / 'w.pt', rel_pos_bias=False)
+
+
+def test_bias_is_never_dropped(model, tmp_path):
+    with pytest.raises(ValueError, match=r'the model has no .*relative_position_bias_table.*with rel_pos_bias=True'):
+        load(official(model), tmp_path / 'w.pt', rel_pos_bias=False)
+
+
+@pytest.mark.parametrize('in_file', [True, False])
+def test_layer_scale_is_never_dropped_nor_made_up(in_file, tmp_path):
+    weights = official(small_model('itpn_tiny', init_values=0.1 if in_file else 0.))
+    message = 'The file has layer scale, which is ruined' if in_file else 'The file has no layer scale'
+    with pytest.raises(ValueError, match=message):
+        load(weights, tmp_path / 'w.pt', init_values=0. if in_file else 0.1)
+
+
+@pytest.mark.parametrize('size', [(96, 96), (48, 112)])
+def test_tables_are_resized_for_another_grid(size, model, tmp_path):
+    loaded = load(official(model), tmp_path / 'w.pt', img_size=size)
+    grid = (size[0] // 16, size[1] // 16)
+    shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1), 2)
+    for ours, theirs in zip(loaded.stages[2].blocks, model.stages[2].blocks):
+        table = theirs.rel_pos_bias.relative_position_bias_table
+        assert torch.equal(
+            ours.rel_pos_bias.relative_position_bias_table, resize_rel_pos_bias_table(table, grid, shape, (4, 4)))
+    model.set_input_size(size)
+    x = images(1, 3, *size)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_table_that_does_not_fit_its_grid_is_named(model, tmp_path):
+    weights = official(model)
+    weights[f'blocks.6.{TABLE}'] = torch.zeros(50, 2)
+    with pytest.raises(ValueError, match='relative_position_bias_table has 50 rows, the position embedding 4 x 4 tok'):
+        load(weights, tmp_path / 'w.pt', img_size=96)
+
+
+def test_other_family_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match=r'is of iTPN with depths \[1, 2, 2\].* but the model is of Fast-iTPN with'):
+        load(official(model), tmp_path / 'w.pt', name='fast_itpn_tiny')
+    fast = small_model('fast_itpn_tiny').state_dict()
+    with pytest.raises(ValueError, match=r'is of Fast-iTPN with depths \[1, 2, 2\].* but the model is of iTPN with'):
+        load(fast, tmp_path / 'w.pt')
+
+
+def test_checkpoint_path_takes_official_files(model, tmp_path):
+    torch.save({'model': official(model)}, tmp_path / 'w.pt')
+    loaded = timm.create_model('itpn_tiny', checkpoint_path=str(tmp_path / 'w.pt'), **SMALL).eval()
+    x = images(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_the_published_classifier_loads_with_its_classes(tmp_path):
+    """hivit_base.mae_in1k_ft_in1k: 1000 classes are kept, others start new."""
+    expected = golden.load('hivit_base')
+    torch.save({'model': golden.official_state_dict(expected, torch.float32)}, tmp_path / 'w.pt')
+    for num_classes in (1000, 7):
+        loaded = timm.create_model(
+            'hivit_base', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pt')),
+            num_classes=num_classes).eval()
+        with torch.inference_mode():
+            logits = loaded(golden.image(expected, torch.float32))
+        if num_classes == 1000:
+            assert golden.error(logits, expected['logits']) < 1e-4
+        assert logits.shape == (2, num_classes)
