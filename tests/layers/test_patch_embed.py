@@ -1,8 +1,17 @@
-"""Stem and merges against their definitions."""
+"""Stem, merges and splits against their definitions."""
 import pytest
 import torch
+from timm.layers import LayerNorm
+from timm.models.swin_transformer import PatchMerging
 
-from timm_itpn.layers import ConvPatchMerge, StemPatchEmbed, resample_pos_embed
+from timm_itpn.layers import (
+    ConvPatchMerge,
+    ConvPatchSplit,
+    LinearPatchMerge,
+    LinearPatchSplit,
+    StemPatchEmbed,
+    resample_pos_embed,
+)
 
 
 def test_stem_is_a_linear_map_of_4_by_4_blocks():
@@ -40,3 +49,33 @@ def test_pos_embed_is_resampled_by_plain_bicubic(dtype):
     resampled = resample_pos_embed(pos_embed, new_size=[5, 2], old_size=[3, 4])
     torch.testing.assert_close(resampled, expected.permute(0, 2, 3, 1).reshape(1, 10, 8).to(dtype))
     assert resample_pos_embed(pos_embed, new_size=[3, 4], old_size=[3, 4]) is pos_embed
+
+
+def test_linear_merge_is_that_of_timms_swin():
+    merge, theirs = LinearPatchMerge(6, 10), PatchMerging(6, 10, norm_layer=LayerNorm)
+    theirs.load_state_dict(merge.state_dict())
+    x = torch.randn(2, 8, 12, 6)
+    torch.testing.assert_close(merge(x), theirs(x))
+
+
+def test_linear_merge_stacks_columns_before_rows():
+    merge = LinearPatchMerge(1, 4, norm_layer=lambda *args, **kwargs: torch.nn.Identity())
+    torch.nn.init.eye_(merge.reduction.weight)
+    x = torch.arange(16.).reshape(1, 4, 4, 1)
+    assert merge(x)[0, 0, 1].tolist() == [2., 6., 3., 7.]  # (0, 0), (1, 0), (0, 1), (1, 1) as (row, column)
+
+
+@pytest.mark.parametrize('split_layer', [ConvPatchSplit, LinearPatchSplit])
+def test_split_makes_four_positions_of_each(split_layer):
+    split = split_layer(6, 5)
+    x = torch.randn(2, 3, 4, 6)
+    with torch.no_grad():
+        actual = split(x)
+        normed = split.norm(x)
+        for row in range(2):
+            for column in range(2):
+                if split_layer is ConvPatchSplit:
+                    expected = normed @ split.reduction.weight[:, :, row, column] + split.reduction.bias
+                else:
+                    expected = normed @ split.reduction.weight.reshape(2, 2, 5, 6)[row, column].T
+                torch.testing.assert_close(actual[:, row::2, column::2], expected)

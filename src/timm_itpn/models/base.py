@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClNormMlpClassifierHead, LayerNorm, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg
 
@@ -23,7 +24,7 @@ from ..weights.checkpoint import fit_to_model, to_native
 from ..weights.errors import readable_load_errors
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 
-__all__ = ['BaseITPN', 'checkpoint_filter_fn', 'create']
+__all__ = ['BaseITPN', 'cfg', 'checkpoint_filter_fn', 'create']
 
 _logger = logging.getLogger(__name__)
 
@@ -354,3 +355,28 @@ def create(model_cls: Type[BaseITPN], variant: str, pretrained: bool = False, **
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter', flatten_sequential=True),
             **kwargs,
         )
+
+
+def cfg(drive_id: str = '', num_classes: int = 0, **kwargs: Any) -> Dict[str, Any]:
+    """Default cfg, as timm calls the description of one weight file.
+
+    Args:
+        drive_id: Of the authors' file on Google Drive, '' if there is none.
+        num_classes: Of the file's classifier, 0 if it has none.
+        kwargs: More of timm's `PretrainedCfg`, and what differs.
+    """
+    return {
+        'num_classes': num_classes,
+        'input_size': (3, 224, 224),
+        'pool_size': (14, 14),
+        'fixed_input_size': True,
+        'interpolation': 'bicubic',
+        'crop_pct': 0.875,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head.fc',
+        'license': 'unknown',  # of the weights
+        'origin_url': f'https://drive.google.com/file/d/{drive_id}' if drive_id else None,
+        **kwargs,
+    }

@@ -18,14 +18,13 @@ Differs from upstream:
 from typing import Any, Dict, Optional, Tuple, Union
 
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
 from ..layers.patch_embed import ConvPatchMerge, ConvPatchSplit, StemPatchEmbed
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage, MlpStage
-from .base import BaseITPN, checkpoint_filter_fn, create
+from .base import BaseITPN, cfg, checkpoint_filter_fn, create
 
 __all__ = ['FastITPN', 'checkpoint_filter_fn']
 
@@ -162,23 +161,8 @@ def _create_fast_itpn(variant: str, pretrained: bool = False, **kwargs) -> FastI
 
 
 def _cfg(drive_id: str, num_classes: int = 0, **kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': num_classes,
-        'input_size': (3, 224, 224),
-        'pool_size': (14, 14),
-        'fixed_input_size': True,
-        'interpolation': 'bicubic',
-        'crop_pct': 0.875,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head.fc',
-        'license': 'unknown',  # of the weights
-        'paper_ids': 'arXiv:2211.12735',
-        'paper_name': 'Fast-iTPN: Integrally Pre-Trained Transformer Pyramid Network with Token Migration',
-        'origin_url': f'https://drive.google.com/file/d/{drive_id}',
-        **kwargs,
-    }
+    name = 'Fast-iTPN: Integrally Pre-Trained Transformer Pyramid Network with Token Migration'
+    return cfg(drive_id, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
 
 
 # The authors publish on Google Drive (origin_url). xche32/RELO, a tracker by others, re-hosts three of the files.

@@ -19,14 +19,13 @@ Differs from upstream:
 from typing import Any, Dict, Optional, Tuple, Union
 
 import torch.nn as nn
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations, resolve_pretrained_cfg
 
 from ..layers.patch_embed import LinearPatchMerge, LinearPatchSplit, StemPatchEmbed
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage, MlpStage
-from .base import BaseITPN, checkpoint_filter_fn, create
+from .base import BaseITPN, cfg, checkpoint_filter_fn, create
 
 __all__ = ['ITPN', 'checkpoint_filter_fn']
 
@@ -170,39 +169,18 @@ TAG_ARGS: Dict[str, Dict[str, Any]] = {
 
 
 def _create_itpn(variant: str, pretrained: bool = False, **kwargs) -> ITPN:
-    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    return create(ITPN, variant, pretrained, **{**TAG_ARGS.get(cfg.tag, {}), **kwargs})
+    source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    return create(ITPN, variant, pretrained, **{**TAG_ARGS.get(source.tag, {}), **kwargs})
 
 
 def _cfg(drive_id: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
-    return {
-        'num_classes': num_classes,
-        'input_size': (3, 224, 224),
-        'pool_size': (14, 14),
-        'fixed_input_size': True,
-        'interpolation': 'bicubic',
-        'crop_pct': 0.875,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head.fc',
-        'license': 'unknown',  # of the weights
-        'paper_ids': 'arXiv:2211.12735',
-        'paper_name': 'Integrally Pre-Trained Transformer Pyramid Networks',
-        'origin_url': f'https://drive.google.com/file/d/{drive_id}' if drive_id else None,
-        **kwargs,
-    }
+    name = 'Integrally Pre-Trained Transformer Pyramid Networks'
+    return cfg(drive_id, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
 
 
 def _hivit_cfg(drive_id: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
-    return _cfg(
-        drive_id,
-        num_classes,
-        license='mit',
-        paper_ids='arXiv:2205.14949',
-        paper_name='HiViT: Hierarchical Vision Transformer Meets Masked Image Modeling',
-        **kwargs,
-    )
+    name = 'HiViT: Hierarchical Vision Transformer Meets Masked Image Modeling'
+    return cfg(drive_id, num_classes, license='mit', paper_ids='arXiv:2205.14949', paper_name=name, **kwargs)
 
 
 # The authors publish on Google Drive only. Tiny and small appear in result tables, without weights.
