@@ -228,6 +228,18 @@ def test_torch_calls_the_entry_point():
     """) == 'True\n'
 
 
+@pytest.mark.parametrize('room', ['ops', 'ops.attention', 'layers', 'layers.stages', 'weights', 'models', 'cli'])
+def test_any_part_of_the_package_may_be_imported_first(room):
+    """Its import of timm lets our models load, which need this very part."""
+    assert real(f"""
+        import warnings
+        warnings.simplefilter('error', RuntimeWarning)
+        import timm_itpn.{room}
+        import timm
+        print(timm.is_model('fast_itpn_base'), timm.is_model('itpn_base'))
+    """) == 'True True\n'
+
+
 def test_workers_know_the_models():
     """DataLoader workers, forked and spawned, can build a model and unpickle one."""
     assert real("""

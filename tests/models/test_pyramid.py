@@ -204,6 +204,7 @@ def test_compiled_scripted_and_checkpointed_pyramids_agree(name):
     for enable in (False, True):
         twin = copy.deepcopy(model).train()
         twin.model.set_grad_checkpointing(enable)
+        assert all(level.grad_checkpointing is enable for level in twin.model.pyramid.levels)
         sum(f.sum() for f in twin(x)).backward()
         gradients.append([p.grad for p in twin.parameters()])
     for a, b in zip(*gradients):

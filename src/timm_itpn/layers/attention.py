@@ -67,7 +67,7 @@ class Attention(nn.Module):
         return f'num_heads={self.num_heads}, attention={self.attention.__module__.rpartition(".")[2]}'
 
     def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Args: tokens (B, N, dim), and a bias that broadcasts to the scores (B, num_heads, N, N)."""
+        """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""
         B, N, C = x.shape
         if self.q_bias is None:
             qkv = self.qkv(x)

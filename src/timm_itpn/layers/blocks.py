@@ -112,7 +112,7 @@ class AttentionBlock(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Args: tokens (B, N, dim) of a `height` x `width` grid, row-major."""
+        """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
         bias: Optional[torch.Tensor] = None
         if self.rel_pos_bias is not None:
             bias = self.rel_pos_bias(height, width)

@@ -8,6 +8,7 @@ from typing import Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm
+from timm.models import checkpoint, checkpoint_seq
 
 from .blocks import MlpBlock
 from .patch_embed import ConvPatchSplit
@@ -50,6 +51,7 @@ class PyramidLevel(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        self.grad_checkpointing = False
         block_kwargs = dict(norm_layer=norm_layer, **block_kwargs, **dd)
         self.align = nn.Linear(in_dim, dim, bias=align_bias, **dd)
         self.split = None if above_dim is None else split_layer(above_dim, dim, norm_layer=norm_layer, **dd)
@@ -63,13 +65,19 @@ class PyramidLevel(nn.Module):
         if self.split is not None:
             x = x + self.split(above)
         if self.blocks is not None:
-            x = self.blocks(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(self.blocks, x)
+            else:
+                x = self.blocks(x)
         return x
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """The block between what the level below sees, and the level's output. (B, H, W, dim) -> (B, H, W, dim)."""
         if self.out is not None:
-            x = self.out(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(self.out, x)
+            else:
+                x = self.out(x)
         return x
 
 

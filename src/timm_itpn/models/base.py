@@ -143,6 +143,9 @@ class BaseITPN(nn.Module):
         self.grad_checkpointing = enable
         for stage in self.stages:
             stage.grad_checkpointing = enable
+        if self.pyramid is not None:
+            for level in self.pyramid.levels:
+                level.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
