@@ -26,6 +26,16 @@ def hub():
     return _hub
 
 
+@pytest.fixture
+def one_thread():
+    """For small maps: where the cores are shared, several threads wait for each other up to ten times as long."""
+    import torch
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def pytest_collection_modifyitems(items):
     import torch
     if not torch.cuda.is_available():

@@ -12,16 +12,9 @@ from sklearn.datasets import load_sample_images
 
 from timm_itpn.cli import main, show
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SMALL = ['--img-size', '64', '96']
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The maps are small: on a busy machine several threads take five times as long."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

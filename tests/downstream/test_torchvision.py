@@ -11,18 +11,11 @@ from torchvision.models.detection import MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SMALL = dict(embed_dim=128, depths=(1, 1, 2), num_heads=2)
 STRIDES = (4, 8, 16, 32, 64)
 DETECTORS = ('MaskRCNN', 'RetinaNet')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Several threads would wait for each other when the cores are shared, up to ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from timm.layers import DropPath, set_fused_attn
-from timm.optim import create_optimizer_v2
+from small import drop_path_rates, optimizer_scales
+from timm.layers import set_fused_attn
 
 VARIANTS = ('tiny', 'small', 'base', 'large')
 
@@ -107,23 +107,13 @@ def test_official_name_creates_the_model(official, name):
 
 def test_stochastic_depth_grows_linearly_over_the_blocks():
     model = timm.create_model('fast_itpn_base', drop_path_rate=0.29, device='meta')
-    rates = []
-    for stage in model.stages:
-        for block in stage.blocks:
-            paths = [m.drop_prob for m in block.modules() if isinstance(m, DropPath)]
-            rates.append(paths[0] if paths else 0.)
-            assert len(set(paths)) <= 1
-    np.testing.assert_allclose(rates, np.linspace(0, 0.29, 30), atol=1e-6)
+    np.testing.assert_allclose(drop_path_rates(model), np.linspace(0, 0.29, 30), atol=1e-6)
 
 
 def test_layer_decay_counts_merges_as_blocks():
     """Layer 0: stem and pos_embed; block or merge i of the official list: i + 1; norm and head: the last."""
     model = timm.create_model('fast_itpn_base', num_classes=10, device='meta')
-    scale = {}
-    for group in create_optimizer_v2(model, opt='adamw', weight_decay=0.05, layer_decay=0.9).param_groups:
-        for name, parameter in model.named_parameters():
-            if any(parameter is p for p in group['params']):
-                scale[name] = (group['lr_scale'], group['weight_decay'])
+    scale = optimizer_scales(model, layer_decay=0.9)
     last = 3 + 1 + 3 + 1 + 24 + 1
     layers = {
         'patch_embed.proj.weight': 0,

@@ -67,18 +67,16 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     """
     target = model.state_dict()
     _check_architecture(state_dict, target)
-    in_file = set(state_dict)
+    old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
+    new_grid = model.patch_embed.grid_size
+    state_dict = {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
     state_dict = _fit_head(state_dict, target)
     state_dict = _fit_pyramid(state_dict, target, model.pyramid_init)
     unknown = [key for key in state_dict if key not in target and key not in CLASSIFIER]
     missing = [key for key in target if key not in state_dict and key not in CLASSIFIER]
     if unknown or missing:
         raise ValueError(_mismatch(unknown, missing))
-    old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
-    new_grid = model.patch_embed.grid_size
-    return {
-        key: _resampled(key, value, old_grid, new_grid) if key in in_file else value
-        for key, value in state_dict.items()}
+    return state_dict
 
 
 def _fit_head(state_dict: StateDict, target: StateDict) -> StateDict:
