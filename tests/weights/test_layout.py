@@ -4,7 +4,20 @@ import pytest
 import timm
 import torch
 
-from timm_itpn.weights.layout import FAST_ITPN, ITPN, is_official, key_table, native_family, official_to_native
+from timm_itpn.weights.layout import (
+    FAST_ITPN,
+    ITPN,
+    PRETRAIN,
+    is_native,
+    is_official,
+    key_table,
+    native_depths,
+    native_layout,
+    native_pyramid_depth,
+    native_to_official,
+    official_to_native,
+    pretraining_part,
+)
 
 CASES = {  # golden: model with the same parameters, table
     'fast_itpn_tiny': ('fast_itpn_tiny', (FAST_ITPN, (1, 1, 12))),
@@ -15,7 +28,7 @@ CASES = {  # golden: model with the same parameters, table
     'itpn_large_pixel': ('itpn_large', (ITPN, (2, 2, 40))),
     'hivit_base': ('hivit_base', (ITPN, (4, 4, 20))),
 }
-PRETRAINING = {  # golden: table, parts left out
+PRETRAINING = {  # golden: table, parts of pre-training
     'fast_itpn_tiny_mim': ((FAST_ITPN, (1, 1, 12), 1), ('mask token', 'decoder', 'teacher head')),
     'fast_itpn_base_mim': ((FAST_ITPN, (3, 3, 24), 1), ('mask token', 'decoder', 'teacher head')),
     'itpn_base_pyramid': ((ITPN, (3, 3, 24), 1), ()),
@@ -44,16 +57,44 @@ def test_table_pairs_every_official_key_with_every_native_one(name):
 
 
 @pytest.mark.parametrize('name', PRETRAINING)
-def test_pretraining_file_gives_backbone_and_pyramid_and_says_what_is_left_out(name, caplog):
+def test_pretraining_file_gives_backbone_pyramid_and_the_rest_by_its_own_name(name):
     args, parts = PRETRAINING[name]
-    with caplog.at_level('INFO'):
-        native = official_to_native(on_meta(name))
+    official = on_meta(name)
+    native = official_to_native(official)
+    rest = {key.removeprefix(PRETRAIN) for key in native if key.startswith(PRETRAIN)}
+    assert rest <= set(official)
+    assert {pretraining_part(key, args[0]) for key in rest} == set(parts)
     wanted = {key for key in key_table(*args) if not key.startswith('head.')}
-    assert set(native) <= wanted and all(key.endswith(OPTIONAL) for key in wanted - set(native))
-    for part in parts:
-        assert part in caplog.text
-    assert bool(parts) == ('Left out' in caplog.text)
-    assert native_family(native) == args[0].family
+    found = {key for key in native if not key.startswith(PRETRAIN)}
+    assert found <= wanted and all(key.endswith(OPTIONAL) for key in wanted - found)
+    assert (native_layout(native), native_depths(native), native_pyramid_depth(native)) == (
+        args if len(args) == 3 else (*args, 0))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'fast_itpn_tiny_mim', 'itpn_base_mae', 'itpn_base_clip_distill'])
+def test_there_and_back_is_the_same_to_the_bit(name, dtype):
+    official = golden.official_state_dict(golden.load(name), dtype)
+    native = official_to_native(official)
+    back = native_to_official(native)
+    assert is_native(native) and not is_official(native) and is_official(back)
+    assert set(back) == set(official)
+    for key, value in official.items():
+        assert back[key].dtype == dtype and torch.equal(back[key], value), key
+
+
+@pytest.mark.parametrize('name', [*CASES, *PRETRAINING])
+def test_shapes_come_back(name):
+    official = on_meta(name)
+    back = native_to_official(official_to_native(official))
+    assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in official.items()}
+
+
+def test_unknown_native_keys_are_listed():
+    native = official_to_native(on_meta('fast_itpn_tiny'))
+    native['stages.2.blocks.0.rope'] = torch.empty(1)
+    with pytest.raises(ValueError, match=r'not of a native Fast-iTPN: stages\.2\.blocks\.0\.rope\.'):
+        native_to_official(native)
 
 
 def test_index_buffers_of_official_files_are_dropped():

@@ -22,6 +22,7 @@ from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage
 from ..weights.checkpoint import fit_to_model, to_native
 from ..weights.errors import readable_load_errors
+from ..weights.layout import PRETRAIN, PYRAMID, is_native
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 
 __all__ = ['BaseITPN', 'cfg', 'checkpoint_filter_fn', 'create']
@@ -319,9 +320,12 @@ def load_official_layout(
 ) -> None:
     """Let `model.load_state_dict()` take official files, for the loaders of timm that run no filter.
 
-    `checkpoint_path=` and `--initial-checkpoint` are such loaders. Native state dicts, or parts of one, pass untouched.
+    `checkpoint_path=` and `--initial-checkpoint` are such loaders. Native state dicts, or parts of one, pass untouched;
+    but a pyramid that the model has no place for, and what only pre-training needs, is left out.
     """
-    if prefix or any(key.startswith('stages.') for key in state_dict) or set(state_dict) <= set(model.state_dict()):
+    target = model.state_dict()
+    surplus = any(key.startswith((PYRAMID, PRETRAIN)) and key not in target for key in state_dict)
+    if prefix or (is_native(state_dict) and not surplus) or set(state_dict) <= set(target):
         return
     native = fit_to_model(to_native(state_dict), model)
     if strict and model.num_classes > 0 and 'head.fc.weight' not in native:

@@ -1,7 +1,6 @@
 """From whatever a checkpoint file holds to a state dict that fits a model, with nothing dropped in silence."""
 import logging
 import math
-import re
 from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
@@ -10,41 +9,67 @@ from timm.models import clean_state_dict
 
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.rel_pos_bias import resample_table
-from .layout import is_official, native_family, official_to_native
+from .layout import (
+    PRETRAIN,
+    PYRAMID,
+    is_native,
+    is_official,
+    native_depths,
+    native_layout,
+    native_pyramid_depth,
+    official_to_native,
+    pretraining_part,
+)
 
-__all__ = ['fit_to_model', 'to_native']
+__all__ = ['AVERAGED', 'PLAIN', 'architecture', 'fit_to_model', 'to_native', 'unwrap']
 
 _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, torch.Tensor]
 
-WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')  # averaged weights first, as timm does
+AVERAGED = ('state_dict_ema', 'model_ema')
+PLAIN = ('state_dict', 'model', 'module')
 POS_EMBED = 'stages.2.pos_embed'
 TABLE = '.relative_position_bias_table'
-PYRAMID = 'pyramid.'
 CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
+
+
+def unwrap(checkpoint: Any, wrappers: Tuple[str, ...] = AVERAGED + PLAIN) -> Tuple[StateDict, str]:
+    """Find the state dict in a checkpoint.
+
+    Args:
+        checkpoint: What a file holds.
+        wrappers: Keys that may hold it, the preferred ones first: averaged weights, as timm does.
+
+    Returns:
+        State dict without `module.` before its keys, and the dotted names of what it was in, '' for nothing.
+
+    Raises:
+        ValueError: There is none.
+    """
+    names: List[str] = []
+    state_dict = checkpoint
+    while isinstance(state_dict, dict):
+        inner = next((key for key in wrappers if isinstance(state_dict.get(key), dict)), None)
+        if inner is None:
+            return clean_state_dict(state_dict), '.'.join(names)
+        names.append(inner)
+        state_dict = state_dict[inner]
+    raise ValueError(f'This is not a checkpoint: it holds a {type(state_dict).__name__}, not a dict of tensors.')
 
 
 def to_native(checkpoint: Dict[str, Any]) -> StateDict:
     """Unwrap a checkpoint and convert official names to native ones.
 
     Args:
-        checkpoint: State dict in official or native layout, bare or wrapped (`WRAPPERS`, `module.` before keys).
+        checkpoint: State dict in official or native layout, bare or wrapped.
 
     Raises:
         ValueError: It is not of a model of this package, or has keys of something else; the message lists them.
     """
-    state_dict: Any = checkpoint
-    while isinstance(state_dict, dict):
-        inner = next((key for key in WRAPPERS if isinstance(state_dict.get(key), dict)), None)
-        if inner is None:
-            break
-        state_dict = state_dict[inner]
-    else:
-        raise ValueError(f'This is not a checkpoint: it holds a {type(state_dict).__name__}, not a dict of tensors.')
-    state_dict = clean_state_dict(state_dict)
-    if any(key.startswith('stages.') for key in state_dict):
+    state_dict, _ = unwrap(checkpoint)
+    if is_native(state_dict):
         return state_dict
     if is_official(state_dict):
         return official_to_native(state_dict)
@@ -70,6 +95,7 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
     new_grid = model.patch_embed.grid_size
     state_dict = {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
+    state_dict = _without_pretraining(state_dict)
     state_dict = _fit_head(state_dict, target)
     state_dict = _fit_pyramid(state_dict, target, model.pyramid_init)
     unknown = [key for key in state_dict if key not in target and key not in CLASSIFIER]
@@ -77,6 +103,15 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     if unknown or missing:
         raise ValueError(_mismatch(unknown, missing))
     return state_dict
+
+
+def _without_pretraining(state_dict: StateDict) -> StateDict:
+    left = _starting(PRETRAIN, state_dict)
+    if left:
+        layout = native_layout(state_dict)
+        parts = sorted({pretraining_part(key.removeprefix(PRETRAIN), layout) or 'unknown' for key in left})
+        _logger.info(f'Left out {len(left)} tensors that only pre-training needs ({", ".join(parts)}).')
+    return {key: value for key, value in state_dict.items() if key not in left}
 
 
 def _fit_head(state_dict: StateDict, target: StateDict) -> StateDict:
@@ -119,25 +154,23 @@ def _fit_pyramid(state_dict: StateDict, target: StateDict, pyramid_init: str) ->
 
 
 def _pyramid_sizes(state_dict: StateDict) -> Dict[str, int]:
-    block = re.compile(r'pyramid\.levels\.[01]\.blocks\.(\d+)')
-    depths = [int(match[1]) + 1 for key in state_dict if (match := block.match(key))]
     weight = state_dict.get('pyramid.levels.2.out.mlp.fc1.weight')
     hidden, dim = (0, 0) if weight is None else weight.shape
-    return {'dim': dim, 'depth': max(depths, default=0), 'hidden width': hidden}
+    return {'dim': dim, 'depth': native_pyramid_depth(state_dict), 'hidden width': hidden}
 
 
 def _check_architecture(state_dict: StateDict, target: StateDict) -> None:
-    file, model = _architecture(state_dict), _architecture(target)
+    file, model = architecture(state_dict), architecture(target)
     if file != model:
         raise ValueError(
             f'The checkpoint is of {file}, but the model is of {model}: create the model that fits the file.')
 
 
-def _architecture(state_dict: StateDict) -> str:
-    blocks = {match.groups() for key in state_dict if (match := re.match(r'stages\.(\d)\.blocks\.(\d+)\.', key))}
-    depths = [sum(stage == str(i) for stage, _ in blocks) for i in range(3)]
+def architecture(state_dict: StateDict) -> str:
+    """Family and size of native weights, in words."""
     embed_dim = state_dict[POS_EMBED].shape[-1] if POS_EMBED in state_dict else 0
-    return f'{native_family(state_dict)} with depths {depths} and embed_dim {embed_dim}'
+    depths = list(native_depths(state_dict))
+    return f'{native_layout(state_dict).family} with depths {depths} and embed_dim {embed_dim}'
 
 
 def _mismatch(unknown: List[str], missing: List[str]) -> str:

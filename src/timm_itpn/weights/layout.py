@@ -1,18 +1,22 @@
 """Official and native names of the weights, one table per family.
 
 A table maps a native key to the official keys whose tensors, joined along the first axis, make it. Read one way it
-converts an official file, read the other way it writes one.
+converts an official file, read the other way it writes one. What only pre-training needs keeps its official name, with
+`pretrain.` before it.
 """
-import logging
 import re
-from typing import Any, Dict, List, NamedTuple, Set, Tuple
+from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
 
 import torch
 from einops import rearrange
 
-__all__ = ['FAST_ITPN', 'ITPN', 'Layout', 'is_official', 'key_table', 'native_family', 'official_to_native']
+__all__ = [
+    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'is_native', 'is_official', 'key_table', 'native_depths',
+    'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
+]
 
-_logger = logging.getLogger(__name__)
+PYRAMID = 'pyramid.'
+PRETRAIN = 'pretrain.'
 
 Sources = Tuple[str, ...]
 Table = Dict[str, Sources]
@@ -29,6 +33,7 @@ class Layout(NamedTuple):
         attention_block: A block of stage 3.
         pyramid: The feature pyramid without its blocks.
         pretraining: Parts of a pre-training file that no backbone has, by the start of their names.
+        conv1x1: Native weights of Linear layers that are 1x1 convolutions in official files, a regular expression.
     """
     family: str
     ends: Table
@@ -37,6 +42,7 @@ class Layout(NamedTuple):
     attention_block: Table
     pyramid: Table
     pretraining: Dict[str, str]
+    conv1x1: str
 
 
 def _same_leaves(native: str, official: str) -> Table:
@@ -104,6 +110,7 @@ FAST_ITPN = Layout(
         'decoder_embed.': 'decoder',
         'lm_head.': 'teacher head',
     },
+    conv1x1=r'(stages\.[01]\.blocks|pyramid)\..*(mlp\.fc[12]|align)\.weight',
 )
 
 ITPN = Layout(
@@ -154,6 +161,7 @@ ITPN = Layout(
         'norm_cls.': 'auxiliary branch',
         'lm_cls_head.': 'auxiliary branch',
     },
+    conv1x1=r'(?!)',  # none
 )
 
 
@@ -186,18 +194,41 @@ def key_table(layout: Layout, depths: Tuple[int, int, int], pyramid_depth: int =
     return table
 
 
-def is_official(state_dict: Dict[str, torch.Tensor]) -> bool:
+def is_official(state_dict: Dict[str, Any]) -> bool:
     """True if the keys are those of an official file: one flat list of blocks with two merges among them."""
     return len(_merges(state_dict)) == 2
 
 
-def native_family(state_dict: Dict[str, Any]) -> str:
+def is_native(state_dict: Dict[str, Any]) -> bool:
+    """True if the keys are native ones."""
+    return any(key.startswith('stages.') for key in state_dict)
+
+
+def native_layout(state_dict: Dict[str, Any]) -> Layout:
     """Family of native weights: only the stem of iTPN ends in a norm."""
-    return ITPN.family if 'patch_embed.norm.weight' in state_dict else FAST_ITPN.family
+    return ITPN if 'patch_embed.norm.weight' in state_dict else FAST_ITPN
+
+
+def native_depths(state_dict: Dict[str, Any]) -> Tuple[int, int, int]:
+    """Blocks of stages 1, 2 and 3 in native weights."""
+    first, second, third = (_count(rf'stages\.{stage}\.blocks\.(\d+)\.', state_dict) for stage in range(3))
+    return first, second, third
+
+
+def native_pyramid_depth(state_dict: Dict[str, Any]) -> int:
+    """Blocks in each of the finer levels of the pyramid in native weights, 0 without pyramid."""
+    return _count(r'pyramid\.levels\.[01]\.blocks\.(\d+)\.', state_dict)
+
+
+def pretraining_part(key: str, layout: Layout) -> str:
+    """Name of the part of pre-training that an official key belongs to, '' for none."""
+    return next((part for start, part in layout.pretraining.items() if key.startswith(start)), '')
 
 
 def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Convert official names and shapes to native ones, the pyramid's too; what only pre-training needs stays behind.
+    """Convert official names and shapes to native ones, those of the pyramid and of pre-training too.
+
+    Index buffers of the relative position bias are left out: they follow from the size of its table.
 
     Args:
         state_dict: Official weights, of a classifier or of a whole pre-training model.
@@ -207,42 +238,62 @@ def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
     """
     first, second = _merges(state_dict)
     layout = FAST_ITPN if state_dict[f'blocks.{first}.reduction.weight'].ndim == 4 else ITPN
-    last = max(int(key.split('.')[1]) for key in state_dict if key.startswith('blocks.'))
-    table = key_table(layout, (first, second - first - 1, last - second), _pyramid_depth(state_dict))
+    depths = (first, second - first - 1, _count(r'blocks\.(\d+)\.', state_dict) - second - 1)
+    pyramid_depth = _count(rf'(?:{"|".join(PYRAMID_BLOCKS.values())})\.(\d+)\.', state_dict)
 
     native: Dict[str, torch.Tensor] = {}
-    used: Set[str] = set()
-    for key, sources in table.items():
+    left = {key for key in state_dict if not key.endswith('relative_position_index')}
+    for key, sources in key_table(layout, depths, pyramid_depth).items():
         present = [source for source in sources if source in state_dict]
         if not present:
             continue  # whether the model can do without is for the caller to say
         if len(present) < len(sources):
             missing = ', '.join(sorted(set(sources) - set(present)))
             raise ValueError(f'The checkpoint is incomplete: it has {", ".join(present)}, but not {missing}.')
-        tensors = [_without_kernel_axes(state_dict[source]) for source in sources]
+        tensors = [state_dict[source] for source in sources]
         native[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-        used.update(sources)
+        if re.fullmatch(layout.conv1x1, key) and native[key].shape[2:] == (1, 1):
+            native[key] = rearrange(native[key], 'o i 1 1 -> o i')
+        left.difference_update(sources)
 
-    left = [key for key in state_dict if key not in used and not key.endswith('relative_position_index')]
-    unknown = [key for key in left if not key.startswith(tuple(layout.pretraining))]
+    unknown = sorted(key for key in left if not pretraining_part(key, layout))
     if unknown:
         raise ValueError(f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(unknown)}.')
-    if left:
-        parts = sorted({part for start, part in layout.pretraining.items() if any(k.startswith(start) for k in left)})
-        _logger.info(f'Left out {len(left)} tensors that only pre-training needs ({", ".join(parts)}).')
+    native.update({f'{PRETRAIN}{key}': value for key, value in state_dict.items() if key in left})
     return native
 
 
-def _merges(state_dict: Dict[str, torch.Tensor]) -> List[int]:
+def native_to_official(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Convert native names and shapes to official ones; the reverse of `official_to_native`.
+
+    Args:
+        state_dict: Native weights.
+
+    Raises:
+        ValueError: A key is unknown.
+    """
+    layout = native_layout(state_dict)
+    table = key_table(layout, native_depths(state_dict), native_pyramid_depth(state_dict))
+    unknown = [key for key in state_dict if key not in table and not key.startswith(PRETRAIN)]
+    if unknown:
+        raise ValueError(f'The checkpoint has keys that are not of a native {layout.family}: {", ".join(unknown)}.')
+    official: Dict[str, torch.Tensor] = {}
+    for key, value in state_dict.items():
+        if key.startswith(PRETRAIN):
+            official[key.removeprefix(PRETRAIN)] = value
+            continue
+        if re.fullmatch(layout.conv1x1, key):
+            value = rearrange(value, 'o i -> o i 1 1')
+        official.update(zip(table[key], value.chunk(len(table[key]))))
+    return official
+
+
+def _merges(state_dict: Dict[str, Any]) -> List[int]:
     found = (re.fullmatch(r'blocks\.(\d+)\.reduction\.weight', key) for key in state_dict)
     return sorted(int(match.group(1)) for match in found if match)
 
 
-def _pyramid_depth(state_dict: Dict[str, torch.Tensor]) -> int:
-    starts = tuple(PYRAMID_BLOCKS.values())
-    return max((int(key.split('.')[1]) + 1 for key in state_dict if key.startswith(starts)), default=0)
-
-
-def _without_kernel_axes(tensor: torch.Tensor) -> torch.Tensor:
-    """Official 1x1 convolutions are Linear layers here."""
-    return rearrange(tensor, 'o i 1 1 -> o i') if tensor.shape[2:] == (1, 1) else tensor
+def _count(pattern: str, keys: Iterable[str]) -> int:
+    """One more than the largest number that `pattern` finds at the start of a key."""
+    found = (re.match(pattern, key) for key in keys)
+    return max((int(match.group(1)) + 1 for match in found if match), default=0)
