@@ -14,16 +14,26 @@ os.environ['HF_ENDPOINT'] = _hub.endpoint
 os.environ['HF_HOME'] = tempfile.mkdtemp(prefix='timm_itpn_hf_')
 os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
 os.environ['HF_HUB_ETAG_TIMEOUT'] = '5'
-os.environ.pop('HF_HUB_OFFLINE', None)
+os.environ['HF_HUB_DISABLE_XET'] = '1'  # else new clients upload to Xet storage whatever the Hub answers
+for name in ('HF_HUB_OFFLINE', 'HF_TOKEN', 'HF_TOKEN_PATH', 'HUGGING_FACE_HUB_TOKEN'):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture
 def hub():
     """An empty Hub, for one test."""
-    _hub.repos.clear()
-    _hub.downloads.clear()
-    _hub.truncate = None
+    _hub.clear()
     return _hub
+
+
+@pytest.fixture(scope='session', autouse=True)
+def no_drive():
+    """Google Drive is out of reach, and no test waits for it; those of `drive` start a server of their own."""
+    from timm_itpn.weights import drive
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, 'ENDPOINT', 'http://127.0.0.1:9/download')  # the discard port: nothing listens
+        patch.setattr(drive, 'PAUSES_S', ())
+        yield
 
 
 @pytest.fixture

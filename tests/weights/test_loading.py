@@ -5,17 +5,21 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import time
 
 import golden
 import pytest
 import safetensors.torch
 import timm
 import torch
+from hub_server import Fault
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_itpn.models.fast_itpn import FastITPN, checkpoint_filter_fn
+from timm_itpn.weights.sources import SOURCES, file_name, plain_name, source_of
 
 EXPECTED = golden.load('fast_itpn_tiny')
 REPO, FILE = 'xche32/RELO', 'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt'
@@ -232,7 +236,8 @@ def test_pretrained_downloads_once_and_then_works_offline(hub, pretraining, tmp_
     done = subprocess.run(
         [sys.executable, '-c', offline, str(tmp_path)],
         env={**os.environ, 'HF_HUB_OFFLINE': '1'}, check=True, capture_output=True, text=True)
-    assert f'{REPO}/{FILE} is not in the local cache' in done.stdout and 'dict(file=...)' in done.stdout
+    assert f'{FILE} is not in the local cache, and HF_HUB_OFFLINE forbids to download it' in done.stdout
+    assert re.search('Google Drive: fast_itpn_tiny_1600e_1k.pt could not be downloaded.* HF_HUB_OFFLINE', done.stdout)
     assert hub.downloads == [(REPO, FILE)]
 
 
@@ -255,20 +260,22 @@ def test_missing_on_the_hub_is_said(missing, hub, tmp_path):
         hub_model(cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
 
 
-def test_broken_download_leaves_nothing_behind(hub, pretraining, tmp_path):
+def test_broken_download_leaves_nothing_behind(hub, pretraining, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     content = as_bytes({'model': pretraining})
     hub.commit(REPO, {FILE: content})
-    hub.truncate = len(content) // 2
-    with pytest.raises(RuntimeError, match=f'The download of {REPO}/{FILE} broke off .*: run it again to go on'):
+    hub.faults += [Fault(cut_after=len(content) // 2), *[Fault(cut_after=0)] * 50]  # it is tried again
+    with pytest.raises(RuntimeError, match=f'{FILE} could not be downloaded whole .*: run it again to go on'):
         hub_model(cache_dir=tmp_path)
-    hub.truncate = None
+    hub.faults.clear()
     assert_backbone_of(hub_model(cache_dir=tmp_path), pretraining)
 
 
 def test_truncated_file_on_the_hub_is_named(hub, pretraining, tmp_path):
     hub.commit(REPO, {FILE: as_bytes({'model': pretraining})[:100_000]})
-    with pytest.raises(RuntimeError, match=f'{REPO}/{FILE} is empty, truncated or no weight file'):
+    with pytest.raises(RuntimeError, match=f'Hub {REPO}: {FILE} is truncated or damaged; it was not kept'):
         hub_model(cache_dir=tmp_path)
+    assert not any(path.is_file() and path.stat().st_size > 1000 for path in tmp_path.rglob('*'))
 
 
 def test_hub_repository_of_a_saved_model_loads(hub, classifier, tmp_path):
@@ -279,9 +286,9 @@ def test_hub_repository_of_a_saved_model_loads(hub, classifier, tmp_path):
     assert_golden(timm.create_model('hf-hub:someone/model', pretrained=True, cache_dir=tmp_path / 'cache'))
 
 
-def test_weights_that_no_hub_has_are_pointed_to():
-    with pytest.raises(RuntimeError, match='fast_itpn_small.mim_in1k cannot be down.*drive.google.com.*dict.file='):
-        timm.create_model('fast_itpn_small', pretrained=True)
+def test_weights_that_cannot_be_had_are_pointed_to(tmp_path):
+    with pytest.raises(RuntimeError, match='small.mim_in1k could not be fetched.*drive.google.com.*TIMM_ITPN_WEIGHTS'):
+        timm.create_model('fast_itpn_small', pretrained=True, cache_dir=tmp_path)
     with pytest.raises(RuntimeError, match='itpn_tiny has no published weights: create it without pretrained=True'):
         timm.create_model('itpn_tiny', pretrained=True)
 
@@ -356,7 +363,7 @@ def test_file_without_a_state_dict_is_refused(hub, tmp_path):
     with pytest.raises(RuntimeError, match=r'w\.pt holds no dict of tensors'):
         load(save(torch.zeros(3), tmp_path / 'w.pt'))
     hub.commit(REPO, {FILE: as_bytes([torch.zeros(3)])})
-    with pytest.raises(ValueError, match='not a checkpoint: it holds a list, not a dict of tensors'):
+    with pytest.raises(RuntimeError, match=r'fast_itpn_tiny_1600e_1k\.pt holds no dict of tensors'):
         hub_model(cache_dir=tmp_path)
 
 
@@ -400,17 +407,20 @@ def test_harmless_globals_can_be_allowed(classifier, tmp_path):
 
 
 def test_published_configs_are_complete():
-    hub = {'fast_itpn_tiny', 'fast_itpn_base', 'fast_itpn_large'}
-    names = timm.list_models(module=('fast_itpn', 'itpn'), pretrained=True)
-    assert {name.split('.')[0] for name in names} == hub | {f'{name}_fpn' for name in hub}
+    names = timm.list_models(module=('fast_itpn', 'itpn'), include_tags=True)
+    tagged = {name for name in names if '.' in name}
+    assert set(timm.list_models(module=('fast_itpn', 'itpn'), pretrained=True)) == tagged
+    assert {plain_name(name) for name in tagged} == set(SOURCES)
     for name in names:
         cfg = timm.get_pretrained_cfg(name)
-        assert cfg.hf_hub_id == REPO and cfg.hf_hub_filename.startswith('pretrained/itpn/fast_itpn_')
-    for name in timm.list_models(module=('fast_itpn', 'itpn'), include_tags=True):
-        cfg = timm.get_pretrained_cfg(name)
         assert (cfg.num_classes in (0, 1000, 21841)) and (cfg.interpolation, cfg.crop_pct) == ('bicubic', 0.875)
-        assert cfg.license == ('mit' if name.startswith('hivit') else 'unknown')
+        assert cfg.license == ('mit' if name.startswith('hivit_base') else 'unknown')
         assert cfg.paper_ids == ('arXiv:2205.14949' if name.startswith('hivit') else 'arXiv:2211.12735')
-        if '.' in name:  # without a tag there are no weights
-            assert cfg.origin_url.startswith('https://drive.google.com/file/d/')
         json.dumps(cfg.to_dict())
+    for name in tagged:
+        cfg, source = timm.get_pretrained_cfg(name), source_of(name)
+        assert (cfg.hf_hub_id or '', cfg.hf_hub_filename or '') == (source.hub_repo, source.hub_path)
+        assert cfg.url == (cfg.origin_url, file_name(name)) and source.drive_id in cfg.origin_url
+        assert source.hub_path.endswith(source.file_name) or not source.hub_path
+    on_hub = {name for name, source in SOURCES.items() if source.hub_repo == REPO}
+    assert on_hub == {f'fast_itpn_{size}.mim_in1k' for size in ('tiny', 'base', 'large')}

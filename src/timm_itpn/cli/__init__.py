@@ -7,9 +7,11 @@ import sys
 from typing import List, Optional
 
 from .. import __version__
-from . import demo, recipe, show
+from . import convert, demo, inspect, push, recipe, show
+from . import list as list_command  # list would hide Python's
+from .table import printable
 
-COMMANDS = (demo, recipe, show)
+COMMANDS = (convert, demo, inspect, list_command, push, recipe, show)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -30,7 +32,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         args.run(args)
     except (OSError, RuntimeError, ValueError) as error:
-        print(f'timm-itpn: {error}', file=sys.stderr)
+        print(f'timm-itpn: {printable(str(error))}', file=sys.stderr)  # it may name keys of a file
         return 1
     except KeyboardInterrupt:
         return 130

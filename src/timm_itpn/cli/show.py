@@ -1,14 +1,11 @@
 """`timm-itpn show`: draw what a model makes of an image, as colours from the principal components of its features."""
 import argparse
-import importlib
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 REQUIRES = ('matplotlib',)
-MODULES = ('fast_itpn', 'itpn')  # of timm's registry
 LONGEST_SIDE = 448  # of an image that is shown at its own size
 PANEL_WIDTH = 2.2  # inches
 
@@ -109,21 +106,26 @@ def image_size(asked: Optional[List[int]], own: Tuple[int, int]) -> Tuple[int, i
         scale = min(1., LONGEST_SIDE / max(own))
         width, height = (max(1, round(side * scale / 16)) * 16 for side in own)
         return height, width
-    if len(asked) > 2:
-        raise ValueError(f'--img-size takes one or two numbers, not {len(asked)}')
-    return asked[0], asked[-1]
+    return square_or_pair(asked)
+
+
+def square_or_pair(sides: List[int]) -> Tuple[int, int]:
+    """Height and width from the numbers of --img-size."""
+    if len(sides) > 2:
+        raise ValueError(f'--img-size takes one or two numbers, not {len(sides)}')
+    return sides[0], sides[-1]
 
 
 def build(args: argparse.Namespace, img_size: Tuple[int, int]) -> Tuple[Any, str]:
     """Create the model; return it, and where its weights are from in words."""
     import timm
-    from timm.models import is_model_in_modules, split_model_name_tag
+    from timm.models import split_model_name_tag
     from timm.utils import random_seed
 
-    importlib.import_module('timm_itpn.models')  # registers them even where TIMM_ITPN_AUTOLOAD=0
+    from ..models.names import check_name  # registers them even where TIMM_ITPN_AUTOLOAD=0
+
+    check_name(args.model)
     name, _ = split_model_name_tag(args.model)
-    if not is_model_in_modules(name, MODULES):
-        raise ValueError(f'there is no model {name!r}; there are: {", ".join(timm.list_models(module=MODULES))}')
     overlay: Dict[str, Any] = {'num_classes': 0}  # as the model's, so that timm loads strictly
     loads = args.pretrained or args.checkpoint is not None
     if args.checkpoint is not None:
@@ -264,9 +266,7 @@ def draw_map(axes: Any, feature_map: FeatureMap, height: int, width: int) -> Non
 
 def save(figure: Any, output: Path) -> None:
     """Write a figure as PNG, all or nothing."""
-    part = output.with_name(f'.{output.name}.{os.getpid()}.part')  # in the same folder: there, os.replace is atomic
-    try:
+    from ..weights.files import replaced
+
+    with replaced(output) as part:
         figure.savefig(part, dpi=120, format='png', bbox_inches='tight')
-        os.replace(part, output)
-    finally:
-        part.unlink(missing_ok=True)

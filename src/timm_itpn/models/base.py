@@ -9,20 +9,23 @@ have the names of timm's other hierarchical models; what is multiplied in one go
 """
 import logging
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClNormMlpClassifierHead, LayerNorm, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 
 from ..layers.patch_embed import StemPatchEmbed
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage
 from ..weights.checkpoint import fit_to_model, to_native
 from ..weights.errors import readable_load_errors
+from ..weights.fetch import fetch
 from ..weights.layout import PRETRAIN, PYRAMID, is_native
+from ..weights.sources import SOURCES, drive_url, file_name
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 
 __all__ = ['BaseITPN', 'cfg', 'checkpoint_filter_fn', 'create']
@@ -353,6 +356,8 @@ def create(model_cls: Type[BaseITPN], variant: str, pretrained: bool = False, **
     feature_cls = kwargs.get('feature_cls', 'getter')
     if has_pyramid and feature_cls not in ('getter', FeatureGetterNet):
         raise ValueError(f"feature_cls {feature_cls!r} cannot see the pyramid: leave it out, or use 'getter'.")
+    if pretrained:
+        kwargs['pretrained_cfg_overlay'] = fetched(variant, **kwargs)
     with readable_load_errors(variant, kwargs) if pretrained else nullcontext():
         return build_model_with_cfg(
             model_cls,
@@ -364,14 +369,52 @@ def create(model_cls: Type[BaseITPN], variant: str, pretrained: bool = False, **
         )
 
 
-def cfg(drive_id: str = '', num_classes: int = 0, **kwargs: Any) -> Dict[str, Any]:
+def fetched(
+        variant: str,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+        **_: Any,
+) -> Optional[Dict[str, Any]]:
+    """Overlay of the pretrained cfg that names the weight file on this machine, fetched if need be.
+
+    If the caller names a place other than the registered one, the overlay comes back as it is: timm looks there.
+    """
+    asked = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    name = f'{variant}.{asked.tag}' if asked.tag else variant
+    registered = get_pretrained_cfg(name)
+    if registered is None or places(asked) != places(registered):
+        return pretrained_cfg_overlay
+    path = fetch(name, cache_dir)
+    return pretrained_cfg_overlay if path is None else {**(pretrained_cfg_overlay or {}), 'file': str(path)}
+
+
+def places(pretrained_cfg: PretrainedCfg) -> List[Any]:
+    """Where a pretrained cfg says that its weights are."""
+    keys = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
+    values = [getattr(pretrained_cfg, key) for key in keys]
+    return [tuple(value) if isinstance(value, list) else value for value in values]  # lists: a pair that was in JSON
+
+
+def cfg(weights: str = '', num_classes: int = 0, **kwargs: Any) -> Dict[str, Any]:
     """Default cfg, as timm calls the description of one weight file.
 
     Args:
-        drive_id: Of the authors' file on Google Drive, '' if there is none.
+        weights: Row of `SOURCES`, '' if nothing is published.
         num_classes: Of the file's classifier, 0 if it has none.
         kwargs: More of timm's `PretrainedCfg`, and what differs.
     """
+    place: Dict[str, Any] = {}
+    if weights:
+        source = SOURCES[weights]
+        place = dict(
+            url=(drive_url(source), file_name(weights)),  # for `fetch`; timm itself does not load from a pair
+            hf_hub_id=source.hub_repo or None,
+            hf_hub_filename=source.hub_path or None,
+            origin_url=drive_url(source),
+            license=source.licence,
+            description=source.contents,
+        )
     return {
         'num_classes': num_classes,
         'input_size': (3, 224, 224),
@@ -384,6 +427,6 @@ def cfg(drive_id: str = '', num_classes: int = 0, **kwargs: Any) -> Dict[str, An
         'first_conv': 'patch_embed.proj',
         'classifier': 'head.fc',
         'license': 'unknown',  # of the weights
-        'origin_url': f'https://drive.google.com/file/d/{drive_id}' if drive_id else None,
+        **place,
         **kwargs,
     }

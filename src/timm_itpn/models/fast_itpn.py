@@ -160,43 +160,25 @@ def _create_fast_itpn(variant: str, pretrained: bool = False, **kwargs) -> FastI
     return create(FastITPN, variant, pretrained, **kwargs)
 
 
-def _cfg(drive_id: str, num_classes: int = 0, **kwargs) -> Dict[str, Any]:
+def _cfg(weights: str, num_classes: int = 0, **kwargs) -> Dict[str, Any]:
     name = 'Fast-iTPN: Integrally Pre-Trained Transformer Pyramid Network with Token Migration'
-    return cfg(drive_id, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
+    return cfg(weights, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
 
-
-# The authors publish on Google Drive (origin_url). xche32/RELO, a tracker by others, re-hosts three of the files.
-_TINY_MIM = _cfg(
-    '1Ze9RkJggxxi58Dl7sqWrf2TNOSnRK4Wi',
-    hf_hub_id='xche32/RELO',
-    hf_hub_filename='pretrained/itpn/fast_itpn_tiny_1600e_1k.pt',
-)
-_SMALL_MIM = _cfg('1Wvk5kQSh8fWQCUwzAp7eaVpmOi3D5_H4')
-_BASE_MIM = _cfg(
-    '1ADXPV95XpWb1ROMCih1n3AD52fGdr8C_',
-    hf_hub_id='xche32/RELO',
-    hf_hub_filename='pretrained/itpn/fast_itpn_base_clipl_e1600.pt',
-)
-_LARGE_MIM = _cfg(
-    '16uybbJ23Fp7lnGNYL5I198glHGhwn_y2',
-    hf_hub_id='xche32/RELO',
-    hf_hub_filename='pretrained/itpn/fast_itpn_large_1600e_1k.pt',
-)
 
 default_cfgs = generate_default_cfgs({
-    'fast_itpn_tiny.mim_in1k': _TINY_MIM,
-    'fast_itpn_small.mim_in1k': _SMALL_MIM,
-    'fast_itpn_base.mim_in1k': _BASE_MIM,
+    'fast_itpn_tiny.mim_in1k': _cfg('fast_itpn_tiny.mim_in1k'),
+    'fast_itpn_small.mim_in1k': _cfg('fast_itpn_small.mim_in1k'),
+    'fast_itpn_base.mim_in1k': _cfg('fast_itpn_base.mim_in1k'),
     'fast_itpn_base.mim_in1k_ft_in21k': _cfg(
-        '1ddGbBm46FiUdNs9HPSepokhuOKhEnBdV',
+        'fast_itpn_base.mim_in1k_ft_in21k',
         num_classes=21841,
         notes=('number of classes assumed, the file has not been seen',),
     ),
-    'fast_itpn_large.mim_in1k': _LARGE_MIM,
-    'fast_itpn_tiny_fpn.mim_in1k': _TINY_MIM,
-    'fast_itpn_small_fpn.mim_in1k': _SMALL_MIM,
-    'fast_itpn_base_fpn.mim_in1k': _BASE_MIM,
-    'fast_itpn_large_fpn.mim_in1k': _LARGE_MIM,
+    'fast_itpn_large.mim_in1k': _cfg('fast_itpn_large.mim_in1k'),
+    'fast_itpn_tiny_fpn.mim_in1k': _cfg('fast_itpn_tiny.mim_in1k'),
+    'fast_itpn_small_fpn.mim_in1k': _cfg('fast_itpn_small.mim_in1k'),
+    'fast_itpn_base_fpn.mim_in1k': _cfg('fast_itpn_base.mim_in1k'),
+    'fast_itpn_large_fpn.mim_in1k': _cfg('fast_itpn_large.mim_in1k'),
 })
 
 

@@ -173,39 +173,34 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs) -> ITPN:
     return create(ITPN, variant, pretrained, **{**TAG_ARGS.get(source.tag, {}), **kwargs})
 
 
-def _cfg(drive_id: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
+def _cfg(weights: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
     name = 'Integrally Pre-Trained Transformer Pyramid Networks'
-    return cfg(drive_id, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
+    return cfg(weights, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
 
 
-def _hivit_cfg(drive_id: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
+def _hivit_cfg(weights: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
     name = 'HiViT: Hierarchical Vision Transformer Meets Masked Image Modeling'
-    return cfg(drive_id, num_classes, license='mit', paper_ids='arXiv:2205.14949', paper_name=name, **kwargs)
+    return cfg(weights, num_classes, paper_ids='arXiv:2205.14949', paper_name=name, **kwargs)
 
 
-# The authors publish on Google Drive only. Tiny and small appear in result tables, without weights.
-_BASE_PIXEL = _cfg('1HxW37BOEhIE9UNgHq0zblK0fTy2-IyzM')
-_BASE_CLIP = _cfg('1H51Zusrvlj8RjcWA7yuUyeqaVhmndSeN')
-_LARGE_PIXEL = _cfg('1TYCaepVflm0xMrQefG5Sj4ityXYbJLFt')
-_LARGE_CLIP = _cfg('1gyyjcdMvAQsz2xC7ei-rEd7G4po2spy4')
-
+# tiny and small appear in result tables, without weights
 default_cfgs = generate_default_cfgs({
     'itpn_tiny': _cfg(num_classes=1000),
     'itpn_small': _cfg(num_classes=1000),
-    'itpn_base.pixel_in1k': _BASE_PIXEL,
-    'itpn_base.clip_in1k': _BASE_CLIP,
-    'itpn_large.pixel_in1k': _LARGE_PIXEL,
-    'itpn_large.clip_in1k': _LARGE_CLIP,
+    'itpn_base.pixel_in1k': _cfg('itpn_base.pixel_in1k'),
+    'itpn_base.clip_in1k': _cfg('itpn_base.clip_in1k'),
+    'itpn_large.pixel_in1k': _cfg('itpn_large.pixel_in1k'),
+    'itpn_large.clip_in1k': _cfg('itpn_large.clip_in1k'),
     'itpn_tiny_fpn': _cfg(num_classes=1000),
     'itpn_small_fpn': _cfg(num_classes=1000),
-    'itpn_base_fpn.pixel_in1k': _BASE_PIXEL,
-    'itpn_base_fpn.clip_in1k': _BASE_CLIP,
-    'itpn_large_fpn.pixel_in1k': _LARGE_PIXEL,
-    'itpn_large_fpn.clip_in1k': _LARGE_CLIP,
+    'itpn_base_fpn.pixel_in1k': _cfg('itpn_base.pixel_in1k'),
+    'itpn_base_fpn.clip_in1k': _cfg('itpn_base.clip_in1k'),
+    'itpn_large_fpn.pixel_in1k': _cfg('itpn_large.pixel_in1k'),
+    'itpn_large_fpn.clip_in1k': _cfg('itpn_large.clip_in1k'),
     'hivit_tiny': _hivit_cfg(num_classes=1000),
     'hivit_small': _hivit_cfg(num_classes=1000),
-    'hivit_base.mae_in1k_ft_in1k': _hivit_cfg('1TVfocCnoJj-SB7to6UQFvrB2205u2Q59', num_classes=1000),
-    'hivit_base.mae_in1k': _hivit_cfg('1VZQz4buhlepZ5akTcEvrA3a_nxsQZ8eQ'),
+    'hivit_base.mae_in1k_ft_in1k': _hivit_cfg('hivit_base.mae_in1k_ft_in1k', num_classes=1000),
+    'hivit_base.mae_in1k': _hivit_cfg('hivit_base.mae_in1k'),
 })
 
 

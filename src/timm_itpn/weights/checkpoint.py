@@ -52,6 +52,8 @@ def unwrap(checkpoint: Any, wrappers: Tuple[str, ...] = AVERAGED + PLAIN) -> Tup
     state_dict = checkpoint
     while isinstance(state_dict, dict):
         inner = next((key for key in wrappers if isinstance(state_dict.get(key), dict)), None)
+        if inner is None and not all(isinstance(key, str) for key in state_dict):
+            raise ValueError('This is not a checkpoint: it holds a dict whose keys are no names.')
         if inner is None:
             return clean_state_dict(state_dict), '.'.join(names)
         names.append(inner)
@@ -69,10 +71,14 @@ def to_native(checkpoint: Dict[str, Any]) -> StateDict:
         ValueError: It is not of a model of this package, or has keys of something else; the message lists them.
     """
     state_dict, _ = unwrap(checkpoint)
-    if is_native(state_dict):
-        return state_dict
-    if is_official(state_dict):
-        return official_to_native(state_dict)
+    if is_native(state_dict) or is_official(state_dict):
+        other = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
+        if other:
+            raise ValueError(f'The checkpoint has entries that are no tensors: {_listed(other)}.')
+        native = state_dict if is_native(state_dict) else official_to_native(state_dict)
+        if POS_EMBED in native and native[POS_EMBED].ndim != 3:
+            raise ValueError(f'The position embedding has {native[POS_EMBED].ndim} dimensions, not 3.')
+        return native
     raise ValueError(
         f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT, its keys are: {_listed(list(state_dict))}.')
 

@@ -1,17 +1,21 @@
 """One clear sentence for each way in which fetching or reading a weight file fails."""
 import contextlib
+import errno
 import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional, Tuple
 
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
 
-__all__ = ['readable_load_errors']
+__all__ = ['hub_failure', 'is_transient', 'readable_file_errors', 'readable_load_errors']
 
+STORAGE_ERRORS = (
+    errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 HTTP_CLIENTS = ('httpx', 'httpx2', 'requests')  # those of old and new versions of huggingface_hub
 
 
@@ -33,22 +37,64 @@ def readable_load_errors(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]
         raise RuntimeError(sentence) from error
 
 
+@contextlib.contextmanager
+def readable_file_errors(path: Path) -> Iterator[None]:
+    """Turn errors of reading a weight file into a RuntimeError that says what is wrong with it."""
+    try:
+        yield
+    except Exception as error:
+        sentence = file_failure(error, str(path))
+        if sentence is None:
+            raise
+        raise RuntimeError(sentence) from error
+
+
+def hub_failure(error: Exception) -> Optional[Tuple[str, str]]:
+    """What went wrong with a download from the Hub, and what to do about it; None for errors of other kinds."""
+    if isinstance(error, LocalEntryNotFoundError):
+        if constants.HF_HUB_OFFLINE:
+            return 'is not in the local cache, and HF_HUB_OFFLINE forbids to download it', 'go online once without it'
+        return 'is not in the local cache and the Hub cannot be reached', 'go online once'
+    if isinstance(error, (EntryNotFoundError, HfHubHTTPError, HFValidationError)):
+        return f'cannot be had from the Hub ({_first_line(error)})', 'check name and revision'
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+        return (
+            f'cannot be stored ({error})',
+            'free space there, or name another folder with HF_HOME or cache_dir=, and run it again')
+    if is_transient(error):
+        return f'could not be downloaded whole ({_first_line(error)})', 'run it again to go on'
+    return None
+
+
+def is_transient(error: Exception) -> bool:
+    """True if a download broke off for a reason that the next try may not meet."""
+    if isinstance(error, HfHubHTTPError):
+        return getattr(error.response, 'status_code', 0) >= 500
+    if isinstance(error, (ConnectionError, TimeoutError)) or 'Consistency check failed' in str(error):
+        return True
+    return type(error).__module__.split('.')[0] in HTTP_CLIENTS
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition('\n')[0] or type(error).__name__
+
+
 def _explain(error: Exception, cfg: Any) -> Optional[str]:
     message = str(error)
-    source = cfg.file or '/'.join(filter(None, (cfg.hf_hub_id, cfg.hf_hub_filename))) or cfg.url or ''
+    source = cfg.file or '/'.join(filter(None, (cfg.hf_hub_id, cfg.hf_hub_filename))) or str(cfg.url or '')
     instead = 'pass a local copy with pretrained_cfg_overlay=dict(file=...)'
     if not source and 'No pretrained weights exist' in message:
         name = f'{cfg.architecture}.{cfg.tag}' if cfg.tag else cfg.architecture
-        if not cfg.origin_url:
-            return f'{name} has no published weights: create it without pretrained=True, or {instead}.'
-        return f'{name} cannot be downloaded automatically: get it from {cfg.origin_url}, then {instead}.'
-    if isinstance(error, LocalEntryNotFoundError):
-        return f'{source} is not in the local cache and the Hub cannot be reached: go online once, or {instead}.'
-    if isinstance(error, (EntryNotFoundError, HfHubHTTPError)):
-        reason = message.splitlines()[0]
-        return f'{source} cannot be had from the Hub ({reason}): check name and revision, or {instead}.'
-    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split('.')[0] in HTTP_CLIENTS:
-        return f'The download of {source} broke off ({message}): run it again to go on, or {instead}.'
+        return f'{name} has no published weights: create it without pretrained=True, or {instead}.'
+    failure = None if cfg.file else hub_failure(error)
+    if failure is not None:
+        return f'{source} {failure[0]}: {failure[1]}, or {instead}.'
+    return file_failure(error, source)
+
+
+def file_failure(error: Exception, source: str) -> Optional[str]:
+    """What is wrong with a weight file, by what its loader raised; None for errors of other kinds."""
+    message = str(error)
     if isinstance(error, AttributeError) and "has no attribute 'items'" in message:
         return f'{source} holds no dict of tensors.'
     if isinstance(error, FileNotFoundError):
@@ -79,6 +125,6 @@ def _raised_by_unpickler(error: Exception) -> bool:
 def _unsafe_globals(error: Exception) -> str:
     """Names of the classes and functions that a pickle wanted, as far as timm and torch tell; '' for other errors."""
     listed = re.search(r'Unsupported globals: (.+?)\. ', str(error))
-    first = re.search(r'Unsupported global: GLOBAL (\S+)', str(error.__cause__))
+    first = re.search(r'Unsupported global: GLOBAL (\S+)', f'{error} {error.__cause__}')
     found = listed or first
     return found[1] if found else ''

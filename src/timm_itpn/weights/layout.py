@@ -17,6 +17,7 @@ __all__ = [
 
 PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
+NUMBER = r'(\d{1,3})'  # of a block; a larger one is an unknown key, not a table of a billion blocks
 
 Sources = Tuple[str, ...]
 Table = Dict[str, Sources]
@@ -211,13 +212,13 @@ def native_layout(state_dict: Dict[str, Any]) -> Layout:
 
 def native_depths(state_dict: Dict[str, Any]) -> Tuple[int, int, int]:
     """Blocks of stages 1, 2 and 3 in native weights."""
-    first, second, third = (_count(rf'stages\.{stage}\.blocks\.(\d+)\.', state_dict) for stage in range(3))
+    first, second, third = (_count(rf'stages\.{stage}\.blocks\.{NUMBER}\.', state_dict) for stage in range(3))
     return first, second, third
 
 
 def native_pyramid_depth(state_dict: Dict[str, Any]) -> int:
     """Blocks in each of the finer levels of the pyramid in native weights, 0 without pyramid."""
-    return _count(r'pyramid\.levels\.[01]\.blocks\.(\d+)\.', state_dict)
+    return _count(rf'pyramid\.levels\.[01]\.blocks\.{NUMBER}\.', state_dict)
 
 
 def pretraining_part(key: str, layout: Layout) -> str:
@@ -238,8 +239,8 @@ def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
     """
     first, second = _merges(state_dict)
     layout = FAST_ITPN if state_dict[f'blocks.{first}.reduction.weight'].ndim == 4 else ITPN
-    depths = (first, second - first - 1, _count(r'blocks\.(\d+)\.', state_dict) - second - 1)
-    pyramid_depth = _count(rf'(?:{"|".join(PYRAMID_BLOCKS.values())})\.(\d+)\.', state_dict)
+    depths = (first, second - first - 1, _count(rf'blocks\.{NUMBER}\.', state_dict) - second - 1)
+    pyramid_depth = _count(rf'(?:{"|".join(PYRAMID_BLOCKS.values())})\.{NUMBER}\.', state_dict)
 
     native: Dict[str, torch.Tensor] = {}
     left = {key for key in state_dict if not key.endswith('relative_position_index')}
@@ -289,7 +290,7 @@ def native_to_official(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
 
 
 def _merges(state_dict: Dict[str, Any]) -> List[int]:
-    found = (re.fullmatch(r'blocks\.(\d+)\.reduction\.weight', key) for key in state_dict)
+    found = (re.fullmatch(rf'blocks\.{NUMBER}\.reduction\.weight', key) for key in state_dict)
     return sorted(int(match.group(1)) for match in found if match)
 
 

@@ -6,7 +6,7 @@ and pyramid are in one file.
 """
 from typing import Dict, NamedTuple, Optional, Tuple
 
-__all__ = ['SOURCES', 'Source', 'drive_url', 'source_of']
+__all__ = ['SOURCES', 'Source', 'drive_url', 'file_name', 'plain_name', 'source_of']
 
 
 class Source(NamedTuple):
@@ -145,9 +145,20 @@ SOURCES: Dict[str, Source] = {
 }
 
 
+def plain_name(name: str) -> str:
+    """Model `arch.tag` without `_fpn`: that has the same file."""
+    arch, dot, tag = name.partition('.')
+    return arch.removesuffix('_fpn') + dot + tag
+
+
 def source_of(name: str) -> Optional[Source]:
     """Row of a model `arch.tag`, with or without `_fpn`; None for one without published weights."""
-    return SOURCES.get(name.replace('_fpn.', '.'))
+    return SOURCES.get(plain_name(name))
+
+
+def file_name(name: str) -> str:
+    """What the published file of a model is called here: the authors' name, `arch.tag.pt` where that is not known."""
+    return SOURCES[plain_name(name)].file_name or f'{plain_name(name)}.pt'
 
 
 def drive_url(source: Source) -> str:

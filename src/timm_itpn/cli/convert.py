@@ -1,0 +1,68 @@
+"""`timm-itpn convert`: an official checkpoint to a folder for timm and the Hugging Face Hub, and back."""
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+from .show import square_or_pair
+
+DTYPES = ('float32', 'float16', 'bfloat16')
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser('convert', help="write timm's Hub folder from a checkpoint, or the reverse")
+    parser.add_argument(
+        'checkpoint', type=Path, metavar='FILE', help='checkpoint in official or native layout, or a converted folder')
+    parser.add_argument(
+        '-o', '--output', type=Path, metavar='DIR', required=True,
+        help='new folder to write; with --reverse a new file')
+    parser.add_argument(
+        '--model', metavar='NAME',
+        help='ARCH.TAG if it is the published file of that name, ARCH for weights of your own, both with or without '
+             '_fpn (default: told from the file)')
+    parser.add_argument('--dtype', choices=DTYPES, help="type of the written weights (default: the file's)")
+    parser.add_argument('--ema', action='store_true', help='take the averaged weights (model_ema, state_dict_ema)')
+    parser.add_argument(
+        '--img-size', type=int, nargs='+', metavar=('H', 'W'),
+        help='height and width, or the side of a square, that a position embedding is for (default: a square)')
+    parser.add_argument(
+        '--verify', action='store_true',
+        help='read what was written again and compare every tensor, and the outputs for a fixed image')
+    parser.add_argument(
+        '--reverse', action='store_true', help='write the official layout, for code that is built on the official one')
+    parser.add_argument('--json', action='store_true', help='print what was read and written as JSON')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.reverse:
+        unused = [option for option in ('model', 'img_size') if getattr(args, option)]
+        if unused:
+            raise ValueError(f'--{unused[0].replace("_", "-")} has no meaning with --reverse: leave it out')
+    import torch
+
+    from ..models.conversion import convert, revert
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    if args.reverse:
+        report = revert(args.checkpoint, args.output, dtype, args.ema, args.verify)
+    else:
+        img_size = square_or_pair(args.img_size) if args.img_size else None
+        report = convert(args.checkpoint, args.output, args.model, dtype, args.ema, img_size, args.verify)
+    print(json.dumps(report, indent=2) if args.json else report['output'])
+    if not args.json:
+        print(summary(report), file=sys.stderr)
+
+
+def summary(report: Dict[str, Any]) -> str:
+    source = report['source']
+    lines = [f'{source["file"]}: {source["layout"]} layout, SHA-256 {source["sha256"]}']
+    if source['wrapper']:
+        lines.append(f'taken from {source["wrapper"]}' + (
+            f', not from {" and ".join(source["others"])}' if source['others'] else ''))
+    lines.append(f'parts: {", ".join(f"{part} {number:,}" for part, number in report["parts"].items())}')
+    if report.get('guessed'):
+        lines.append(f'taken for {report["model"]} by its contents; name another with --model')
+    lines.append('verified' if report['verified'] else 'not verified: do that with --verify')
+    return '\n'.join(lines)

@@ -1,0 +1,129 @@
+"""`timm-itpn inspect`: what is in a checkpoint, told without running its code and without reading its tensors."""
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Tuple
+
+from .table import printable, two_columns
+
+MAX_LINES = 12
+LAYOUTS = {'official': "official, the authors' names", 'native': 'native, the names of this package'}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        'inspect', help='show what is in a checkpoint',
+        description='Show what is in a checkpoint. None of its code is run, so it may be from anyone.')
+    parser.add_argument(
+        'file', type=Path, metavar='FILE', help='weight file of any kind, or a folder that `timm-itpn convert` wrote')
+    parser.add_argument(
+        '--model', metavar='NAME', help='compare with this model, ARCH.TAG or ARCH (default: told from the file)')
+    parser.add_argument('--json', action='store_true', help='print the same as JSON')
+    parser.add_argument(
+        '--record', metavar='NAME',
+        help='keep the SHA-256 as that of the published file of ARCH.TAG: later downloads are checked against it')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.model and args.record and args.model != args.record:
+        raise ValueError('--model and --record name different models: give one of them')
+    name = args.model or args.record
+    if name:
+        from ..models.names import check_name
+
+        check_name(name)
+
+    from ..models.inspection import inspect, record_hash
+
+    facts = inspect(args.file, name)
+    if args.record:
+        facts['recorded_in'] = str(record_hash(facts))
+    print(json.dumps(facts, indent=2) if args.json else table(facts))
+    remark = next_command(args.file, facts)
+    if remark:
+        print(remark, file=sys.stderr)
+
+
+def table(facts: Dict[str, Any]) -> str:
+    rows: List[Tuple[str, List[str]]] = [
+        ('file', [facts['file']]),
+        ('format', [facts['format']]),
+        ('size', [f'{facts["bytes"]:,} bytes']),
+        ('SHA-256', [facts['sha256'], hash_check(facts)]),
+        ('recorded in', [facts['recorded_in']] if 'recorded_in' in facts else []),
+        ('metadata', listed(f'{key}: {value}' for key, value in facts['metadata'].items())),
+        ('classes, functions', globals_found(facts)),
+        ('weights', [f'under {facts["wrapper"]}'] if facts['wrapper'] else []),
+        ('besides', listed(f'{name}: {value}' for name, value in facts['others'].items())),
+        ('tensors', [f'{facts["num_tensors"]:,} with {facts["num_values"]:,} values']),
+        ('dtypes', [f'{dtype}: {number:,} tensors' for dtype, number in facts['dtypes'].items()]),
+    ]
+    if not facts['network']:
+        rows.append(('first keys', facts['first_keys']))
+    rows += network(facts)
+    return two_columns((name, [printable(line) for line in lines]) for name, lines in rows)
+
+
+def network(facts: Dict[str, Any]) -> List[Tuple[str, List[str]]]:
+    """What the weights are to this package, as rows."""
+    rows = [('layout', [LAYOUTS[facts['layout']]] if facts['layout'] else [])]
+    found = facts['network']
+    if found:
+        side = found['num_tokens'] ** 0.5
+        grid = f'{side:.0f} x {side:.0f}' if side.is_integer() else 'no square'
+        rows += [
+            ('network', [f'{found["family"]}, embed_dim {found["embed_dim"]}, depths {list(found["depths"])}']),
+            ('input', [f'{found["in_chans"]} channels, position embedding of {found["num_tokens"]} tokens ({grid})']),
+            ('classes', [str(found['num_classes'] or 'no classifier')]),
+            ('parts', [f'{part}: {number:,} values' for part, number in facts['parts'].items()]),
+        ]
+        fitting = [f'{model["name"]}{told(model["args"])}' for model in facts['models'] if model['fits']]
+        rows.append(('fits', fitting or ['no model of this package']))
+    unfit = [f'{model["name"]}: {model["problem"]}' for model in facts['models'] if not model['fits']]
+    problem = [facts['problem']] if facts['problem'] else []
+    return [*rows, ('does not fit', unfit), ('problem', problem), ('notes', facts['notes'])]
+
+
+def told(args: Dict[str, Any]) -> str:
+    """What a model is created with."""
+    return ' with ' + ', '.join(f'{key}={value}' for key, value in args.items()) if args else ''
+
+
+def hash_check(facts: Dict[str, Any]) -> str:
+    """Whether the file is a published one, as a sentence."""
+    check, model = facts['published'], facts['model']
+    subject = f'says that it was converted from {check["sha256"]}, which ' if check['by_metadata'] else ''
+    if check['known_as']:
+        return f'{subject}is the known SHA-256 of {" and ".join(check["known_as"])}'
+    if check['expected']:
+        return f'{subject}is not the known one of {model}, {check["expected"]}'
+    return f'{subject}was not checked: no SHA-256 is known' + (f' of {model}' if model else '')
+
+
+def globals_found(facts: Dict[str, Any]) -> List[str]:
+    lines = listed(facts['globals'])
+    return [*lines, '(none was run; loaders refuse those that torch does not know as harmless)'] if lines else []
+
+
+def listed(lines: Iterable[str]) -> List[str]:
+    found = list(lines)
+    more = len(found) - MAX_LINES
+    return found if more <= 0 else [*found[:MAX_LINES], f'and {more:,} more']
+
+
+def next_command(path: Path, facts: Dict[str, Any]) -> str:
+    """What to do next, '' if there is nothing."""
+    fitting = [model['name'] for model in facts['models'] if model['fits']]
+    name = facts['model']
+    if path.is_dir() and fitting:
+        return f"load it with: timm.create_model('local-dir:{path}', pretrained=True)"
+    if name not in fitting:
+        return f'choose a model with --model: {" or ".join(fitting)}' if fitting and not name else ''
+    lines = [f'convert it with: {shlex.join(["timm-itpn", "convert", str(path), "--model", name, "-o", name])}']
+    if not facts['published']['why_not'] and facts['published']['expected'] is None:
+        command = shlex.join(['timm-itpn', 'inspect', str(path), '--record', name])
+        lines.append(f'if it is the published file, keep its SHA-256 with: {command}')
+    return '\n'.join(lines)

@@ -1,0 +1,78 @@
+"""`timm-itpn list`: the models and their published weights: where they are, and what is on this machine."""
+import argparse
+import json
+import sys
+from typing import Any, Dict, List
+
+from .table import columns
+
+HEADER = ('name', 'classes', 'params', 'input', 'weights', 'bytes', 'cached', 'SHA-256', 'licence')
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser('list', help='list the models, and where the weights of each are')
+    parser.add_argument('filter', nargs='?', default='', metavar='FILTER', help="name or wildcards, such as '*_fpn'")
+    parser.add_argument('--json', action='store_true', help='print all that is known as JSON')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    import timm
+
+    from ..models.names import MODULES  # its package registers them even where TIMM_ITPN_AUTOLOAD=0
+
+    names = timm.list_models(args.filter, module=MODULES, include_tags=True)
+    if not names:
+        raise ValueError(f'no model is named {args.filter!r}: list them all with: timm-itpn list')
+    models = [facts(name) for name in names]
+    if args.json:
+        print(json.dumps(models, indent=2))
+        return
+    print(columns(HEADER, [row(model) for model in models]))
+    print(
+        'params are with as many classes as the row says (0: no classifier); those of _fpn models are without the '
+        'pyramid, which features_only=True adds', file=sys.stderr)
+
+
+def facts(name: str) -> Dict[str, Any]:
+    """What is known of a model `arch.tag`, or `arch` without published weights."""
+    import timm
+
+    from ..weights.fetch import cached
+    from ..weights.records import expected_sha256
+    from ..weights.sources import drive_url, source_of
+
+    model: Any = timm.create_model(name, device='meta')
+    source, file = source_of(name), cached(name)
+    return {
+        'name': name,
+        'num_classes': model.num_classes,
+        'num_params': sum(parameter.numel() for parameter in model.parameters()),
+        'input_size': list(model.pretrained_cfg['input_size']),
+        'cached': None if file is None else str(file),
+        'sha256': expected_sha256(name),
+        'licence': model.pretrained_cfg['license'],
+        'contents': source.contents if source else None,
+        'file_name': source.file_name or None if source else None,
+        'hub_repo': source.hub_repo or None if source else None,
+        'hub_path': source.hub_path or None if source else None,
+        'drive_url': drive_url(source) if source else None,
+        'bytes': source.size if source else None,
+        'known_from': source.known_from if source else None,
+        'figures': list(source.figures) if source else [],
+    }
+
+
+def row(model: Dict[str, Any]) -> List[Any]:
+    weights = f'Hub {model["hub_repo"]}' if model['hub_repo'] else 'Google Drive' if model['drive_url'] else 'none'
+    return [
+        model['name'],
+        model['num_classes'],
+        model['num_params'],
+        ' x '.join(map(str, model['input_size'])),
+        weights,
+        '' if model['bytes'] is None else model['bytes'],
+        'yes' if model['cached'] else 'no',
+        'known' if model['sha256'] else 'unknown' if model['drive_url'] else '',
+        model['licence'],
+    ]

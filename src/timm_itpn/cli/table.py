@@ -1,0 +1,31 @@
+"""Tables for the terminal, and text from files that may hold anything."""
+from typing import Any, Iterable, List, Sequence, Tuple
+
+__all__ = ['columns', 'printable', 'two_columns']
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """Text with escapes in place of what a terminal would obey, such as control characters, and cut if it is long."""
+    cut = text if len(text) <= most else f'{text[:most]}...'
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii') for char in cut)
+
+
+def two_columns(rows: Iterable[Tuple[str, Sequence[str]]]) -> str:
+    """Names, each with the lines that belong to it; those without lines are left out."""
+    shown = [(name, lines) for name, lines in rows if lines]
+    width = max(len(name) for name, _ in shown)
+    return '\n'.join(
+        f'{"" if i else name:<{width}}  {line}' for name, lines in shown for i, line in enumerate(lines))
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A header over rows; numbers are set to the right."""
+    texts: List[List[str]] = [list(header)]
+    texts += [[f'{value:,}' if isinstance(value, int) else str(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    numeric = [any(isinstance(value, int) for value in column) for column in zip(*rows)]
+    return '\n'.join(
+        '  '.join(
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numeric)).rstrip()
+        for line in texts)

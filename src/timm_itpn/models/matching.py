@@ -1,0 +1,105 @@
+"""Which registered model takes given weights, and with which arguments."""
+from typing import Any, Dict, List, Optional, Tuple
+
+import timm
+import torch
+
+from ..weights.checkpoint import CLASSIFIER, fit_to_model
+from ..weights.describe import Description, describe
+from ..weights.sources import plain_name
+from .names import MODULES, check_name
+
+__all__ = ['choose_model', 'matching_models', 'model_args']
+
+OWN = dict(  # pretrained cfg of weights that are nobody's published ones
+    tag='', url=None, hf_hub_id=None, hf_hub_filename=None, origin_url=None, description=None, notes=None)
+
+
+def matching_models(weights: Description) -> List[str]:
+    """Registered models that weights may be of: `arch.tag` where they are as those of the tag, else `arch`."""
+    names = []
+    for arch in timm.list_models(module=MODULES, exclude_filters='*_fpn'):
+        if arch.startswith('hivit') and (weights.pyramid_dim or weights.layer_scale):
+            continue
+        default = describe(timm.create_model(arch, device='meta').state_dict())
+        if (default.family, default.embed_dim, default.depths) == (weights.family, weights.embed_dim, weights.depths):
+            tags = [n for n in timm.list_models(module=MODULES, include_tags=True) if n.startswith(f'{arch}.')]
+            names += [name for name in tags if _is_as_tag(weights, name)] or [arch]
+    return names
+
+
+def choose_model(weights: Description) -> str:
+    """The one registered model that weights are of.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    names = matching_models(weights)
+    if len(names) == 1:
+        return names[0]
+    what = f'{weights.family} with depths {list(weights.depths)} and embed_dim {weights.embed_dim}'
+    if not names:
+        raise ValueError(f'The checkpoint is of {what}, which no registered model is.')
+    raise ValueError(f'The checkpoint is of {what}, which {" and ".join(names)} are: choose one with --model.')
+
+
+def model_args(
+        name: str,
+        native: Dict[str, torch.Tensor],
+        weights: Description,
+        img_size: Optional[Tuple[int, int]],
+) -> Dict[str, Any]:
+    """Arguments of the model that holds the weights.
+
+    Raises:
+        ValueError: It cannot hold them; the message says what differs.
+    """
+    check_name(name)
+    height, width = img_size or (0, 0)
+    if img_size and (height // 16) * (width // 16) != weights.num_tokens:
+        raise ValueError(
+            f'The position embedding has {weights.num_tokens} tokens, but {height} x {width} pixels are '
+            f'{height // 16} x {width // 16}: correct --img-size.')
+    if weights.num_classes and not all(key in native for key in CLASSIFIER):
+        raise ValueError(f'The checkpoint is incomplete: of {" and ".join(CLASSIFIER)} it has one only.')
+    if name.partition('.')[0].endswith('_fpn') and not weights.pyramid_dim:
+        raise ValueError(
+            f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
+    args = dict(num_classes=weights.num_classes, **_args(name, weights, img_size), **_cfg_args(name))
+    model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
+    target = model.state_dict()
+    for key, value in fit_to_model(native, model).items():
+        if value.shape != target[key].shape:
+            raise ValueError(
+                f'{key} is {tuple(value.shape)} in the checkpoint, but {tuple(target[key].shape)} in {name}: choose '
+                'another model with --model.')
+    return args
+
+
+def _is_as_tag(weights: Description, name: str) -> bool:
+    num_classes = timm.get_pretrained_cfg(name).num_classes
+    return num_classes == weights.num_classes and weights.pretraining == (num_classes == 0) and not _args(name, weights)
+
+
+def _args(name: str, weights: Description, img_size: Optional[Tuple[int, int]] = None) -> Dict[str, Any]:
+    """What a model needs to be told, beside its number of classes, to hold the weights."""
+    model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **_cfg_args(name))
+    default = describe(model.state_dict())
+    args: Dict[str, Any] = {}
+    height, width = img_size or tuple(16 * side for side in weights.grid_size)
+    if model.patch_embed.img_size != (height, width):
+        args['img_size'] = (height, width)
+    if weights.in_chans != default.in_chans:
+        args['in_chans'] = weights.in_chans
+    if weights.layer_scale != default.layer_scale:
+        args['init_values'] = 0.1 if weights.layer_scale else 0.
+    if weights.rel_pos_bias != default.rel_pos_bias and not weights.pretraining:  # pixel pre-training has none yet
+        args['rel_pos_bias'] = weights.rel_pos_bias
+    for key in ('pyramid_dim', 'pyramid_depth'):
+        if getattr(weights, key) != getattr(default, key):
+            args[key] = getattr(weights, key)
+    return args
+
+
+def _cfg_args(name: str) -> Dict[str, Any]:
+    return {} if '.' in name else dict(pretrained_cfg_overlay=OWN)

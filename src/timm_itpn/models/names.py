@@ -1,0 +1,15 @@
+"""The names of this package's models in timm's registry."""
+import timm
+from timm.models import is_model_in_modules
+
+__all__ = ['MODULES', 'check_name']
+
+MODULES = ('fast_itpn', 'itpn')  # timm.list_models(module=MODULES)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name, `arch` or `arch.tag`, that is of no model of this package."""
+    known = timm.list_models(module=MODULES, include_tags='.' in name)
+    alias = '.' not in name and is_model_in_modules(name, MODULES)  # the authors' names are not listed
+    if name not in known and not alias:
+        raise ValueError(f'there is no model {name!r}; there are: {", ".join(known)}')

@@ -1,0 +1,152 @@
+"""From the name of a pretrained model to its weight file on this machine.
+
+The places are tried in this order; what a place cannot give, and why, goes to the log, and into the error if none can:
+  1. the folder TIMM_ITPN_WEIGHTS, with official or converted files;
+  2. repositories `arch.tag` of TIMM_ITPN_HUB, a user or organisation of the Hub, as `timm-itpn push` makes them;
+  3. the published copy on the Hub;
+  4. the authors' file on Google Drive.
+
+What is downloaded is checked: it is whole, and has the known hash if there is one.
+"""
+import logging
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Callable, List, Optional, Tuple, Union
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from torch.hub import get_dir
+
+from .. import __version__
+from . import drive
+from .errors import hub_failure, is_transient
+from .integrity import sha256_of, why_no_weight_file
+from .records import expected_sha256
+from .sources import file_name, plain_name, source_of
+
+__all__ = ['cached', 'fetch']
+
+_logger = logging.getLogger(__name__)
+
+PAUSES_S = (1., 4.)
+HUB_FILE = 'model.safetensors'
+Folder = Optional[Union[str, Path]]
+
+
+def fetch(name: str, cache_dir: Folder = None) -> Optional[Path]:
+    """Find or download the weights of a model.
+
+    Args:
+        name: Registered name `arch.tag`, or `arch` of a model without published weights.
+        cache_dir: Where downloads are kept, None for the usual caches of the Hub and of PyTorch.
+
+    Returns:
+        The file, None if there is no place to look.
+
+    Raises:
+        RuntimeError: No place has it; the message says why for each, and what to do.
+    """
+    reasons = []
+    for place, get in _places(name, cache_dir):
+        try:
+            path = get()
+        except RuntimeError as error:
+            reasons.append(f'{place}: {error}')
+            _logger.warning(f'{name} not from {place}: {error}')
+            continue
+        if path is not None:
+            _logger.info(f'{name} from {place}: {path}')
+            return path
+        _logger.info(f'{name} is not in {place}')
+    if reasons:
+        raise RuntimeError(f'{name} could not be fetched. {" ".join(reasons)}')
+    return None
+
+
+def cached(name: str, cache_dir: Folder = None) -> Optional[Path]:
+    """The file that `fetch` would give without a download; None if it would have to download, or has no place."""
+    source = source_of(name)
+    folder, owner = os.environ.get('TIMM_ITPN_WEIGHTS'), os.environ.get('TIMM_ITPN_HUB')
+    in_folder = _in_folder(Path(folder), name) if folder else None
+    if in_folder:
+        return in_folder
+    on_hub = [(f'{owner}/{plain_name(name)}', HUB_FILE)] if owner else []
+    if source and source.hub_repo:
+        on_hub.append((source.hub_repo, source.hub_path))
+    for repo, path in on_hub:
+        found = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
+        if isinstance(found, str):
+            return Path(found)
+    on_drive = _drive_target(name, cache_dir) if source else None
+    return on_drive if on_drive and on_drive.exists() else None
+
+
+def _places(name: str, cache_dir: Folder) -> List[Tuple[str, Callable[[], Optional[Path]]]]:
+    places: List[Tuple[str, Callable[[], Optional[Path]]]] = []
+    folder, owner, source = os.environ.get('TIMM_ITPN_WEIGHTS'), os.environ.get('TIMM_ITPN_HUB'), source_of(name)
+    if folder:
+        if not Path(folder).is_dir():
+            raise RuntimeError(f'TIMM_ITPN_WEIGHTS={folder} is no folder: correct or unset it.')
+        places.append((f'TIMM_ITPN_WEIGHTS={folder}', partial(_in_folder, Path(folder), name)))
+    if owner:
+        repo = f'{owner}/{plain_name(name)}'
+        places.append((f'Hub {repo}', partial(_from_hub, repo, HUB_FILE, None, cache_dir)))
+    if source:
+        sha256 = expected_sha256(name)
+        if source.hub_repo:
+            get = partial(_from_hub, source.hub_repo, source.hub_path, sha256, cache_dir)
+            places.append((f'Hub {source.hub_repo}', get))
+        places.append((
+            'Google Drive', lambda: drive.download(source.drive_id, _drive_target(name, cache_dir), sha256=sha256)))
+    return places
+
+
+def _in_folder(folder: Path, name: str) -> Optional[Path]:
+    """A converted file or folder by the model's name, or an official file by its own."""
+    names = [f'{each}{end}' for each in (name, plain_name(name)) for end in ('.safetensors', f'/{HUB_FILE}')]
+    if source_of(name):
+        names.append(file_name(name))
+    return next((folder / each for each in names if (folder / each).is_file()), None)
+
+
+def _from_hub(repo: str, path: str, sha256: Optional[str], cache_dir: Folder) -> Path:
+    before = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
+    wrong = ''
+    for force in (False, True):  # from the start if what came is wrong: an old client may have put pieces together
+        try:
+            file = _downloaded(repo, path, cache_dir, force)
+        except Exception as error:
+            failure = hub_failure(error)
+            if failure is None:
+                raise
+            raise RuntimeError(f'{path} {failure[0]}: {failure[1]}.') from error
+        wrong = '' if str(file) == before else why_no_weight_file(file)
+        if not wrong and sha256 and sha256_of(file) != sha256:
+            wrong = f'another file than expected: its SHA-256 is {sha256_of(file)}, not {sha256}'
+        if not wrong:
+            return file
+        blob = file.resolve()  # the Hub's cache holds the bytes once, and links to them
+        file.unlink()
+        blob.unlink(missing_ok=True)
+    raise RuntimeError(f'{path} is {wrong}; it was not kept.')
+
+
+def _downloaded(repo: str, path: str, cache_dir: Folder, force: bool) -> Path:
+    """Download with the Hub's client, and again after a pause if it broke off; the client goes on where it was."""
+    download = partial(
+        hf_hub_download, repo, path, cache_dir=cache_dir, force_download=force, library_name='timm-itpn',
+        library_version=__version__)
+    for pause_s in PAUSES_S:
+        try:
+            return Path(download())
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            time.sleep(pause_s)
+    return Path(download())
+
+
+def _drive_target(name: str, cache_dir: Folder) -> Path:
+    folder = Path(cache_dir) if cache_dir else Path(get_dir()) / 'checkpoints'  # where timm keeps downloads by URL
+    return folder / file_name(name)

@@ -1,0 +1,103 @@
+"""`timm-itpn convert` as a command: what it prints, how it exits, and what is left when it is interrupted."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import golden
+import pytest
+import timm
+import torch
+
+from timm_itpn.cli import main
+from timm_itpn.models import conversion
+from timm_itpn.weights.integrity import sha256_of
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+MIM = golden.load('fast_itpn_tiny_mim')
+
+
+@pytest.fixture(scope='module')
+def pretraining(tmp_path_factory):
+    path = tmp_path_factory.mktemp('official') / 'w.pt'
+    weights = golden.official_state_dict(MIM, torch.float16)
+    torch.save({'model': weights, 'model_ema': weights, 'epoch': 3}, path)
+    return path
+
+
+def convert(*args):
+    return main(['convert', *map(str, args)])
+
+
+def test_path_goes_to_stdout_and_what_was_seen_to_stderr(pretraining, tmp_path, capsys):
+    assert convert(pretraining, '-o', tmp_path / 'out') == 0
+    captured = capsys.readouterr()
+    assert captured.out == f'{tmp_path / "out"}\n'
+    for part in (
+            f'w.pt: official layout, SHA-256 {sha256_of(pretraining)}', 'taken from model, not from model_ema',
+            'pyramid 2,583,890', 'taken for fast_itpn_tiny.mim_in1k by its contents; name another with --model',
+            'not verified: do that with --verify'):
+        assert part in captured.err, part
+
+
+def test_json_is_all_that_goes_to_stdout(pretraining, tmp_path, capsys):
+    output = tmp_path / 'out'
+    assert convert(pretraining, '--model', 'fast_itpn_tiny_fpn.mim_in1k', '-o', output, '--verify', '--json') == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert captured.err == ''
+    assert report['model'] == 'fast_itpn_tiny_fpn.mim_in1k' and not report['guessed'] and report['verified']
+    assert report['source']['sha256'] == sha256_of(pretraining) and report['source']['others'] == ['model_ema']
+    assert sum(report['parts'].values()) == MIM['params'] and report['output'] == str(output)
+    assert convert(output, '--reverse', '-o', tmp_path / 'back.pt', '--dtype', 'float32', '--verify', '--json') == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report['sha256'] == sha256_of(tmp_path / 'back.pt') and report['dtypes'] == ['float32']
+
+
+@pytest.mark.parametrize('args, message', [
+    (['absent.pt', '-o', 'out'], 'absent.pt does not exist'),
+    (['w.pt', '-o', '.'], '. exists already: name another folder, or remove it'),
+    (['w.pt', '-o', 'out', '--model', 'resnet50'], "there is no model 'resnet50'; there are: fast_itpn_base"),
+    (['w.pt', '-o', 'out', '--model', 'itpn_base.no'], '; there are: fast_itpn_base.mim_in1k, '),
+    (['w.pt', '-o', 'out', '--img-size', '1', '2', '3'], '--img-size takes one or two numbers, not 3'),
+    (['w.pt', '-o', 'out', '--img-size', '224', '240'], 'has 196 tokens, but 224 x 240 pixels are 14 x 15'),
+    (['w.pt', '-o', 'out', '--reverse'], 'is in official layout already'),
+    (['w.pt', '-o', 'out', '--reverse', '--model', 'fast_itpn_tiny'], '--model has no meaning with --reverse'),
+    (['.', '-o', 'out'], 'model.safetensors does not exist'),
+])
+def test_mistakes_are_one_sentence(args, message, pretraining, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.symlink(pretraining, 'w.pt')
+    assert convert(*args) == 1
+    captured = capsys.readouterr()
+    assert captured.out == '' and captured.err.startswith('timm-itpn: ') and captured.err.count('\n') == 1
+    assert message in captured.err
+    assert os.listdir() == ['w.pt']
+
+
+def test_full_disk_leaves_nothing(pretraining, tmp_path, monkeypatch, capsys):
+    def save_file(tensors, path, metadata):
+        path.write_bytes(b'some')
+        raise OSError(28, 'No space left on device', str(path))
+    monkeypatch.setattr(conversion, 'save_file', save_file)
+    assert convert(pretraining, '-o', tmp_path / 'out') == 1
+    assert 'No space left on device' in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_interrupted_conversion_leaves_nothing(pretraining, tmp_path):
+    """A real Ctrl-C, while the folder is being written."""
+    process = subprocess.Popen(
+        [sys.executable, '-c', 'import sys, timm_itpn.cli; sys.exit(timm_itpn.cli.main(sys.argv[1:]))', 'convert',
+         str(pretraining), '-o', str(tmp_path / 'out'), '--verify'], stderr=subprocess.PIPE, text=True)
+    while not any(tmp_path.iterdir()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert not any(tmp_path.iterdir())
+    assert convert(pretraining, '-o', tmp_path / 'out') == 0
+    assert timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).num_classes == 0

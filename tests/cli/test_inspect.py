@@ -1,0 +1,381 @@
+"""What is in a checkpoint: true for files of this package and of others, harmless for hostile ones."""
+import argparse
+import fractions
+import hashlib
+import json
+import os
+import shlex
+
+import golden
+import pytest
+import safetensors.torch
+import timm
+import torch
+from small import small_model
+
+from timm_itpn.cli import inspect as inspect_command
+from timm_itpn.cli import main
+from timm_itpn.models import inspection
+from timm_itpn.models.conversion import convert
+from timm_itpn.weights import contents
+from timm_itpn.weights.records import expected_sha256, record
+from timm_itpn.weights.sources import SOURCES
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+TINY = 'fast_itpn_tiny.mim_in1k'
+
+
+@pytest.fixture(autouse=True)
+def records(tmp_path, monkeypatch):
+    """An empty record of hashes, in a folder that is the current one."""
+    monkeypatch.setenv('TIMM_ITPN_HASHES', str(tmp_path / 'hashes.json'))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'hashes.json'
+
+
+@pytest.fixture(scope='module')
+def pretraining():
+    return golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float16)
+
+
+def hollow(name):
+    """Official weights with the true shapes; each has one number only, which the file repeats."""
+    return {key: torch.zeros(1).half().expand(shape) for key, shape in golden.load(name)['keys']}
+
+
+def wrapped(weights, **more):
+    """A checkpoint as training scripts save it."""
+    optimizer = {'state': {0: {'exp_avg': torch.zeros(2)}}, 'param_groups': [{'lr': 1e-3}]}
+    return {'model': weights, 'optimizer': optimizer, 'epoch': 3, 'args': argparse.Namespace(lr=1e-3), **more}
+
+
+def inspect(content, capsys, *argv, path='w.pt'):
+    """Facts from the JSON, with the table made of them, and the remark on stderr."""
+    if content is not None:
+        torch.save(content, path)
+    assert main(['inspect', path, *argv, '--json']) == 0
+    captured = capsys.readouterr()
+    assert captured.out.isascii() and captured.err.replace('\n', '').isprintable()
+    facts = json.loads(captured.out)
+    table = inspect_command.table(facts)
+    assert table.replace('\n', '').isprintable()
+    return {**facts, 'table': table + '\n', 'remark': captured.err}
+
+
+def error(capsys, *argv):
+    assert main(['inspect', *argv]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == '' and captured.err.count('\n') == 1
+    return captured.err
+
+
+# files of this package
+
+def test_pretraining_file_is_told_whole(pretraining, capsys):
+    facts = inspect(wrapped(pretraining), capsys)
+    with open('w.pt', 'rb') as file:
+        content = file.read()
+    assert (facts['file'], facts['format'], facts['bytes']) == ('w.pt', 'zip pickle', len(content))
+    assert facts['sha256'] == hashlib.sha256(content).hexdigest()
+    assert facts['wrapper'] == 'model' and facts['layout'] == 'official'
+    assert facts['others'] == {'optimizer': 'dict of 2 (tensors: 1)', 'epoch': '3', 'args': 'argparse.Namespace'}
+    assert facts['globals'] == ['argparse.Namespace'] and '(none was run; ' in facts['table']
+    assert facts['dtypes'] == {'float16': len(pretraining)} and facts['num_tensors'] == len(pretraining)
+    assert facts['num_values'] == sum(facts['parts'].values()) == sum(v.numel() for v in pretraining.values())
+    assert set(facts['parts']) == {
+        'backbone', 'layer scale', 'pyramid', 'mask token', 'decoder', 'teacher head'}
+    assert facts['network'] == dict(
+        family='Fast-iTPN', embed_dim=384, depths=[1, 1, 12], in_chans=3, num_tokens=196, num_classes=0,
+        pretraining=True, layer_scale=True, rel_pos_bias=False, pyramid_dim=256, pyramid_depth=1)
+    assert facts['models'] == [dict(name=TINY, fits=True, args={}, problem='')] and facts['model'] == TINY
+    assert facts['notes'] == [
+        'no classifier: norm and classifier start new',
+        'feature pyramid: the _fpn model takes it, the one without _fpn leaves it out',
+        'for pre-training only, no model takes it: mask token, decoder, teacher head']
+    assert facts['remark'] == (
+        f'convert it with: timm-itpn convert w.pt --model {TINY} -o {TINY}\n'
+        f'if it is the published file, keep its SHA-256 with: timm-itpn inspect w.pt --record {TINY}\n')
+
+
+def test_table_agrees_with_the_json(pretraining, capsys):
+    facts = inspect(wrapped(pretraining), capsys, '--model', 'fast_itpn_small')
+    assert main(['inspect', 'w.pt', '--model', 'fast_itpn_small']) == 0
+    captured = capsys.readouterr()
+    assert captured.out == facts['table'] and captured.err == facts['remark']
+    assert f'{facts["bytes"]:,} bytes\n' in captured.out and f'SHA-256             {facts["sha256"]}\n' in captured.out
+    assert f'tensors             {facts["num_tensors"]:,} with {facts["num_values"]:,} values\n' in captured.out
+    assert f'dtypes              float16: {facts["num_tensors"]:,} tensors\n' in captured.out
+    assert 'network             Fast-iTPN, embed_dim 384, depths [1, 1, 12]\n' in captured.out
+    assert 'input               3 channels, position embedding of 196 tokens (14 x 14)\n' in captured.out
+    for part, number in facts['parts'].items():
+        assert f'{part}: {number:,} values\n' in captured.out
+    fits, fits_not = facts['models']
+    assert f'fits                {fits["name"]}\n' in captured.out
+    assert f'does not fit        {fits_not["name"]}: {fits_not["problem"]}\n' in captured.out
+    assert all(f'  {line}\n' in captured.out for line in [*facts['notes'], *facts['globals']])
+
+
+def test_classifier_is_told_and_command_given_works(capsys):
+    classifier = golden.official_state_dict(golden.load('fast_itpn_tiny'), torch.float16)
+    facts = inspect({'module': {f'module.{key}': value for key, value in classifier.items()}}, capsys)
+    assert facts['wrapper'] == 'module' and facts['network']['num_classes'] == 1000
+    assert facts['models'] == [dict(name='fast_itpn_tiny', fits=True, args={'num_classes': 1000}, problem='')]
+    assert 'fast_itpn_tiny with num_classes=1000\n' in facts['table']
+    assert facts['notes'] == ["no feature pyramid: the _fpn model needs pyramid_init='random'"]
+    assert facts['globals'] == [] and facts['others'] == {}
+    command = facts['remark'].rstrip('\n').partition('convert it with: timm-itpn ')[2]
+    assert main(shlex.split(command)) == 0
+    capsys.readouterr()
+    folder = inspect(None, capsys, path='fast_itpn_tiny')
+    assert folder['model'] == 'fast_itpn_tiny' and folder['layout'] == 'native'
+    assert folder['remark'] == "load it with: timm.create_model('local-dir:fast_itpn_tiny', pretrained=True)\n"
+
+
+@pytest.mark.parametrize(('name', 'model', 'args', 'notes'), [
+    ('itpn_base_mae', 'itpn_base.pixel_in1k', {}, [
+        'no relative position bias: its tables start at zero', 'for pre-training only, no model takes it: mask token']),
+    ('itpn_base_clip', 'itpn_base', {'num_classes': 1000, 'init_values': 0.1}, ['no feature pyramid: the _fpn model']),
+    ('fast_itpn_base_mim', 'fast_itpn_base.mim_in1k', {}, ['feature pyramid: the _fpn model takes it']),
+    ('hivit_base', 'hivit_base.mae_in1k_ft_in1k', {}, []),
+])
+def test_models_of_both_families_are_recognised(name, model, args, notes, capsys):
+    facts = inspect(wrapped(hollow(name)), capsys)
+    assert facts['models'] == [dict(name=model, fits=True, args=args, problem='')]
+    assert all(any(found.startswith(note) for found in facts['notes']) for note in notes)
+
+
+def test_model_with_the_arguments_told_loads_the_file(pretraining, capsys):
+    weights = {key: value for key, value in pretraining.items() if 'gamma' not in key}
+    weights['patch_embed.proj.weight'] = weights['patch_embed.proj.weight'][:, :1]
+    weights['pos_embed'] = weights['pos_embed'][:, :16]
+    facts = inspect({'model': weights}, capsys)
+    model, = facts['models']
+    assert model['args'] == {'img_size': [64, 64], 'in_chans': 1, 'init_values': 0.}
+    loaded = timm.create_model(
+        model['name'], pretrained=True, num_classes=0, **model['args'],
+        pretrained_cfg_overlay=dict(file='w.pt', first_conv=None))
+    assert torch.equal(loaded.stages[2].pos_embed, weights['pos_embed'].float())
+
+
+def test_several_models_are_left_to_the_user(capsys):
+    weights = timm.create_model('itpn_tiny', num_classes=3).state_dict()
+    facts = inspect(weights, capsys)
+    assert [model['name'] for model in facts['models']] == ['hivit_tiny', 'itpn_tiny'] and facts['model'] is None
+    assert facts['layout'] == 'native' and facts['wrapper'] == '' and facts['others'] == {}
+    assert facts['remark'] == 'choose a model with --model: hivit_tiny or itpn_tiny\n'
+    facts = inspect(weights, capsys, '--model', 'itpn_tiny')
+    assert facts['model'] == 'itpn_tiny' and 'timm-itpn convert w.pt --model itpn_tiny -o' in facts['remark']
+
+
+def test_averaged_weights_are_pointed_out(pretraining, capsys):
+    facts = inspect(wrapped(pretraining, model_ema=pretraining), capsys)
+    assert facts['wrapper'] == 'model' and facts['num_tensors'] == len(pretraining)
+    assert facts['others']['model_ema'] == f'dict of {len(pretraining)} (tensors: {len(pretraining)})'
+    assert "averaged weights in model_ema: timm's loaders take those, convert does with --ema" in facts['notes']
+    assert not any('averaged' in note for note in inspect(wrapped(pretraining, model_ema=None), capsys)['notes'])
+
+
+def test_converted_folder_names_its_source(pretraining, capsys, tmp_path):
+    torch.save({'model': pretraining}, 'w.pt')
+    convert(tmp_path / 'w.pt', tmp_path / 'out', TINY)
+    facts = inspect(None, capsys, path='out')
+    source = hashlib.sha256((tmp_path / 'w.pt').read_bytes()).hexdigest()
+    assert facts['format'] == 'safetensors' and facts['file'] == 'out/model.safetensors'
+    assert facts['metadata']['source_sha256'] == source and 'source: w.pt\n' in facts['table']
+    assert f'says that it was converted from {source}, which was not checked: no SHA-256 is known' in facts['table']
+    assert 'not recorded: it is in the layout of this package' in error(capsys, 'out', '--record', TINY)
+    record(TINY, source)
+    assert f'which is the known SHA-256 of {TINY}\n' in inspect(None, capsys, path='out')['table']
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_other_formats_tell_the_same(legacy, pretraining, capsys):
+    first = inspect({'model': pretraining}, capsys)
+    if legacy:
+        torch.save({'model': pretraining}, 'other.pt', _use_new_zipfile_serialization=False)
+    else:
+        safetensors.torch.save_file(pretraining, 'other.pt')
+    other = inspect(None, capsys, path='other.pt')
+    assert other['format'] == ('legacy pickle' if legacy else 'safetensors')
+    for key in ('network', 'parts', 'models', 'dtypes', 'notes'):
+        assert other[key] == first[key]
+
+
+# what does not fit
+
+def test_named_model_that_does_not_fit_is_told(pretraining, capsys):
+    facts = inspect({'model': pretraining}, capsys, '--model', 'fast_itpn_small')
+    assert [(model['name'], model['fits']) for model in facts['models']] == [(TINY, True), ('fast_itpn_small', False)]
+    assert 'depths [1, 1, 12] and embed_dim 384, but the model is of' in facts['models'][1]['problem']
+    assert facts['remark'] == ''
+
+
+@pytest.mark.parametrize(('change', 'problem'), [
+    (lambda w: w.pop('blocks.0.norm2.bias'), 'it lacks stages.0.blocks.0.norm.bias'),
+    (lambda w: w.update(pos_embed=torch.zeros(1, 35, 384)), '35 tokens, which is no square grid'),
+    (lambda w: w.update(pos_embed=torch.zeros(7, 196, 384)), 'stages.2.pos_embed is (7, 196, 384) in the checkpoint'),
+])
+def test_nearly_fitting_weights_are_told(change, problem, capsys):
+    weights = hollow('fast_itpn_tiny_mim')
+    change(weights)
+    facts = inspect({'model': weights}, capsys)
+    model, = facts['models']
+    assert not model['fits'] and problem in model['problem']
+    assert facts['network']['family'] == 'Fast-iTPN' and facts['model'] is None and facts['remark'] == ''
+
+
+@pytest.mark.parametrize(('change', 'problem'), [
+    (lambda w: w.pop('pos_embed'), 'has no stages.2.pos_embed'),
+    (lambda w: w.update(pos_embed=torch.zeros(())), 'The position embedding has 0 dimensions, not 3.'),
+    (lambda w: w.update(surplus=torch.zeros(1)), 'keys that are not of an official Fast-iTPN: surplus'),
+    (lambda w: w.update(epoch=3), 'The checkpoint has entries that are no tensors: epoch.'),
+    (lambda w: w.update({f'blocks.{10 ** 12}.x': torch.zeros(1)}), f'are not of an official Fast-iTPN: blocks.{10 ** 12}.x'),
+])
+def test_broken_weights_are_told(change, problem, capsys):
+    weights = hollow('fast_itpn_tiny_mim')
+    change(weights)
+    facts = inspect({'model': weights}, capsys)
+    assert problem in facts['problem'] and facts['models'] == [] and facts['network'] is None
+
+
+def test_weights_of_own_sizes_fit_no_registered_model(capsys):
+    facts = inspect(small_model('fast_itpn_tiny').state_dict(), capsys)
+    assert facts['models'] == [] and facts['network']['depths'] == [1, 2, 2]
+    assert 'no model of this package' in facts['table'] and facts['remark'] == ''
+
+
+def test_checkpoint_of_another_model_is_listed(capsys):
+    vit = timm.create_model('vit_tiny_patch16_224').state_dict()
+    facts = inspect({'state_dict': vit, 'epoch': 1}, capsys)
+    assert facts['num_tensors'] == len(vit) and facts['dtypes'] == {'float32': len(vit)}
+    assert facts['first_keys'] == list(vit)[:8] and 'cls_token\n' in facts['table']
+    assert facts['problem'] == 'It fits no model of this package.' and facts['layout'] == '' and facts['remark'] == ''
+
+
+@pytest.mark.parametrize(('content', 'others'), [
+    ([torch.zeros(3)], {'whole file': 'list of 1 (tensors: 1)'}),
+    ({0: torch.zeros(3), 'n': 10 ** 9000}, {'0': 'tensor [3] of float32', 'n': 'integer of 29898 bits'}),
+    ({}, {}),
+])
+def test_file_without_a_state_dict_is_listed(content, others, capsys):
+    facts = inspect(content, capsys)
+    assert facts['others'] == others and facts['problem'] == 'It holds no dict of tensors.'
+
+
+# hostile and broken files
+
+class Explosive:
+    """Leaves a mark if it is unpickled."""
+
+    def __reduce__(self):
+        return (os.mkdir, ('mark',))
+
+
+def test_code_in_a_file_is_named_and_not_run(capsys, tmp_path):
+    facts = inspect(wrapped(hollow('fast_itpn_tiny_mim'), rate=fractions.Fraction(1, 3), trap=Explosive()), capsys)
+    assert facts['globals'] == ['argparse.Namespace', 'fractions.Fraction', 'posix.mkdir']
+    assert facts['others']['trap'] == 'posix.mkdir' and facts['model'] == TINY
+    assert inspect(Explosive(), capsys)['globals'] == ['posix.mkdir']
+    assert not (tmp_path / 'mark').exists()
+
+
+EVIL = '\x1b]0;owned\x07\r\u202e\n\x9b2J'
+
+
+@pytest.mark.parametrize('layout', ['official', 'other', 'nested'])
+def test_control_characters_are_escaped(layout, capsys):
+    tensors = {'official': hollow('fast_itpn_tiny_mim'), 'other': {}, 'nested': {}}[layout]
+    content = {**tensors, EVIL: torch.zeros(1)}
+    if layout == 'nested':
+        content = {'model': content, EVIL: EVIL, 'x\ud800': 'x\ud800'}
+    facts = inspect(content, capsys)  # looks at the table
+    assert r'\x1b]0;owned\x07\r\u202e\n\x9b2J' in facts['table']
+    if layout == 'nested':
+        assert facts['others'] == {EVIL: EVIL, 'x\ud800': 'x\ud800'}
+
+
+def test_control_characters_of_metadata_and_errors_are_escaped(capsys, monkeypatch):
+    safetensors.torch.save_file({EVIL: torch.zeros(1)}, 'w.safetensors', metadata={EVIL: EVIL})
+    facts = inspect(None, capsys, path='w.safetensors')
+    assert facts['metadata'] == {EVIL: EVIL} and facts['first_keys'] == [EVIL]
+    monkeypatch.delitem(contents.SAFETENSORS_DTYPES, 'F32')
+    assert r'the dtype F32 of \x1b]0;owned\x07\r\u202e\n\x9b2J is not known' in error(capsys, 'w.safetensors')
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'', 'is empty'),
+    (b'PK\x03\x04 cut', 'is truncated or no weight file'),
+    (b'<!DOCTYPE html><html>', 'is a web page, not a weight file'),
+    (b'hello', 'is truncated or no weight file'),
+])
+def test_unreadable_file_is_one_sentence(content, message, capsys, tmp_path):
+    (tmp_path / 'w.pt').write_bytes(content)
+    assert message in error(capsys, 'w.pt') and message in error(capsys, 'w.pt', '--json')
+
+
+def test_wrong_arguments_are_one_sentence(capsys, tmp_path):
+    assert 'absent.pt does not exist' in error(capsys, 'absent.pt')
+    assert 'model.safetensors does not exist' in error(capsys, str(tmp_path))
+    assert "there is no model 'resnet18'" in error(capsys, 'w.pt', '--model', 'resnet18')
+    assert "there is no model 'itpn_tiny.x'" in error(capsys, 'w.pt', '--model', 'itpn_tiny.x')
+    assert 'name different models' in error(capsys, 'w.pt', '--model', 'itpn_tiny', '--record', TINY)
+
+
+# hashes
+
+def test_record_is_written_and_then_known(pretraining, records, capsys):
+    facts = inspect({'model': pretraining}, capsys)
+    assert f'was not checked: no SHA-256 is known of {TINY}\n' in facts['table']
+    facts = inspect(None, capsys, '--record', TINY)
+    assert facts['recorded_in'] == str(records) and str(records) in facts['table']
+    assert expected_sha256(TINY) == facts['sha256']
+    facts = inspect(None, capsys)
+    assert facts['published'] == dict(
+        sha256=facts['sha256'], by_metadata=False, known_as=[TINY], expected=facts['sha256'], why_not='')
+    assert f'is the known SHA-256 of {TINY}\n' in facts['table'] and '--record' not in facts['remark']
+    other = inspect({'model': pretraining, 'epoch': 1}, capsys, path='other.pt')
+    assert f'is not the known one of {TINY}, {facts["sha256"]}\n' in other['table']
+    assert f'The known SHA-256 of {TINY} is {facts["sha256"]}' in error(capsys, 'other.pt', '--record', TINY)
+
+
+def test_hash_of_another_row_is_told(monkeypatch, capsys):
+    torch.save({'x': torch.zeros(1)}, 'w.pt')
+    with open('w.pt', 'rb') as file:
+        sha256 = hashlib.sha256(file.read()).hexdigest()
+    name = 'hivit_base.mae_in1k'
+    monkeypatch.setitem(SOURCES, name, SOURCES[name]._replace(sha256=sha256))
+    assert f'is the known SHA-256 of {name}\n' in inspect(None, capsys)['table']
+
+
+@pytest.mark.parametrize(('content', 'name', 'message'), [
+    ('fast_itpn_tiny_mim', 'fast_itpn_small.mim_in1k', 'but the model is of Fast-iTPN with depths [2, 2, 20]'),
+    ('fast_itpn_tiny_mim', 'fast_itpn_tiny', 'there is no published file of fast_itpn_tiny'),
+    ('fast_itpn_tiny', TINY, 'it has a classifier, unlike the published file'),
+    ('fast_itpn_base_mim', 'fast_itpn_base.mim_in1k_ft_in21k', 'it has no classifier, unlike the published file'),
+    ('itpn_base_mae', 'itpn_base.clip_in1k', "itpn_base.clip_in1k holds it only if created with {'init_values': 0.0"),
+])
+def test_hash_of_a_file_that_is_not_the_published_one_is_not_recorded(content, name, message, records, capsys):
+    torch.save({'model': hollow(content)}, 'w.pt')
+    sentence = error(capsys, 'w.pt', '--record', name)
+    assert 'The SHA-256 of w.pt was not recorded: ' in sentence and message in sentence
+    assert not records.exists()
+
+
+def test_hash_of_a_damaged_file_is_not_recorded(pretraining, records, capsys, tmp_path):
+    torch.save({'model': pretraining}, 'w.pt')
+    content = bytearray((tmp_path / 'w.pt').read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / 'w.pt').write_bytes(content)
+    assert inspect(None, capsys)['model'] == TINY
+    assert 'not recorded: it is truncated or damaged' in error(capsys, 'w.pt', '--record', TINY)
+    assert not records.exists()
+
+
+def test_no_data_of_tensors_is_read(pretraining, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('read')
+
+    torch.save({'model': pretraining}, 'w.pt')
+    monkeypatch.setattr(torch, 'load', refuse)
+    assert inspection.inspect(inspection.Path('w.pt'))['model'] == TINY

@@ -1,0 +1,115 @@
+"""The list of models: agrees with timm and with the table of files, and knows what is on this machine."""
+import json
+
+import pytest
+import timm
+
+from timm_itpn.cli import main
+from timm_itpn.models.names import MODULES
+from timm_itpn.weights.records import record
+from timm_itpn.weights.sources import SOURCES, drive_url, source_of
+
+BASE = 'fast_itpn_base.mim_in1k'  # the one with a known hash
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(tmp_path, monkeypatch):
+    """No files and no records but those of the test."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setenv('TIMM_ITPN_HASHES', str(tmp_path / 'hashes.json'))
+    monkeypatch.delenv('TIMM_ITPN_WEIGHTS', raising=False)
+    monkeypatch.delenv('TIMM_ITPN_HUB', raising=False)
+
+
+def listed(capsys, *argv):
+    """Models by name, from the JSON."""
+    assert main(['list', *argv, '--json']) == 0
+    captured = capsys.readouterr()
+    assert captured.err == '' and captured.out.isascii()
+    return {model['name']: model for model in json.loads(captured.out)}
+
+
+def table(capsys, *argv):
+    """Cells of the header and of each row."""
+    assert main(['list', *argv]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith('params are with as many classes as the row says')
+    lines = captured.out.splitlines()
+    starts = [lines[0].index(name) for name in ('name', 'input', 'weights', 'cached', 'SHA-256', 'licence')]
+    return [[line[start:end].strip() for start, end in zip(starts, [*starts[1:], None])] for line in lines]
+
+
+def test_all_models_are_listed_as_timm_creates_them(capsys):
+    models = listed(capsys)
+    assert list(models) == timm.list_models(module=MODULES, include_tags=True)
+    for name in ('itpn_tiny', 'fast_itpn_tiny_fpn.mim_in1k', 'hivit_base.mae_in1k_ft_in1k'):
+        model = timm.create_model(name, device='meta')
+        assert models[name]['num_classes'] == model.num_classes
+        assert models[name]['num_params'] == sum(p.numel() for p in model.parameters())
+        assert models[name]['input_size'] == [3, 224, 224]
+
+
+def test_json_agrees_with_the_table_of_files(capsys):
+    models = listed(capsys)
+    for name, model in models.items():
+        source = source_of(name)
+        if source is None:
+            assert '.' not in name and model['licence'] == 'unknown'
+            assert {model[key] for key in ('contents', 'drive_url', 'hub_repo', 'bytes', 'known_from')} == {None}
+            continue
+        assert model['drive_url'] == drive_url(source) and source.drive_id in model['drive_url']
+        for key in ('contents', 'licence', 'known_from', 'sha256'):
+            assert model[key] == getattr(source, key)
+        assert model['bytes'] == source.size and model['figures'] == list(source.figures)
+        assert [model[key] or '' for key in ('file_name', 'hub_repo', 'hub_path')] == [
+            source.file_name, source.hub_repo, source.hub_path]
+    assert set(SOURCES) <= set(models)
+
+
+def test_rows_are_aligned_under_the_header(capsys):
+    header, *rows = table(capsys, '*base*')
+    assert ' '.join(header).split() == [
+        'name', 'classes', 'params', 'input', 'weights', 'bytes', 'cached', 'SHA-256', 'licence']
+    cells = {row[0].split()[0]: [*row[0].split()[1:], *row[1:]] for row in rows}
+    assert cells[BASE] == ['0', '84,312,192', '3 x 224 x 224', 'Hub xche32/RELO  180,830,695', 'no', 'known', 'unknown']
+    assert cells['hivit_base.mae_in1k_ft_in1k'] == [
+        '1,000', '66,418,952', '3 x 224 x 224', 'Google Drive', 'no', 'unknown', 'mit']
+
+
+def test_models_without_published_weights_have_none(capsys):
+    _, row = table(capsys, 'itpn_tiny')
+    assert row[0].split() == ['itpn_tiny', '1,000', '19,181,668'] and row[2:5] == ['none', 'no', '']
+
+
+@pytest.mark.parametrize('pattern', ['*_fpn', 'hivit*', 'fast_itpn_base', '*.pixel_in1k', 'itpn_base.clip_in1k'])
+def test_filter_is_that_of_timm(pattern, capsys):
+    names = list(listed(capsys, pattern))
+    assert names and names == timm.list_models(pattern, module=MODULES, include_tags=True)
+
+
+@pytest.mark.parametrize('pattern', ['nope', 'resnet*'])
+def test_nothing_found_is_one_sentence(pattern, capsys):
+    for argv in ([], ['--json']):
+        assert main(['list', pattern, *argv]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ''
+        assert captured.err == f'timm-itpn: no model is named {pattern!r}: list them all with: timm-itpn list\n'
+
+
+def test_file_on_this_machine_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path))
+    path = tmp_path / SOURCES[BASE].file_name
+    path.write_bytes(b'x')
+    models = listed(capsys, 'fast_itpn*')
+    assert {name for name, model in models.items() if model['cached']} == {BASE, 'fast_itpn_base_fpn.mim_in1k'}
+    assert models[BASE]['cached'] == str(path)
+    assert {row[0].split()[0]: row[3] for row in table(capsys, 'fast_itpn_base')[1:]} == {
+        BASE: 'yes', 'fast_itpn_base.mim_in1k_ft_in21k': 'no'}
+
+
+def test_recorded_hash_is_known(capsys):
+    record('itpn_base.clip_in1k', 'ab' * 32)
+    models = listed(capsys, 'itpn_base*')
+    assert models['itpn_base_fpn.clip_in1k']['sha256'] == 'ab' * 32 and models['itpn_base.pixel_in1k']['sha256'] is None
+    assert {row[0].split()[0]: row[4] for row in table(capsys, 'itpn_base')[1:]} == {
+        'itpn_base.clip_in1k': 'known', 'itpn_base.pixel_in1k': 'unknown'}

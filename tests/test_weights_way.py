@@ -1,0 +1,108 @@
+"""The whole way of a weight file, for every model: official checkpoint, converted and verified folder, model, upload to
+the Hub, model from there, official checkpoint again. Weights follow the goldens' formula; the same outputs everywhere.
+
+The tiny models go by default, the others with `-m slow`: they take about 20 minutes.
+"""
+import argparse
+
+import golden
+import hub_server
+import pytest
+import timm
+import torch
+
+from timm_itpn.cli import main
+from timm_itpn.models.names import MODULES
+from timm_itpn.weights.layout import native_to_official
+
+GOLDENS = {  # model: classifier with just its parameters
+    'fast_itpn_tiny': 'fast_itpn_tiny',
+    'fast_itpn_small': 'fast_itpn_small',
+    'fast_itpn_base': 'fast_itpn_base',
+    'fast_itpn_large': 'fast_itpn_large',
+    'itpn_base.clip_in1k': 'itpn_base_clip',
+    'itpn_base.pixel_in1k': 'itpn_base_pixel',
+    'itpn_large.pixel_in1k': 'itpn_large_pixel',
+    'hivit_base': 'hivit_base',
+    'fast_itpn_tiny_fpn': 'fast_itpn_tiny_mim',
+    'fast_itpn_base_fpn': 'fast_itpn_base_mim',
+    'itpn_base_fpn.clip_in1k': 'itpn_base_pyramid',
+}
+NAMES = [
+    *GOLDENS, 'itpn_large.clip_in1k',
+    *(name for name in timm.list_models(module=MODULES) if name not in {key.partition('.')[0] for key in GOLDENS}),
+]
+CASES = [
+    pytest.param(name, dtype, marks=() if 'tiny' in name else pytest.mark.slow)
+    for name in NAMES for dtype in ('float16', 'float32')
+]
+
+
+def published(name, dtype):
+    """Checkpoint as the official code writes it, and its golden, None if there is none."""
+    if name in GOLDENS:
+        expected = golden.load(GOLDENS[name])
+        keys = expected['keys']
+    else:
+        expected = None
+        model = timm.create_model(name, device='meta', num_classes=1000, pyramid='_fpn' in name)
+        keys = [(key, value.shape) for key, value in native_to_official(model.state_dict()).items()]
+    weights = {key: golden.tensor(key, shape).to(getattr(torch, dtype)) for key, shape in keys}
+    moments = {key: {'exp_avg': torch.zeros_like(value)} for key, value in weights.items()}
+    checkpoint = {'model': weights, 'optimizer': {'state': moments}, 'epoch': 0, 'args': argparse.Namespace(lr=1e-4)}
+    return checkpoint, expected
+
+
+def outputs(model, expected):
+    """Levels of the pyramid if there is one, logits else."""
+    image = golden.image(expected or {'input': ('image', (1, 3, 224, 224))}, torch.float32)
+    with torch.inference_mode():
+        result = model.eval()(image)
+    return result if isinstance(result, list) else [result]
+
+
+def check(model, expected, reference, dtype):
+    """Outputs are those of the reference, which are the golden ones."""
+    result = outputs(model, expected)
+    if reference is not None:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, reference))
+    if expected is not None:
+        summaries = [expected['logits']] if 'logits' in expected else list(
+            expected.get('pyramid', expected.get('pyramid_clean')).values())
+        bound = 1e-4 if dtype == 'float32' else 2e-2  # the weights are rounded to half precision
+        for ours, summary in zip(result, sorted(summaries, key=lambda s: -s['shape'][-1])):
+            assert golden.error(ours, summary) < bound
+    return result
+
+
+@pytest.mark.usefixtures('one_thread')
+@pytest.mark.parametrize('name, dtype', CASES)
+def test_outputs_are_the_same_all_the_way(name, dtype, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
+    checkpoint, expected = published(name, dtype)
+    torch.save(checkpoint, tmp_path / 'w.pt')
+    arch = name.partition('.')[0]
+    args = dict(features_only=True) if arch.endswith('_fpn') else {}
+
+    assert main(['convert', str(tmp_path / 'w.pt'), '--model', name, '-o', str(tmp_path / 'out'), '--verify']) == 0
+    local = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, **args)
+    reference = check(local, expected, None, dtype)
+    del local
+
+    assert main(['push', str(tmp_path / 'out'), 'someone/model', '--yes']) == 0
+    uploaded = timm.create_model('hf-hub:someone/model', pretrained=True, cache_dir=tmp_path / 'cache', **args)
+    check(uploaded, expected, reference, dtype)
+    del uploaded
+
+    assert main(['convert', str(tmp_path / 'out'), '--reverse', '-o', str(tmp_path / 'back.pt'), '--verify']) == 0
+    back = torch.load(tmp_path / 'back.pt', mmap=True)['model']
+    assert set(back) == set(checkpoint['model'])
+    assert all(torch.equal(back[key], value) for key, value in checkpoint['model'].items())
+    overlay = dict(file=str(tmp_path / 'back.pt'), num_classes=1000 if 'head.weight' in back else 0)
+    again = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=overlay['num_classes'], **args)
+    check(again, expected, reference, dtype)
+
+
+def test_every_model_goes_the_way():
+    assert {name.partition('.')[0] for name in NAMES} == set(timm.list_models(module=MODULES))
