@@ -1,4 +1,5 @@
 """Which registered model takes given weights, and with which arguments."""
+import functools
 from typing import Any, Dict, List, Optional, Tuple
 
 import timm
@@ -21,7 +22,7 @@ def matching_models(weights: Description) -> List[str]:
     for arch in timm.list_models(module=MODULES, exclude_filters='*_fpn'):
         if arch.startswith('hivit') and (weights.pyramid_dim or weights.layer_scale):
             continue
-        default = describe(timm.create_model(arch, device='meta').state_dict())
+        default, _ = _default(arch, False)
         if (default.family, default.embed_dim, default.depths) == (weights.family, weights.embed_dim, weights.depths):
             tags = [n for n in timm.list_models(module=MODULES, include_tags=True) if n.startswith(f'{arch}.')]
             names += [name for name in tags if _is_as_tag(weights, name)] or [arch]
@@ -83,11 +84,10 @@ def _is_as_tag(weights: Description, name: str) -> bool:
 
 def _args(name: str, weights: Description, img_size: Optional[Tuple[int, int]] = None) -> Dict[str, Any]:
     """What a model needs to be told, beside its number of classes, to hold the weights."""
-    model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **_cfg_args(name))
-    default = describe(model.state_dict())
+    default, default_size = _default(name, weights.pyramid_dim > 0)
     args: Dict[str, Any] = {}
     height, width = img_size or tuple(16 * side for side in weights.grid_size)
-    if model.patch_embed.img_size != (height, width):
+    if default_size != (height, width):
         args['img_size'] = (height, width)
     if weights.in_chans != default.in_chans:
         args['in_chans'] = weights.in_chans
@@ -99,6 +99,13 @@ def _args(name: str, weights: Description, img_size: Optional[Tuple[int, int]] =
         if getattr(weights, key) != getattr(default, key):
             args[key] = getattr(weights, key)
     return args
+
+
+@functools.cache
+def _default(name: str, pyramid: bool) -> Tuple[Description, Tuple[int, int]]:
+    """Weights and image size of a model as it is created without further arguments."""
+    model = timm.create_model(name, device='meta', pyramid=pyramid, **_cfg_args(name))
+    return describe(model.state_dict()), model.patch_embed.img_size
 
 
 def _cfg_args(name: str) -> Dict[str, Any]:
