@@ -6,6 +6,7 @@ import hub_server
 import pytest
 import timm
 import torch
+from explosive import Explosive
 from PIL import Image
 from timm.models import load_checkpoint, load_state_dict
 
@@ -17,16 +18,6 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 NAME = 'fast_itpn_tiny.mim_in1k'
 SOURCE = SOURCES[NAME]
-
-
-class Explosive:
-    """Leaves a mark if it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), 'w'))
 
 
 @pytest.fixture(params=['zip', 'legacy'])

@@ -7,6 +7,7 @@ import golden
 import pytest
 import timm
 import torch
+from explosive import Explosive
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SMALL, images, small_model
@@ -305,16 +306,6 @@ def test_verification_finds_what_differs(change, classifier, tmp_path, monkeypat
     with pytest.raises((RuntimeError, ValueError), match=messages[change]):
         convert(classifier, tmp_path / 'out', verify=True)
     assert not (tmp_path / 'out').exists()
-
-
-class Explosive:
-    """Leaves a mark if it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), 'w'))
 
 
 @pytest.mark.parametrize('legacy', [True, False])

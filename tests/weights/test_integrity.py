@@ -7,6 +7,7 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
+from explosive import Explosive
 
 from timm_itpn.weights.integrity import is_weight_start, sha256_of, why_no_weight_file
 
@@ -110,16 +111,6 @@ def test_other_files_are_refused(content, tmp_path):
 def test_empty_file_and_foreign_zip_are_named(tmp_path):
     assert why(b'', tmp_path) == 'empty'
     assert why(a_zip(**{'word/document.xml': b'<w/>'}), tmp_path) == 'a zip archive, but none of torch.save'
-
-
-class Explosive:
-    """Leaves a mark if it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), 'w'))
 
 
 @pytest.mark.parametrize('zipped', [True, False])

@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from explosive import Explosive
 from hub_server import Fault
 from timm.models import load_checkpoint, save_for_hf
 
@@ -376,16 +377,6 @@ def test_web_page_instead_of_a_file_is_refused(tmp_path):
     (tmp_path / 'w.pt').write_text('<!DOCTYPE html><html>Virus scan warning</html>')
     with pytest.raises(RuntimeError, match='is empty, truncated or no weight file'):
         load(tmp_path / 'w.pt')
-
-
-class Explosive:
-    """Leaves a mark if it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return (open, (str(self.mark), 'w'))
 
 
 def test_pickled_code_never_runs(classifier, tmp_path):

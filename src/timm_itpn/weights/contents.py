@@ -9,12 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .inert_pickle import DTYPES, Machine, Opaque, Refused, check_tree, meta_tensor
+from .integrity import HEAD_BYTES, what_instead
 
 __all__ = ['Contents', 'Opaque', 'read_contents']
 
 MAX_PICKLE_BYTES = 64 * 2 ** 20  # 10,000 tensors take 2 MiB; the rest is for text and arrays that lie among them
 LEGACY_START = [0x1950a86a20f9469cfc6c, 1001]  # magic number and protocol, one pickle each
-WEB_PAGE = (b'<!doctype', b'<html', b'<head', b'<?xml')
 UNREADABLE = (  # what the parsers raise on bytes that are not theirs
     ValueError, LookupError, TypeError, EOFError, OSError, RuntimeError,
     zipfile.BadZipFile, zlib.error, SafetensorError)
@@ -68,7 +68,8 @@ def read_contents(path: Path) -> Contents:
         except Refused as refused:
             raise ValueError(f'{path} ({size} bytes) was not read: {refused}.') from refused
         except UNREADABLE as error:
-            what = _what_instead(file, size)
+            file.seek(0)
+            what = what_instead(file.read(HEAD_BYTES)) or 'truncated or no weight file'
             raise ValueError(f'{path} ({size} bytes) is {what}: delete it and fetch it again.') from error
 
 
@@ -80,16 +81,6 @@ def _read(path: Path, file: BinaryIO, size: int) -> Contents:
     if head[8:] == b'{':
         return _read_safetensors(path)
     return _read_legacy(file, size)
-
-
-def _what_instead(file: BinaryIO, size: int) -> str:
-    file.seek(0)
-    head = file.read(512).removeprefix(b'\xef\xbb\xbf').lstrip().lower()
-    if head.startswith(WEB_PAGE):
-        return 'a web page, not a weight file'
-    if head.startswith(b'version https://git-lfs'):
-        return 'a note of Git LFS, not the weight file itself'
-    return 'truncated or no weight file' if size else 'empty'
 
 
 def _read_safetensors(path: Path) -> Contents:

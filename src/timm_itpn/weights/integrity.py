@@ -11,11 +11,12 @@ from typing import Union
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ['HEAD_BYTES', 'is_web_page', 'is_weight_start', 'sha256_of', 'why_no_weight_file']
+__all__ = ['HEAD_BYTES', 'is_web_page', 'is_weight_start', 'sha256_of', 'what_instead', 'why_no_weight_file']
 
 HEAD_BYTES = 1024  # enough to know a kind of file by
 CHUNK_BYTES = 1 << 20
 ZIP_START = b'PK\x03\x04'
+GIT_LFS_START = b'version https://git-lfs'
 ZIP_END = b'PK\x05\x06'
 ZIP_END_BYTES = 22  # without its comment
 LEGACY_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # the magic number 0x1950a86a20f9469cfc6c, pickled
@@ -51,10 +52,9 @@ def why_no_weight_file(path: Union[str, Path]) -> str:
     """
     with open(path, 'rb') as file:
         head = file.read(HEAD_BYTES)
-    if not head:
-        return 'empty'
-    if is_web_page(head):
-        return 'a web page, not a weight file'
+    instead = what_instead(head)
+    if instead:
+        return instead
     if head.startswith(ZIP_START):
         return _why_no_torch_zip(path)
     if _is_safetensors_start(head):
@@ -62,10 +62,19 @@ def why_no_weight_file(path: Union[str, Path]) -> str:
     return '' if head.startswith(LEGACY_START) else 'no weight file'
 
 
+def what_instead(head: bytes) -> str:
+    """What a file that starts with these bytes is in place of a weight file, '' if it may be one."""
+    if not head:
+        return 'empty'
+    if is_web_page(head):
+        return 'a web page, not a weight file'
+    return 'a note of Git LFS, not the weight file itself' if head.startswith(GIT_LFS_START) else ''
+
+
 def is_web_page(head: bytes) -> bool:
     """Whether a file that starts with these bytes is HTML."""
     text = head.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
-    return text.startswith((b'<!doctype html', b'<html'))
+    return text.startswith((b'<!doctype html', b'<html', b'<head', b'<?xml'))
 
 
 def is_weight_start(head: bytes) -> bool:
