@@ -11,6 +11,8 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
+from timm_itpn.cli import main
+
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 
 SMALL = dict(embed_dim=128, depths=(1, 1, 2), num_heads=2)
@@ -130,3 +132,19 @@ def test_num_classes_in_model_args_is_still_refused(classifier, tmp_path):
     save(classifier, tmp_path, for_transformers=False)
     with pytest.raises(TypeError, match="multiple values for keyword argument 'num_classes'"):
         transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'fast_itpn_tiny_mim'])
+def test_converted_folder_loads(name, tmp_path):
+    expected = golden.load(name)
+    torch.save({'model': golden.official_state_dict(expected, torch.float32)}, tmp_path / 'w.pt')
+    assert main(['convert', str(tmp_path / 'w.pt'), '-o', str(tmp_path / 'out')]) == 0
+    image = golden.image(expected, torch.float32)
+    with torch.inference_mode():
+        if name == 'fast_itpn_tiny':
+            model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out')
+            assert golden.error(model(image).logits, expected['logits']) < 1e-4
+        else:  # pyramid and decoder are left out, transformers warns of it
+            model = transformers.AutoModel.from_pretrained(tmp_path / 'out')
+            ours = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+            torch.testing.assert_close(model(image).last_hidden_state, ours.forward_features(image))
