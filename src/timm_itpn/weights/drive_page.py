@@ -25,7 +25,7 @@ class Page(html.parser.HTMLParser):
         Args:
             content: HTML in UTF-8.
             url: Address of the page.
-            endpoint: Address whose host and scheme are trusted, besides https and Google's hosts.
+            endpoint: Address whose host is trusted with its scheme, besides Google's hosts with https.
         """
         super().__init__()
         self._reading = ''  # the tag whose text is wanted
@@ -68,6 +68,7 @@ def _form_url(page_url: str, endpoint: str, action: str, inputs: List[Tuple[str,
         host = url.hostname or ''
     except ValueError:  # an address that is none
         return ''
-    if url.scheme not in ('https', trusted.scheme) or host != trusted.hostname and not host.endswith(TRUSTED_HOSTS):
+    is_google = url.scheme == 'https' and host.endswith(TRUSTED_HOSTS)
+    if not is_google and (url.scheme, host) != (trusted.scheme, trusted.hostname):
         return ''
     return url._replace(query=urllib.parse.urlencode(inputs), fragment='').geturl()
