@@ -88,7 +88,7 @@ class Hub(Server):
             if match and method == route_method:
                 groups = {key: unquote(value) for key, value in match.groupdict(default='main').items()}
                 return getattr(self, name)(request, **groups)
-        raise Refusal(404)
+        raise Refusal(404, 'RepoNotFound')  # such as one without an owner
 
     def find(self, request: Request, repo: str, revision: str) -> Tuple[str, Files]:
         """Hash and files of a revision, if the request may see them."""
