@@ -104,6 +104,13 @@ def test_folder_that_is_none_is_said(tmp_path, monkeypatch):
         timm.create_model('fast_itpn_tiny', pretrained=True)
 
 
+def test_owner_that_is_none_is_said(monkeypatch):
+    monkeypatch.setenv('TIMM_ITPN_HUB', 'https://huggingface.co/someone')
+    for function in (fetch, cached):
+        with pytest.raises(RuntimeError, match='TIMM_ITPN_HUB=.* is no user or organisation: correct or unset it'):
+            function(NAME)
+
+
 def test_places_that_fail_are_named(hub, google, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path))
     monkeypatch.setenv('TIMM_ITPN_HUB', 'someone')

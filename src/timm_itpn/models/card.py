@@ -41,7 +41,7 @@ def model_card(report: Dict[str, Any], pretraining: bool) -> str:
     published = source_of(name)
     parts = [f'{part}: {number:,} values' for part, number in report['parts'].items()]
     details: Dict[str, Any] = {
-        'Model': f'`{name}` of the timm plugin [timm-itpn](https://pypi.org/project/timm-itpn)',
+        'Model': f'`{name}` of the timm plugin timm-itpn',
         'Parts': parts,
         'Classes': report['num_classes'] or 'none: norm and classifier start new',
         'Data type': ', '.join(report['dtypes']),

@@ -13,9 +13,11 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple, Union
+from typing import Callable, List, NamedTuple, Optional, Tuple, Union
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch.hub import get_dir
 
 from .. import __version__
@@ -34,6 +36,19 @@ HUB_FILE = 'model.safetensors'
 Folder = Optional[Union[str, Path]]
 
 
+class Place(NamedTuple):
+    """Where weights may be.
+
+    Attributes:
+        words: For messages.
+        get: Finds or downloads the file. None if the place does not have it, RuntimeError if something went wrong.
+        held: The file if it is on this machine.
+    """
+    words: str
+    get: Callable[[], Optional[Path]]
+    held: Callable[[], Optional[Path]]
+
+
 def fetch(name: str, cache_dir: Folder = None) -> Optional[Path]:
     """Find or download the weights of a model.
 
@@ -48,57 +63,51 @@ def fetch(name: str, cache_dir: Folder = None) -> Optional[Path]:
         RuntimeError: No place has it; the message says why for each, and what to do.
     """
     reasons = []
-    for place, get in _places(name, cache_dir):
+    for place in _places(name, cache_dir):
         try:
-            path = get()
+            path = place.get()
         except RuntimeError as error:
-            reasons.append(f'{place}: {error}')
-            _logger.warning(f'{name} not from {place}: {error}')
+            reasons.append(f'{place.words}: {error}')
+            _logger.warning(f'{name} not from {place.words}: {error}')
             continue
         if path is not None:
-            _logger.info(f'{name} from {place}: {path}')
+            _logger.info(f'{name} from {place.words}: {path}')
             return path
-        _logger.info(f'{name} is not in {place}')
+        _logger.info(f'{name} is not in {place.words}')
     if reasons:
         raise RuntimeError(f'{name} could not be fetched. {" ".join(reasons)}')
     return None
 
 
 def cached(name: str, cache_dir: Folder = None) -> Optional[Path]:
-    """The file that `fetch` would give without a download; None if it would have to download, or has no place."""
-    source = source_of(name)
-    folder, owner = os.environ.get('TIMM_ITPN_WEIGHTS'), os.environ.get('TIMM_ITPN_HUB')
-    in_folder = _in_folder(Path(folder), name) if folder else None
-    if in_folder:
-        return in_folder
-    on_hub = [(f'{owner}/{plain_name(name)}', HUB_FILE)] if owner else []
-    if source and source.hub_repo:
-        on_hub.append((source.hub_repo, source.hub_path))
-    for repo, path in on_hub:
-        found = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
-        if isinstance(found, str):
-            return Path(found)
-    on_drive = _drive_target(name, cache_dir) if source else None
-    return on_drive if on_drive and on_drive.exists() else None
+    """The first file that the places of a model hold on this machine; None if `fetch` would have to download."""
+    return next(filter(None, (place.held() for place in _places(name, cache_dir))), None)
 
 
-def _places(name: str, cache_dir: Folder) -> List[Tuple[str, Callable[[], Optional[Path]]]]:
-    places: List[Tuple[str, Callable[[], Optional[Path]]]] = []
+def _places(name: str, cache_dir: Folder) -> List[Place]:
+    places = []
     folder, owner, source = os.environ.get('TIMM_ITPN_WEIGHTS'), os.environ.get('TIMM_ITPN_HUB'), source_of(name)
     if folder:
         if not Path(folder).is_dir():
             raise RuntimeError(f'TIMM_ITPN_WEIGHTS={folder} is no folder: correct or unset it.')
-        places.append((f'TIMM_ITPN_WEIGHTS={folder}', partial(_in_folder, Path(folder), name)))
+        find = partial(_in_folder, Path(folder), name)
+        places.append(Place(f'TIMM_ITPN_WEIGHTS={folder}', find, find))
     if owner:
-        repo = f'{owner}/{plain_name(name)}'
-        places.append((f'Hub {repo}', partial(_from_hub, repo, HUB_FILE, None, cache_dir)))
+        try:
+            validate_repo_id(f'{owner}/{plain_name(name)}')
+        except HFValidationError as error:
+            raise RuntimeError(f'TIMM_ITPN_HUB={owner} is no user or organisation: correct or unset it.') from error
+    on_hub: List[Tuple[str, str, Optional[str]]] = [(f'{owner}/{plain_name(name)}', HUB_FILE, None)] if owner else []
+    if source and source.hub_repo:
+        on_hub.append((source.hub_repo, source.hub_path, expected_sha256(name)))
+    for repo, path, sha256 in on_hub:
+        get = partial(_from_hub, repo, path, sha256, cache_dir)
+        places.append(Place(f'Hub {repo}', get, partial(_held_by_hub, repo, path, cache_dir)))
     if source:
-        sha256 = expected_sha256(name)
-        if source.hub_repo:
-            get = partial(_from_hub, source.hub_repo, source.hub_path, sha256, cache_dir)
-            places.append((f'Hub {source.hub_repo}', get))
-        places.append((
-            'Google Drive', lambda: drive.download(source.drive_id, _drive_target(name, cache_dir), sha256=sha256)))
+        # where timm keeps what it downloads by URL
+        target = (Path(cache_dir) if cache_dir else Path(get_dir()) / 'checkpoints') / file_name(name)
+        get = partial(drive.download, source.drive_id, target, expected_sha256(name))
+        places.append(Place('Google Drive', get, lambda: target if target.exists() else None))
     return places
 
 
@@ -110,8 +119,13 @@ def _in_folder(folder: Path, name: str) -> Optional[Path]:
     return next((folder / each for each in names if (folder / each).is_file()), None)
 
 
+def _held_by_hub(repo: str, path: str, cache_dir: Folder) -> Optional[Path]:
+    found = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
+    return Path(found) if isinstance(found, str) else None
+
+
 def _from_hub(repo: str, path: str, sha256: Optional[str], cache_dir: Folder) -> Path:
-    before = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
+    before = _held_by_hub(repo, path, cache_dir)
     wrong = ''
     for force in (False, True):  # from the start if what came is wrong: an old client may have put pieces together
         try:
@@ -121,13 +135,13 @@ def _from_hub(repo: str, path: str, sha256: Optional[str], cache_dir: Folder) ->
             if failure is None:
                 raise
             raise RuntimeError(f'{path} {failure[0]}: {failure[1]}.') from error
-        wrong = '' if str(file) == before else why_no_weight_file(file)
+        wrong = '' if file == before else why_no_weight_file(file)
         if not wrong and sha256 and sha256_of(file) != sha256:
             wrong = f'another file than expected: its SHA-256 is {sha256_of(file)}, not {sha256}'
         if not wrong:
             return file
         blob = file.resolve()  # the Hub's cache holds the bytes once, and links to them
-        file.unlink()
+        file.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
     raise RuntimeError(f'{path} is {wrong}; it was not kept.')
 
@@ -145,8 +159,3 @@ def _downloaded(repo: str, path: str, cache_dir: Folder, force: bool) -> Path:
                 raise
             time.sleep(pause_s)
     return Path(download())
-
-
-def _drive_target(name: str, cache_dir: Folder) -> Path:
-    folder = Path(cache_dir) if cache_dir else Path(get_dir()) / 'checkpoints'  # where timm keeps downloads by URL
-    return folder / file_name(name)
