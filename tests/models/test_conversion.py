@@ -308,6 +308,16 @@ def test_verification_finds_what_differs(change, classifier, tmp_path, monkeypat
     assert not (tmp_path / 'out').exists()
 
 
+def test_broken_weights_are_found_by_verification(tmp_path):
+    small_file(tmp_path / 'w.pt')
+    weights = torch.load(tmp_path / 'w.pt')
+    weights['model']['blocks.6.norm1.weight'][5] = torch.nan
+    torch.save(weights, tmp_path / 'w.pt')
+    with pytest.raises(RuntimeError, match='are not finite: the weights are broken, nothing was kept'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out', verify=True)
+    assert not (tmp_path / 'out').exists()
+
+
 @pytest.mark.parametrize('legacy', [True, False])
 def test_pickled_code_never_runs(legacy, tmp_path):
     weights = native_to_official(small_model('fast_itpn_tiny').state_dict())
