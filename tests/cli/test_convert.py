@@ -87,7 +87,7 @@ def test_full_disk_leaves_nothing(pretraining, tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
-INTERRUPTED = '''
+INTERRUPTED = """
 import sys, time
 from timm_itpn.cli import main
 from timm_itpn.models import conversion
@@ -98,7 +98,7 @@ def model_card(*args):  # the last thing written
 
 conversion.model_card = model_card
 sys.exit(main(sys.argv[1:]))
-'''
+"""
 
 
 def test_interrupted_conversion_leaves_nothing(pretraining, tmp_path):
