@@ -353,7 +353,7 @@ def test_hash_of_another_row_is_told(monkeypatch, capsys):
     ('fast_itpn_tiny_mim', 'fast_itpn_tiny', 'there is no published file of fast_itpn_tiny'),
     ('fast_itpn_tiny', TINY, 'it has a classifier, unlike the published file'),
     ('fast_itpn_base_mim', 'fast_itpn_base.mim_in1k_ft_in21k', 'it has no classifier, unlike the published file'),
-    ('itpn_base_mae', 'itpn_base.clip_in1k', "itpn_base.clip_in1k holds it only if created with {'init_values': 0.0"),
+    ('itpn_base_mae', 'itpn_base.clip_in1k', 'itpn_base.clip_in1k holds it only if created with init_values=0.0'),
 ])
 def test_hash_of_a_file_that_is_not_the_published_one_is_not_recorded(content, name, message, records, capsys):
     torch.save({'model': hollow(content)}, 'w.pt')

@@ -4,11 +4,12 @@ import json
 import re
 
 import golden
+import numpy as np
 import pytest
 import timm
 import torch
 from explosive import Explosive
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from small import SMALL, images, small_model
 
@@ -68,7 +69,8 @@ def test_folder_has_weights_config_and_card(pretraining, tmp_path):
     assert len({path.stat().st_mode for path in (tmp_path / 'out').iterdir()}) == 1
     with safe_open(tmp_path / 'out' / 'model.safetensors', 'pt') as file:
         assert file.metadata() == {
-            'format': 'pt', 'source': pretraining.name, 'source_sha256': sha256_of(pretraining)}
+            'format': 'pt', 'model': 'fast_itpn_tiny.mim_in1k', 'source': pretraining.name,
+            'source_sha256': sha256_of(pretraining)}
     config = config_of(tmp_path / 'out')
     assert config['architecture'] == 'fast_itpn_tiny' and config['num_classes'] == 0
     assert config['pretrained_cfg']['tag'] == 'mim_in1k' and 'num_classes' not in config['model_args']
@@ -132,7 +134,59 @@ def test_known_hash_is_compared(pretraining, tmp_path, monkeypatch):
         assert re.search(sentence, (tmp_path / str(number) / 'README.md').read_text())
 
 
+@pytest.mark.parametrize('name, args, taken_for', [
+    ('hivit_base', dict(), 'hivit_base'),
+    ('fast_itpn_tiny_fpn', dict(num_classes=0, pyramid=True), 'fast_itpn_tiny'),
+])
+def test_native_weights_are_never_published_ones(name, args, taken_for, tmp_path):
+    state_dict = timm.create_model(name, **args).half().state_dict()
+    if not args.get('num_classes', 1):
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith('head.')}
+    torch.save({'state_dict': state_dict}, tmp_path / 'mine.pth.tar')
+    assert convert(tmp_path / 'mine.pth.tar', tmp_path / 'out')['model'] == taken_for
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'license: unknown' in card and 'Reported by the authors' not in card
+    tag = timm.get_pretrained_cfg(taken_for).tag
+    with pytest.raises(ValueError, match=f'not the published file of .*it is in native layout.*--model {taken_for}'):
+        convert(tmp_path / 'mine.pth.tar', tmp_path / 'tagged', f'{taken_for}.{tag}')
+
+
+def test_tag_that_the_weights_contradict_is_refused(tmp_path):
+    small_file(tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='it has a classifier, unlike the published file of fast_itpn_tiny.mim_in1k'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out', 'fast_itpn_tiny.mim_in1k', img_size=(64, 64))
+
+
+def test_converted_folder_says_what_it_is(pretraining, tmp_path):
+    """Converted once more, it keeps its name, size, pooling and origin."""
+    convert(pretraining, tmp_path / 'one', 'fast_itpn_tiny_fpn.mim_in1k')
+    report = convert(tmp_path / 'one', tmp_path / 'two', dtype=torch.float32, verify=True)
+    assert report['model'] == 'fast_itpn_tiny_fpn.mim_in1k'
+    assert report['source']['origin'] == {'file': pretraining.name, 'sha256': sha256_of(pretraining)}
+    assert sha256_of(pretraining) in (tmp_path / 'two' / 'README.md').read_text()
+    small_file(tmp_path / 'w.pt', 'itpn_tiny', img_size=(48, 64))
+    convert(tmp_path / 'w.pt', tmp_path / 'three', 'itpn_tiny', img_size=(48, 64))
+    config = config_of(tmp_path / 'three')
+    config['global_pool'] = config['model_args']['global_pool'] = 'max'
+    (tmp_path / 'three' / 'config.json').write_text(json.dumps(config))
+    convert(tmp_path / 'three', tmp_path / 'four', verify=True)
+    revert(tmp_path / 'four', tmp_path / 'back.pt', verify=True)
+    model = timm.create_model(f'local-dir:{tmp_path / "four"}', pretrained=True)
+    assert (model.patch_embed.img_size, model.global_pool) == ((48, 64), 'max')
+
+
+def test_pooling_of_a_training_checkpoint_is_kept(tmp_path):
+    model = small_model('fast_itpn_tiny', embed_dim=384, depths=(1, 1, 12), num_heads=6, global_pool='max')
+    torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(gp='max')}, tmp_path / 'last.pth.tar')
+    assert convert(tmp_path / 'last.pth.tar', tmp_path / 'out', verify=True)['global_pool'] == 'max'
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    x = images(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), model(x))
+
+
 @pytest.mark.parametrize('kwargs, expected', [
+    (dict(num_classes=1), {}),
     (dict(), {}),
     (dict(init_values=0.), {'init_values': 0.}),
     (dict(in_chans=1), {'in_chans': 1}),
@@ -252,6 +306,25 @@ def test_round_trip_is_the_same_to_the_bit(name, dtype, tmp_path):
     assert (tmp_path / 'back' / 'w.pt').stat().st_size < 1.01 * size  # no part of a tensor is saved with the whole
 
 
+def test_incomplete_weights_are_not_reverted(tmp_path):
+    state_dict = timm.create_model('fast_itpn_tiny', num_classes=3).state_dict()
+    del state_dict['patch_embed.proj.bias'], state_dict['stages.2.blocks.3.ls1.gamma']
+    torch.save(state_dict, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='it lacks patch_embed.proj.bias, stages.2.blocks.3.ls1.gamma.$'):
+        revert(tmp_path / 'w.pt', tmp_path / 'back.pt')
+    assert not (tmp_path / 'back.pt').exists()
+
+
+@pytest.mark.parametrize('function', [convert, revert])
+def test_type_that_cannot_hold_a_value_is_refused(function, tmp_path):
+    state_dict = timm.create_model('fast_itpn_tiny', num_classes=3).state_dict()
+    state_dict['head.fc.bias'][1] = 1e6
+    torch.save(state_dict, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='head.fc.bias has values that torch.float16 cannot hold'):
+        function(tmp_path / 'w.pt', tmp_path / 'out', dtype=torch.float16)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_official_file_is_not_reverted(classifier, tmp_path):
     with pytest.raises(ValueError, match='is in official layout already'):
         revert(classifier, tmp_path / 'back.pt')
@@ -273,11 +346,11 @@ def test_nothing_half_written_is_left(error, classifier, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise error
     monkeypatch.setattr(conversion, 'model_card', fail)  # the last thing written
-    with pytest.raises(error if isinstance(error, type) else type(error)):
+    with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
         convert(classifier, tmp_path / 'out')
     monkeypatch.setattr(torch, 'save', fail)
     save_file(small_model('fast_itpn_tiny').state_dict(), tmp_path / 'native.safetensors')
-    with pytest.raises(error if isinstance(error, type) else type(error)):
+    with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
         revert(tmp_path / 'native.safetensors', tmp_path / 'back.pt')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['native.safetensors']
 
@@ -370,6 +443,29 @@ def test_block_number_without_end_is_an_unknown_key(tmp_path):
     torch.save(weights, tmp_path / 'w.pt')
     with pytest.raises(ValueError, match='not of an official Fast-iTPN: blocks.999999999999.norm2.weight'):
         convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_checkpoint_that_holds_itself_is_refused(tmp_path):
+    checkpoint = {}
+    checkpoint['model'] = checkpoint
+    torch.save(checkpoint, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='its dicts lie in one another 8 levels deep'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_whole_file_with_numbers_of_numpy_is_not_called_damaged(tmp_path):
+    torch.save({'model': small_model('fast_itpn_tiny').state_dict(), 'metric': np.float64(1.5)}, tmp_path / 'w.pt')
+    with pytest.raises(RuntimeError, match='pickled objects besides tensors .*Save its state dict alone where it was'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_full_disk_is_one_sentence(pretraining, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SafetensorError('I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr(conversion, 'save_file', fail)
+    with pytest.raises(RuntimeError, match=f'could not be written to {tmp_path} .I/O error: No space left on device'):
+        convert(pretraining, tmp_path / 'out')
+    assert not any(tmp_path.iterdir())
 
 
 def test_other_models_are_refused(tmp_path):

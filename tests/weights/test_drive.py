@@ -19,8 +19,8 @@ from timm_itpn.weights import drive as client
 from timm_itpn.weights.drive_page import Page
 
 BY_HAND = (
-    f'or get it from https://drive.google.com/file/d/{FILE_ID} with a browser and put it in the folder that the '
-    'environment variable TIMM_ITPN_WEIGHTS names.')
+    f'or get it from https://drive.google.com/file/d/{FILE_ID} with a browser and put it, by this name, in '
+    'the folder that the environment variable TIMM_ITPN_WEIGHTS names.')
 LIGHT = f"""
 import importlib, os, sys, types
 package = sys.modules['light'] = types.ModuleType('light')  # in place of timm_itpn.weights, which imports timm

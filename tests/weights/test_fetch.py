@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from hub_server import Fault
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors.torch import save
 
 from timm_itpn.weights import drive, sources
@@ -192,6 +192,38 @@ def test_known_hash_is_checked_and_another_file_not_kept(published, google, tmp_
     assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file() and path.stat().st_size > 1000]
     hashes.unlink()
     assert fetch(NAME, tmp_path / 'cache').read_bytes() == CONTENT
+
+
+def test_file_that_was_there_before_is_not_deleted(published, google, tmp_path, monkeypatch):
+    path = fetch(NAME, tmp_path / 'cache')
+    monkeypatch.setenv('TIMM_ITPN_HASHES', str(tmp_path / 'hashes.json'))
+    (tmp_path / 'hashes.json').write_text(json.dumps({NAME: '0' * 64}))
+    google.always = drive_server.Fault(status=404)
+    with pytest.raises(RuntimeError, match=f'{path} has the SHA-256 .* as expected: remove or rename it'):
+        fetch(NAME, tmp_path / 'cache')
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('offline', [True, False])
+def test_damaged_file_in_the_cache_is_noticed(offline, published, google, tmp_path, monkeypatch):
+    """As a process leaves it that is killed between download and check."""
+    path = fetch(NAME, tmp_path)
+    path.write_bytes(CONTENT[:-9])
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
+    if offline:
+        with pytest.raises(RuntimeError, match=f'{path} is truncated or damaged: go online once without HF_HUB_OFF'):
+            fetch(NAME, tmp_path)
+        assert path.exists()
+    else:
+        assert fetch(NAME, tmp_path).read_bytes() == CONTENT
+
+
+def test_without_a_home_nothing_is_recorded(published, tmp_path, monkeypatch):
+    def home():
+        raise RuntimeError('Could not determine home directory.')
+    monkeypatch.delenv('XDG_CONFIG_HOME', raising=False)
+    monkeypatch.setattr('pathlib.Path.home', home)
+    assert fetch(NAME, tmp_path).read_bytes() == CONTENT
 
 
 def test_published_hash_counts_without_a_record():

@@ -1,6 +1,7 @@
 """The console command `timm-itpn`; one file per command.
 
-Results go to stdout, progress to stderr. Exit status: 0 done, 1 it could not be done, 2 wrong usage, 130 interrupted.
+Results go to stdout, progress to stderr. Exit status: 0 done, 1 it could not be done, 2 the command line
+cannot be read, 130 interrupted.
 """
 import argparse
 import sys

@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
         help='height and width, or the side of a square, that a position embedding is for (default: a square)')
     parser.add_argument(
         '--verify', action='store_true',
-        help='read what was written again and compare every tensor, and the outputs for a fixed image')
+        help='read what was written again and compare every tensor, and of a folder the outputs for a fixed image')
     parser.add_argument(
         '--reverse', action='store_true', help='write the official layout, for code that is built on the official one')
     parser.add_argument('--json', action='store_true', help='print what was read and written as JSON')
@@ -36,19 +36,17 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.reverse:
-        unused = [option for option in ('model', 'img_size') if getattr(args, option)]
-        if unused:
-            raise ValueError(f'--{unused[0].replace("_", "-")} has no meaning with --reverse: leave it out')
+    if args.reverse and args.model:
+        raise ValueError('--model has no meaning with --reverse: leave it out')
     import torch
 
     from ..models.conversion import convert, revert
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
+    img_size = square_or_pair(args.img_size) if args.img_size else None
     if args.reverse:
-        report = revert(args.checkpoint, args.output, dtype, args.ema, args.verify)
+        report = revert(args.checkpoint, args.output, dtype, args.ema, img_size, args.verify)
     else:
-        img_size = square_or_pair(args.img_size) if args.img_size else None
         report = convert(args.checkpoint, args.output, args.model, dtype, args.ema, img_size, args.verify)
     print(json.dumps(report, indent=2) if args.json else report['output'])
     if not args.json:
@@ -64,5 +62,7 @@ def summary(report: Dict[str, Any]) -> str:
     lines.append(f'parts: {", ".join(f"{part} {number:,}" for part, number in report["parts"].items())}')
     if report.get('guessed'):
         lines.append(f'taken for {report["model"]} by its contents; name another with --model')
+    if 'global_pool' in report:
+        lines.append(f'pooling: {report["global_pool"]}')
     lines.append('verified' if report['verified'] else 'not verified: do that with --verify')
     return '\n'.join(lines)

@@ -62,7 +62,8 @@ def check_repo(repo: str) -> None:
 
 
 def how_to_write(folder: Path) -> str:
-    return f'write it with: timm-itpn convert FILE --model NAME -o {shlex.quote(str(folder))}'
+    remove = 'remove it, and ' if folder.exists() else ''
+    return f'{remove}write it with: timm-itpn convert FILE --model NAME -o {shlex.quote(str(folder))}'
 
 
 def check_files(folder: Path) -> None:

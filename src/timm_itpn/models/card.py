@@ -71,17 +71,21 @@ def provenance(report: Dict[str, Any]) -> List[str]:
         f'Converted from `{source["file"]}` ({source["bytes"]:,} bytes, {layout}), SHA-256 `{source["sha256"]}`',
         f'On {report["date"]}, by {report["tool"]}',
     ]
+    origin = source['origin']
+    if origin:
+        lines.insert(1, f'That file says that it was converted from `{origin["file"]}`, SHA-256 `{origin["sha256"]}`')
     published = source_of(report['model'])
     if published is None:
         return [*lines, 'Not a published file of the authors, as far as was said at the conversion']
     expected = expected_sha256(report['model'])
     if expected is None:
         check = 'No hash of the published file is known: that this is it was not checked'
-    elif expected == source['sha256']:
+    elif expected == (origin or source)['sha256']:
         check = 'This is the known SHA-256 of the published file'
     else:
         check = f'The known SHA-256 of the published file is another, `{expected}`'
-    return [*lines, f'Published by the authors at {drive_url(published)}', check]
+    taken = 'Taken by its shapes for' if report['guessed'] else 'Said at the conversion to be'
+    return [*lines, f'{taken} the file that the authors publish at {drive_url(published)}', check]
 
 
 def usage(report: Dict[str, Any], pretraining: bool) -> str:

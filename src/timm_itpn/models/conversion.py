@@ -4,93 +4,33 @@ The folder holds `model.safetensors` in native layout with all that the checkpoi
 what only pre-training needs), `config.json` as timm writes it, and a model card. timm loads it with `local-dir:` and,
 once it is on the Hub, with `hf-hub:`.
 """
-import argparse
 import datetime
 import hashlib
 import json
+import os
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .. import __version__
-from ..weights.checkpoint import AVERAGED, PLAIN, fit_to_model, to_native, unwrap
+from ..weights.checkpoint import fit_to_model, to_native
 from ..weights.describe import describe
-from ..weights.errors import readable_file_errors
 from ..weights.files import replaced
-from ..weights.integrity import sha256_of, why_no_weight_file
-from ..weights.layout import is_native, is_official, native_to_official
+from ..weights.integrity import sha256_of
+from ..weights.layout import native_to_official
 from ._timm import reinit_non_persistent_buffers, save_config_for_hf
 from .card import model_card
-from .matching import choose_model, model_args
+from .checkpoint_file import CONFIG, WEIGHTS, open_checkpoint
+from .matching import choose_model, matching_models, model_args, why_not_published
 
-__all__ = ['convert', 'open_checkpoint', 'revert']
+__all__ = ['convert', 'revert']
 
-WEIGHTS, CONFIG, CARD = 'model.safetensors', 'config.json', 'README.md'
-
-
-class Checkpoint(NamedTuple):
-    """An open weight file.
-
-    Attributes:
-        path: The file.
-        layout: 'official' or 'native'.
-        wrapper: Dotted names of what the state dict was in, '' for nothing.
-        others: Names of other state dicts in the file.
-        state_dict: In the file's layout.
-    """
-    path: Path
-    layout: str
-    wrapper: str
-    others: List[str]
-    state_dict: Dict[str, torch.Tensor]
-
-    def report(self) -> Dict[str, Any]:
-        """What the file is, for JSON."""
-        return dict(
-            file=self.path.name, sha256=sha256_of(self.path), bytes=self.path.stat().st_size, layout=self.layout,
-            wrapper=self.wrapper, others=self.others)
-
-
-def open_checkpoint(path: Path, ema: bool = False) -> Checkpoint:
-    """Open a weight file without running its pickled code; tensors are read when they are needed.
-
-    Args:
-        path: File, or folder that holds `model.safetensors`.
-        ema: Take the averaged weights; the plain ones are taken otherwise, if there are both.
-
-    Raises:
-        RuntimeError: It cannot be read, or holds pickled objects besides tensors.
-        ValueError: It holds no weights of a model of this package, or no averaged ones.
-    """
-    path = path / WEIGHTS if path.is_dir() else path
-    with readable_file_errors(path):
-        wrong = why_no_weight_file(path)
-        if wrong:
-            raise RuntimeError(f'{path} is {wrong} ({path.stat().st_size} bytes): fetch or write it again.')
-        content = _load(path)
-    state_dict, wrapper = unwrap(content, AVERAGED if ema else PLAIN + AVERAGED)
-    if ema and not wrapper:
-        raise ValueError(f'{path} has no averaged weights ({" or ".join(AVERAGED)}): leave out --ema.')
-    layout = 'native' if is_native(state_dict) else 'official' if is_official(state_dict) else ''
-    if not layout:
-        to_native(state_dict)  # says what it is
-    found = [key for key in AVERAGED + PLAIN if isinstance(content.get(key), dict)]
-    others = [key for key in found if key != wrapper.partition('.')[0]]
-    return Checkpoint(path, layout, wrapper, others, state_dict)
-
-
-def _load(path: Path) -> Any:
-    with open(path, 'rb') as file:
-        start = file.read(9)
-    if start[8:] == b'{':
-        with safe_open(path, framework='pt') as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    with torch.serialization.safe_globals([argparse.Namespace]):  # in most training checkpoints
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=start.startswith(b'PK'))
+CARD = 'README.md'
 
 
 def convert(
@@ -121,7 +61,7 @@ def convert(
         RuntimeError: The file cannot be read, or what was written is not the same.
         ValueError: It does not fit the model, or `output` exists.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise ValueError(f'{output} exists already: name another folder, or remove it.')
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced(output) as part:
@@ -157,11 +97,20 @@ def _write(
     native = _cast(to_native(checkpoint.state_dict), dtype)
     weights = describe(native)
     guessed = name is None
-    name = name or choose_model(weights)
-    args = model_args(name, native, weights, img_size)
+    name = name or checkpoint.name or choose_model(weights, checkpoint.published)
+    args = model_args(name, native, weights, img_size or checkpoint.img_size)
+    if '.' in name:
+        wrong = why_not_published(name, weights) if checkpoint.published else 'it is in native layout'
+        if wrong:
+            raise ValueError(
+                f'{checkpoint.path} is not the published file of {name}: {wrong}. For weights of your own, name the '
+                f'model without tag: --model {name.partition(".")[0]}.')
+    if checkpoint.global_pool:
+        args['global_pool'] = checkpoint.global_pool
     report = dict(
         model=name,
         guessed=guessed,
+        global_pool=checkpoint.global_pool or 'avg',
         source=checkpoint.report(),
         dtypes=_dtypes(native),
         parts=weights.parts,
@@ -169,8 +118,10 @@ def _write(
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         tool=f'timm-itpn {__version__}',
     )
-    metadata = {'format': 'pt', 'source': checkpoint.path.name, 'source_sha256': report['source']['sha256']}
-    save_file({key: value.contiguous() for key, value in native.items()}, folder / WEIGHTS, metadata=metadata)
+    source = checkpoint.origin or report['source']
+    metadata = {'format': 'pt', 'model': name, 'source': source['file'], 'source_sha256': source['sha256']}
+    with _writing(folder.parent.parent):
+        save_file({key: value.contiguous() for key, value in native.items()}, folder / WEIGHTS, metadata=metadata)
     _write_config(name, args, folder / CONFIG)
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors leaves it to its owner alone
     (folder / CARD).write_text(model_card(report, weights.pretraining), encoding='utf-8')
@@ -222,12 +173,28 @@ def _compare(written: Fingerprint, expected: Fingerprint) -> None:
         raise RuntimeError('The outputs for a fixed image are not finite: the weights are broken, nothing was kept.')
     pairs = zip(written.outputs, expected.outputs)
     # to float32 error only: tensors lie at other addresses in the two files, and kernels round by alignment
-    if not all((ours - theirs).abs().max() <= 1e-4 * theirs.std() for ours, theirs in pairs):
+    if not all((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() for ours, theirs in pairs):
         raise RuntimeError('What was written gives other outputs than the checkpoint: it was not kept.')
 
 
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the writers of weights raise on a full disk into one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RuntimeError(
+            f'The weights could not be written to {folder.absolute()} ({str(error).splitlines()[0]}): free space there '
+            'or name another place with -o.') from error
+
+
 def _cast(state_dict: Dict[str, torch.Tensor], dtype: Optional[torch.dtype]) -> Dict[str, torch.Tensor]:
-    return {key: value.to(dtype or value.dtype) for key, value in state_dict.items()}
+    """The tensors in another type; ValueError if one does not fit in it."""
+    cast = {key: value.to(dtype or value.dtype) for key, value in state_dict.items()}
+    for key, value in cast.items() if dtype else ():
+        if not value.isfinite().all() and state_dict[key].isfinite().all():
+            raise ValueError(f'{key} has values that {dtype} cannot hold: choose another --dtype.')
+    return cast
 
 
 def _dtypes(state_dict: Dict[str, torch.Tensor]) -> List[str]:
@@ -246,6 +213,7 @@ def revert(
         output: Path,
         dtype: Optional[torch.dtype] = None,
         ema: bool = False,
+        img_size: Optional[Tuple[int, int]] = None,
         verify: bool = False,
 ) -> Dict[str, Any]:
     """Write a checkpoint in official layout, `{'model': state dict}`, from a folder or a checkpoint in native layout.
@@ -255,6 +223,8 @@ def revert(
         output: New file.
         dtype: Type of the written tensors, None for that of the source.
         ema: Take the averaged weights.
+        img_size: Height and width in pixels that the position embedding is for, None for a square, or for what the
+            folder says.
         verify: Read the file again and compare every tensor.
 
     Returns:
@@ -262,13 +232,13 @@ def revert(
 
     Raises:
         RuntimeError: The file cannot be read, or what was written is not the same.
-        ValueError: It is in official layout already, has unknown keys, or `output` exists.
+        ValueError: It is in official layout already, has unknown keys or lacks some, or `output` exists.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise ValueError(f'{output} exists already: name another file, or remove it.')
     output.parent.mkdir(parents=True, exist_ok=True)
     with replaced(output) as part:
-        report, digests = _write_official(part, path, dtype, ema)
+        report, digests = _write_official(part, path, dtype, ema, img_size)
         if verify:
             written = to_native(open_checkpoint(part).state_dict)
             _compare(Fingerprint(_digests(written), []), Fingerprint(digests, []))
@@ -276,16 +246,26 @@ def revert(
 
 
 def _write_official(
-        output: Path, path: Path, dtype: Optional[torch.dtype], ema: bool) -> Tuple[Dict[str, Any], Dict[str, str]]:
+        output: Path,
+        path: Path,
+        dtype: Optional[torch.dtype],
+        ema: bool,
+        img_size: Optional[Tuple[int, int]],
+) -> Tuple[Dict[str, Any], Dict[str, str]]:
     """Write the file; return what it is, and digests of the native tensors."""
     checkpoint = open_checkpoint(path, ema)
     if checkpoint.layout == 'official':
         raise ValueError(f'{checkpoint.path} is in official layout already.')
     native = _cast(checkpoint.state_dict, dtype)
+    weights = describe(native)
+    names = [checkpoint.name] if checkpoint.name else matching_models(weights, published=False)
+    if names:  # if it is of a registered model, it must have all of it
+        model_args(names[0], native, weights, img_size or checkpoint.img_size)
     official = native_to_official(native)
     for key, value in official.items():
         if value.nbytes < value.untyped_storage().nbytes():  # a part of a tensor would be saved with the whole
             official[key] = value.clone()
-    torch.save({'model': official}, output)
-    report = dict(source=checkpoint.report(), dtypes=_dtypes(official), parts=describe(native).parts)
+    with _writing(output.parent.parent):
+        torch.save({'model': official}, output)
+    report = dict(source=checkpoint.report(), dtypes=_dtypes(official), parts=weights.parts)
     return report, _digests(native)

@@ -15,11 +15,11 @@ from ..weights.checkpoint import AVERAGED, PLAIN, to_native, unwrap
 from ..weights.contents import Opaque, read_contents
 from ..weights.describe import Description, describe
 from ..weights.integrity import sha256_of, why_no_weight_file
-from ..weights.layout import FAST_ITPN, ITPN, is_native, is_official
+from ..weights.layout import FAST_ITPN, ITPN, layout_of
 from ..weights.records import expected_sha256, record
-from ..weights.sources import SOURCES, plain_name, source_of
-from .conversion import WEIGHTS
-from .matching import matching_models, model_args
+from ..weights.sources import SOURCES, plain_name
+from .checkpoint_file import WEIGHTS
+from .matching import matching_models, model_args, why_not_published
 
 __all__ = ['inspect', 'record_hash']
 
@@ -55,7 +55,7 @@ def inspect(path: Path, name: Optional[str] = None) -> Dict[str, Any]:
         'num_values': sum(value.numel() for value in tensors.values()),
         'dtypes': dict(Counter(_short(value.dtype) for value in tensors.values()).most_common()),
         'first_keys': list(tensors)[:MAX_KEYS],
-        **_network(state_dict, name),
+        **_network(state_dict, name, contents.metadata.get('model', '')),
     }
     tree = contents.tree if wrapper else {}
     averaged = [key for key in AVERAGED if isinstance(tree.get(key), dict) and not wrapper.startswith(key)]
@@ -92,7 +92,7 @@ def _find_weights(tree: Any) -> Tuple[Dict[str, Any], str]:
     """State dict that `convert` takes, and the dotted names of what it is in; empty if there is none."""
     try:
         return unwrap(tree, PLAIN + AVERAGED)
-    except (AttributeError, ValueError):  # AttributeError: keys that are no text
+    except ValueError:
         return {}, ''
 
 
@@ -142,9 +142,9 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _network(state_dict: Dict[str, Any], name: Optional[str]) -> Dict[str, Any]:
+def _network(state_dict: Dict[str, Any], name: Optional[str], converted_as: str) -> Dict[str, Any]:
     """Layout, network and parts of the weights, and the models that they are compared with."""
-    layout = 'native' if is_native(state_dict) else 'official' if is_official(state_dict) else ''
+    layout = layout_of(state_dict)
     found: Dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem='')
     if not layout:
         found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no dict of tensors.'
@@ -152,7 +152,7 @@ def _network(state_dict: Dict[str, Any], name: Optional[str]) -> Dict[str, Any]:
     try:
         native = to_native(state_dict)
         weights = describe(native)
-        names = matching_models(_with_grid(weights))
+        names = matching_models(_with_grid(weights), published=layout == 'official' or '.' in converted_as)
     except UNFIT as error:
         found['problem'] = _reason(error)
         return found
@@ -231,13 +231,6 @@ def _why_not_published(facts: Dict[str, Any]) -> str:
         return facts['problem'] or 'which model it is of is not clear'
     if not model['fits']:
         return model['problem']
-    if source_of(name) is None:
-        return f'there is no published file of {name}'
     if facts['layout'] != 'official':
         return 'it is in the layout of this package, published files are in the official one'
-    if set(model['args']) - {'num_classes', 'img_size'}:
-        return f'{name} holds it only if created with {model["args"]}'
-    has_classifier = not facts['network']['pretraining']
-    if has_classifier != (timm.create_model(name, device='meta').num_classes > 0):
-        return f'it has {"a" if has_classifier else "no"} classifier, unlike the published file'
-    return ''
+    return why_not_published(name, Description(**facts['network'], parts=facts['parts']))

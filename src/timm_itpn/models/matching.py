@@ -7,17 +7,23 @@ import torch
 
 from ..weights.checkpoint import CLASSIFIER, fit_to_model
 from ..weights.describe import Description, describe
-from ..weights.sources import plain_name
+from ..weights.sources import plain_name, source_of
 from .names import MODULES, check_name
 
-__all__ = ['choose_model', 'matching_models', 'model_args']
+__all__ = ['choose_model', 'matching_models', 'model_args', 'why_not_published']
 
 OWN = dict(  # pretrained cfg of weights that are nobody's published ones
     tag='', url=None, hf_hub_id=None, hf_hub_filename=None, origin_url=None, description=None, notes=None)
 
 
-def matching_models(weights: Description) -> List[str]:
-    """Registered models that weights may be of: `arch.tag` where they are as those of the tag, else `arch`."""
+def matching_models(weights: Description, published: bool) -> List[str]:
+    """Registered models that weights may be of.
+
+    Args:
+        weights: What they are.
+        published: Whether they may be published ones: official files may be, and what was converted from them. They
+            are then of `arch.tag` where they are as those of the tag; others are of `arch`.
+    """
     names = []
     for arch in timm.list_models(module=MODULES, exclude_filters='*_fpn'):
         if arch.startswith('hivit') and (weights.pyramid_dim or weights.layer_scale):
@@ -25,17 +31,34 @@ def matching_models(weights: Description) -> List[str]:
         default, _ = _default(arch, False)
         if (default.family, default.embed_dim, default.depths) == (weights.family, weights.embed_dim, weights.depths):
             tags = [n for n in timm.list_models(module=MODULES, include_tags=True) if n.startswith(f'{arch}.')]
-            names += [name for name in tags if _is_as_tag(weights, name)] or [arch]
+            names += [name for name in tags if published and not why_not_published(name, weights)] or [arch]
     return names
 
 
-def choose_model(weights: Description) -> str:
+def why_not_published(name: str, weights: Description) -> str:
+    """Why weights cannot be those of the published file of `arch.tag`, '' if they can, as far as shapes tell."""
+    if source_of(name) is None:
+        return f'there is no published file of {name}'
+    try:
+        args = _args(name, weights)
+    except ValueError as error:
+        return str(error)
+    args.pop('img_size', None)
+    if args:
+        told = ', '.join(f'{key}={value}' for key, value in args.items())
+        return f'{name} holds it only if created with {told}, which the published file does not need'
+    if weights.pretraining != (timm.get_pretrained_cfg(name).num_classes == 0):
+        return f'it has {"no" if weights.pretraining else "a"} classifier, unlike the published file of {name}'
+    return ''
+
+
+def choose_model(weights: Description, published: bool) -> str:
     """The one registered model that weights are of.
 
     Raises:
         ValueError: There is none, or more than one.
     """
-    names = matching_models(weights)
+    names = matching_models(weights, published)
     if len(names) == 1:
         return names[0]
     what = f'{weights.family} with depths {list(weights.depths)} and embed_dim {weights.embed_dim}'
@@ -72,14 +95,9 @@ def model_args(
     for key, value in fit_to_model(native, model).items():
         if value.shape != target[key].shape:
             raise ValueError(
-                f'{key} is {tuple(value.shape)} in the checkpoint, but {tuple(target[key].shape)} in {name}: choose '
-                'another model with --model.')
+                f'{key} is {tuple(value.shape)} in the checkpoint, but {tuple(target[key].shape)} in {name}: the '
+                'checkpoint is damaged, or of another model.')
     return args
-
-
-def _is_as_tag(weights: Description, name: str) -> bool:
-    num_classes = timm.get_pretrained_cfg(name).num_classes
-    return num_classes == weights.num_classes and weights.pretraining == (num_classes == 0) and not _args(name, weights)
 
 
 def _args(name: str, weights: Description, img_size: Optional[Tuple[int, int]] = None) -> Dict[str, Any]:

@@ -12,8 +12,7 @@ from ..layers.rel_pos_bias import resample_table
 from .layout import (
     PRETRAIN,
     PYRAMID,
-    is_native,
-    is_official,
+    layout_of,
     native_depths,
     native_layout,
     native_pyramid_depth,
@@ -29,6 +28,7 @@ StateDict = Dict[str, torch.Tensor]
 
 AVERAGED = ('state_dict_ema', 'model_ema')
 PLAIN = ('state_dict', 'model', 'module')
+MAX_WRAPPERS = 8
 POS_EMBED = 'stages.2.pos_embed'
 TABLE = '.relative_position_bias_table'
 CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
@@ -50,7 +50,9 @@ def unwrap(checkpoint: Any, wrappers: Tuple[str, ...] = AVERAGED + PLAIN) -> Tup
     """
     names: List[str] = []
     state_dict = checkpoint
-    while isinstance(state_dict, dict):
+    for _ in range(MAX_WRAPPERS):  # a dict may hold itself
+        if not isinstance(state_dict, dict):
+            break
         inner = next((key for key in wrappers if isinstance(state_dict.get(key), dict)), None)
         if inner is None and not all(isinstance(key, str) for key in state_dict):
             raise ValueError('This is not a checkpoint: it holds a dict whose keys are no names.')
@@ -58,6 +60,8 @@ def unwrap(checkpoint: Any, wrappers: Tuple[str, ...] = AVERAGED + PLAIN) -> Tup
             return clean_state_dict(state_dict), '.'.join(names)
         names.append(inner)
         state_dict = state_dict[inner]
+    if isinstance(state_dict, dict):
+        raise ValueError(f'This is not a checkpoint: its dicts lie in one another {MAX_WRAPPERS} levels deep.')
     raise ValueError(f'This is not a checkpoint: it holds a {type(state_dict).__name__}, not a dict of tensors.')
 
 
@@ -71,16 +75,17 @@ def to_native(checkpoint: Dict[str, Any]) -> StateDict:
         ValueError: It is not of a model of this package, or has keys of something else; the message lists them.
     """
     state_dict, _ = unwrap(checkpoint)
-    if is_native(state_dict) or is_official(state_dict):
+    layout = layout_of(state_dict)
+    if layout == 'official' or layout and POS_EMBED in state_dict:
         other = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
         if other:
             raise ValueError(f'The checkpoint has entries that are no tensors: {_listed(other)}.')
-        native = state_dict if is_native(state_dict) else official_to_native(state_dict)
+        native = state_dict if layout == 'native' else official_to_native(state_dict)
         if POS_EMBED in native and native[POS_EMBED].ndim != 3:
             raise ValueError(f'The position embedding has {native[POS_EMBED].ndim} dimensions, not 3.')
         return native
-    raise ValueError(
-        f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT, its keys are: {_listed(list(state_dict))}.')
+    found = f'its keys are: {_listed(list(state_dict))}' if state_dict else 'it is empty'
+    raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT, {found}.')
 
 
 def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
@@ -107,7 +112,7 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     unknown = [key for key in state_dict if key not in target and key not in CLASSIFIER]
     missing = [key for key in target if key not in state_dict and key not in CLASSIFIER]
     if unknown or missing:
-        raise ValueError(_mismatch(unknown, missing))
+        raise ValueError(_mismatch(unknown, missing, target))
     return state_dict
 
 
@@ -179,18 +184,22 @@ def architecture(state_dict: StateDict) -> str:
     return f'{native_layout(state_dict).family} with depths {depths} and embed_dim {embed_dim}'
 
 
-def _mismatch(unknown: List[str], missing: List[str]) -> str:
+def _mismatch(unknown: List[str], missing: List[str], target: StateDict) -> str:
+    def lacks_all(end: str) -> bool:
+        keys = [key for key in target if key.endswith(end)]
+        return bool(keys) and set(keys) <= set(missing)
+
     parts = []
     if missing:
         parts.append(f'it lacks {_listed(missing)}')
     if unknown:
         parts.append(f'the model has no {_listed(unknown)}')
     message = f'The checkpoint does not fit the model: {", and ".join(parts)}.'
-    if any(key.endswith('.gamma') for key in missing):
+    if lacks_all('.gamma'):
         message += ' The file has no layer scale; a model without it is created with init_values=0.'
     elif any(key.endswith('.gamma') for key in unknown):
         message += ' The file has layer scale, which is ruined without it; create the model with init_values=0.1.'
-    if any(key.endswith(TABLE) for key in missing):
+    if lacks_all(TABLE):
         message += ' The file has no relative position bias; a model without it is created with rel_pos_bias=False.'
     elif any(key.endswith(TABLE) for key in unknown):
         message += ' The file has relative position bias; create the model with rel_pos_bias=True.'

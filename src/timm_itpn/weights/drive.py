@@ -296,5 +296,5 @@ def _disk_problem(error: OSError, folder: Path) -> _Failure:
 def _sentence(file_id: str, target: Path, failure: _Failure) -> str:
     sentence = (
         f'{target.name} could not be downloaded, {failure}, or get it from https://drive.google.com/file/d/{file_id} '
-        'with a browser and put it in the folder that the environment variable TIMM_ITPN_WEIGHTS names.')
+        'with a browser and put it, by this name, in the folder that the environment variable TIMM_ITPN_WEIGHTS names.')
     return ''.join(c if c.isprintable() else ' ' for c in sentence)  # what a server said may command the terminal

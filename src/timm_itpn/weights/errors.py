@@ -12,6 +12,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
 
+from .integrity import why_no_weight_file
+
 __all__ = ['hub_failure', 'is_transient', 'readable_file_errors', 'readable_load_errors']
 
 STORAGE_ERRORS = (
@@ -103,12 +105,16 @@ def file_failure(error: Exception, source: str) -> Optional[str]:
     if unsafe:
         return (
             f'{source} holds pickled objects besides tensors ({unsafe}), so it was not loaded and none of its code was '
-            'run. If you know these classes to be harmless, allow just them with '
-            'torch.serialization.add_safe_globals([...]) and load again; do not switch weights_only off.')
+            'run. Save its state dict alone where it was made. Or, if you know these classes to be harmless, allow '
+            'just them with torch.serialization.add_safe_globals([...]) in Python; do not switch weights_only off.')
     unreadable = (EOFError, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError)
     signs = ('PytorchStreamReader', 'weights_only=True blocked')
     if isinstance(error, unreadable) or _raised_by_unpickler(error) or any(sign in message for sign in signs):
         path = Path(source)
+        if path.is_file() and not why_no_weight_file(path):
+            return (
+                f'{source} is a whole file, but holds pickled objects besides tensors, so it was not loaded and none '
+                'of its code was run. Save its state dict alone where it was made.')
         size = f' ({path.stat().st_size} bytes)' if path.is_file() else ''
         return f'{source}{size} is empty, truncated or no weight file: delete it and fetch it again.'
     return None

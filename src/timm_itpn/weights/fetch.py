@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Optional, Tuple, Union
 
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch.hub import get_dir
@@ -130,19 +130,26 @@ def _from_hub(repo: str, path: str, sha256: Optional[str], cache_dir: Folder) ->
     for force in (False, True):  # from the start if what came is wrong: an old client may have put pieces together
         try:
             file = _downloaded(repo, path, cache_dir, force)
+            wrong = why_no_weight_file(file)  # each time: a process may have died between download and check
+            found = sha256_of(file) if sha256 and not wrong else sha256
+            if found != sha256 and file == before:  # a whole file of the user's: it is not ours to delete
+                raise RuntimeError(f'{file} has the SHA-256 {found}, not {sha256} as expected: remove or rename it.')
+            if found != sha256:
+                wrong = f'another file than expected: its SHA-256 is {found}, not {sha256}'
+            if not wrong:
+                return file
+            if constants.HF_HUB_OFFLINE:
+                raise RuntimeError(f'{file} is {wrong}: go online once without HF_HUB_OFFLINE.')
+            blob = file.resolve()  # the Hub's cache holds the bytes once, and links to them
+            file.unlink(missing_ok=True)
+            blob.unlink(missing_ok=True)
+        except RuntimeError:
+            raise
         except Exception as error:
             failure = hub_failure(error)
             if failure is None:
                 raise
             raise RuntimeError(f'{path} {failure[0]}: {failure[1]}.') from error
-        wrong = '' if file == before else why_no_weight_file(file)
-        if not wrong and sha256 and sha256_of(file) != sha256:
-            wrong = f'another file than expected: its SHA-256 is {sha256_of(file)}, not {sha256}'
-        if not wrong:
-            return file
-        blob = file.resolve()  # the Hub's cache holds the bytes once, and links to them
-        file.unlink(missing_ok=True)
-        blob.unlink(missing_ok=True)
     raise RuntimeError(f'{path} is {wrong}; it was not kept.')
 
 

@@ -11,8 +11,9 @@ import torch
 from einops import rearrange
 
 __all__ = [
-    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'is_native', 'is_official', 'key_table', 'native_depths',
-    'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
+    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'is_native', 'is_official', 'key_table', 'layout_of',
+    'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native',
+    'pretraining_part',
 ]
 
 PYRAMID = 'pyramid.'
@@ -195,6 +196,11 @@ def key_table(layout: Layout, depths: Tuple[int, int, int], pyramid_depth: int =
     return table
 
 
+def layout_of(state_dict: Dict[str, Any]) -> str:
+    """Whose names the keys are: 'native', 'official', or '' for neither."""
+    return 'native' if is_native(state_dict) else 'official' if is_official(state_dict) else ''
+
+
 def is_official(state_dict: Dict[str, Any]) -> bool:
     """True if the keys are those of an official file: one flat list of blocks with two merges among them."""
     return len(_merges(state_dict)) == 2
@@ -252,6 +258,8 @@ def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
             missing = ', '.join(sorted(set(sources) - set(present)))
             raise ValueError(f'The checkpoint is incomplete: it has {", ".join(present)}, but not {missing}.')
         tensors = [state_dict[source] for source in sources]
+        if any(tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
+            raise ValueError(f'The shapes of {", ".join(sources)} differ: they are not of one model.')
         native[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         if re.fullmatch(layout.conv1x1, key) and native[key].shape[2:] == (1, 1):
             native[key] = rearrange(native[key], 'o i 1 1 -> o i')
@@ -285,7 +293,9 @@ def native_to_official(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
             continue
         if re.fullmatch(layout.conv1x1, key):
             value = rearrange(value, 'o i -> o i 1 1')
-        official.update(zip(table[key], value.chunk(len(table[key]))))
+        if len(table[key]) > 1 and len(value) % len(table[key]):
+            raise ValueError(f'{key} has {len(value)} rows, which is not {len(table[key])} times a whole number.')
+        official.update(zip(table[key], value.chunk(len(table[key])) if len(table[key]) > 1 else [value]))
     return official
 
 

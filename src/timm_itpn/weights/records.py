@@ -21,13 +21,16 @@ def record_file() -> Path:
 
 
 def recorded() -> Dict[str, str]:
-    path = record_file()
-    if not path.exists():
+    try:
+        path = record_file()
+    except RuntimeError:  # no home folder, so nothing was recorded there
         return {}
     try:
         hashes = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise RuntimeError(f'{path} is no JSON file ({error}): mend or remove it.') from error
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f'{path} is no JSON file that can be read ({error}): mend or remove it.') from error
     if not isinstance(hashes, dict):
         raise RuntimeError(f'{path} holds no names with hashes: mend or remove it.')
     return {name: str(sha256).lower() for name, sha256 in hashes.items()}
