@@ -291,8 +291,10 @@ import os, resource, sys
 from timm_itpn.weights import drive, fetch
 drive.ENDPOINT, drive.PAUSES_S = 'http://127.0.0.1:9/download', ()
 for line in sys.stdin:
+    ready, go = os.pipe()
     pid = os.fork()
     if not pid:
+        os.read(ready, 1)  # until its number is printed
         if line.strip() == 'full':  # as a full disk: no file may grow beyond this
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
@@ -301,6 +303,7 @@ for line in sys.stdin:
             print(error, flush=True)
         os._exit(0)
     print(pid, flush=True)
+    os.write(go, b'!')
 """
 
 
