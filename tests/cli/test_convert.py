@@ -88,7 +88,7 @@ def test_full_disk_leaves_nothing(pretraining, tmp_path, monkeypatch, capsys):
 
 
 INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from timm_itpn.cli import main
 from timm_itpn.models import conversion
 
@@ -97,6 +97,7 @@ def model_card(*args):  # the last thing written
     time.sleep(60)
 
 conversion.model_card = model_card
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 sys.exit(main(sys.argv[1:]))
 """
 
