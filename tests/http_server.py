@@ -119,7 +119,7 @@ class Server:
         return Answer(302, b'', {**headers, 'Location': f'{host}{ELSEWHERE}{request.path}'})
 
     def respond(self, request: Request) -> Answer:
-        raise NotImplementedError
+        raise NotImplementedError  # what is served is for the class of each server to say
 
 
 def read_body(request: http.server.BaseHTTPRequestHandler) -> bytes:

@@ -129,5 +129,5 @@ def test_code_never_runs(door, bomb, tmp_path, hub, monkeypatch):
 
 
 def test_the_file_is_one_that_would(bomb, tmp_path):
-    load_state_dict(str(bomb), weights_only=False)
+    load_state_dict(str(bomb), weights_only=False)  # it is meant to run here
     assert (tmp_path / 'mark').exists()

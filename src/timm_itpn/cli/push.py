@@ -167,7 +167,7 @@ def readable_errors(repo: str) -> Iterator[None]:
     """Turn errors of the Hub's client into a RuntimeError of one sentence."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # each version of the client has an HTTP library of its own, with its own errors
         sentence = explain(error, repo)
         if sentence is None:
             raise

@@ -31,7 +31,7 @@ def readable_load_errors(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # loaders raise all kinds on bad files; what has no sentence is raised again
         cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         sentence = _explain(error, cfg)
         if sentence is None:
@@ -44,7 +44,7 @@ def readable_file_errors(path: Path) -> Iterator[None]:
     """Turn errors of reading a weight file into a RuntimeError that says what is wrong with it."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # loaders raise all kinds on bad files; what has no sentence is raised again
         sentence = file_failure(error, str(path))
         if sentence is None:
             raise

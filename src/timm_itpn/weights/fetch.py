@@ -145,7 +145,7 @@ def _from_hub(repo: str, path: str, sha256: Optional[str], cache_dir: Folder) ->
             blob.unlink(missing_ok=True)
         except RuntimeError:
             raise
-        except Exception as error:
+        except Exception as error:  # by client: its HTTP library's; what is no failure of the Hub is raised again
             failure = hub_failure(error)
             if failure is None:
                 raise
@@ -161,7 +161,7 @@ def _downloaded(repo: str, path: str, cache_dir: Folder, force: bool) -> Path:
     for pause_s in PAUSES_S:
         try:
             return Path(download())
-        except Exception as error:
+        except Exception as error:  # by client: its HTTP library's; what is not transient is raised again
             if not is_transient(error):
                 raise
             time.sleep(pause_s)
