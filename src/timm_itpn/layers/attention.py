@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..ops.attention import choose
+from ..ops.attention import IMPLEMENTATIONS, choose
 
 __all__ = ['Attention']
 
@@ -18,11 +18,13 @@ class Attention(nn.Module):
         num_heads: Number of heads; must divide `dim`.
         k_bias: One bias for q, k and v, as a part of their Linear layer. False = biases of their own for q and v, none
             for k, where it would add the same number to all scores of a query, which softmax removes.
+        attn_impl: Key of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
         attn_drop: Dropout rate of the attention weights, 0..1.
         proj_drop: Dropout rate after the output projection, 0..1.
 
     Raises:
-        ValueError: `num_heads` does not divide `dim`.
+        ValueError: `num_heads` does not divide `dim`, or `attn_impl` is unknown.
+        RuntimeError: The `attn_impl` that is asked for cannot run.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Attention(nn.Module):
             dim: int,
             num_heads: int,
             k_bias: bool = False,
+            attn_impl: str = 'auto',
             attn_drop: float = 0.,
             proj_drop: float = 0.,
             device=None,
@@ -40,6 +43,9 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f'embed_dim {dim} is not a multiple of num_heads {num_heads}')
         self.num_heads = num_heads
+        self.asked = attn_impl
+        self.attn_impl = choose(attn_impl)
+        self.attention = IMPLEMENTATIONS[self.attn_impl].forward
         self.attn_drop = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=k_bias, **dd)
         if k_bias:
@@ -50,7 +56,6 @@ class Attention(nn.Module):
             self.register_buffer('k_bias', torch.empty(dim, **dd), persistent=False)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.attention = choose()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,7 +69,7 @@ class Attention(nn.Module):
             nn.init.zeros_(self.k_bias)
 
     def extra_repr(self) -> str:
-        return f'num_heads={self.num_heads}, attention={self.attention.__module__.rpartition(".")[2]}'
+        return f'num_heads={self.num_heads}, attn_impl={self.attn_impl}{" (auto)" if self.asked == "auto" else ""}'
 
     def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""

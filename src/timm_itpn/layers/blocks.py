@@ -5,7 +5,9 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp
 
+from ..ops.attention import IMPLEMENTATIONS
 from .attention import Attention
+from .fused import FusedAttentionBlock, FusedMlpBlock
 from .rel_pos_bias import RelPosBias
 
 __all__ = ['AttentionBlock', 'MlpBlock']
@@ -53,6 +55,11 @@ class MlpBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.drop_path(self.ls(self.mlp(self.norm(x))))
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The block for inference."""
+        return FusedMlpBlock(self)
+
 
 class AttentionBlock(nn.Module):
     """Pre-norm transformer block of stage 3; tokens are (B, N, dim).
@@ -64,6 +71,7 @@ class AttentionBlock(nn.Module):
         swiglu_mlp: Gated MLP (SwiGLU) instead of a plain one.
         scale_mlp: Put a norm before the last layer of the MLP.
         k_bias: One bias for q, k and v, as a part of their Linear layer; False = k has none.
+        attn_impl: Key of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
         window_size: Grid (height, width) of the relative position bias, None for no such bias.
         dynamic_window_size: Resample that bias in forward when the map has another size.
         proj_drop: Dropout rate after attention and MLP.
@@ -81,6 +89,7 @@ class AttentionBlock(nn.Module):
             swiglu_mlp: bool = False,
             scale_mlp: bool = False,
             k_bias: bool = True,
+            attn_impl: str = 'auto',
             window_size: Optional[Tuple[int, int]] = None,
             dynamic_window_size: bool = False,
             proj_drop: float = 0.,
@@ -95,10 +104,12 @@ class AttentionBlock(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(dim, num_heads, k_bias=k_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        self.attn = Attention(
+            dim, num_heads, k_bias=k_bias, attn_impl=attn_impl, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.rel_pos_bias = None
         if window_size is not None:
-            self.rel_pos_bias = RelPosBias(window_size, num_heads, dynamic_window_size, **dd)
+            spread = not IMPLEMENTATIONS[self.attn.attn_impl].TAKES_TABLE
+            self.rel_pos_bias = RelPosBias(window_size, num_heads, dynamic_window_size, spread, **dd)
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
@@ -118,3 +129,8 @@ class AttentionBlock(nn.Module):
             bias = self.rel_pos_bias(height, width)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The block for inference."""
+        return FusedAttentionBlock(self)

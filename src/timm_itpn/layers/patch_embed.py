@@ -7,7 +7,10 @@ from typing import Callable, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
+from einops import rearrange, reduce
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
+
+from .fused import FusedLinear, fold_norm
 
 __all__ = [
     'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
@@ -107,6 +110,16 @@ class ConvPatchMerge(nn.Module):
         x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
         return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, H/2, W/2) -> (B, H/2, W/2, D)
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Move scale and shift of the norm into the convolution."""
+        conv = self.reduction
+        self.norm, weight, shift = fold_norm(self.norm, rearrange(conv.weight, 'o i h w -> (o h w) i'), None)
+        with torch.no_grad():
+            conv.weight.copy_(rearrange(weight, '(o h w) i -> o i h w', h=2, w=2))
+            conv.bias.add_(reduce(shift, '(o k) -> o', 'sum', k=4))
+        return self
+
 
 class LinearPatchMerge(nn.Module):
     """Merge 2 x 2 neighbours: LayerNorm over all four, then a Linear layer without bias.
@@ -131,6 +144,13 @@ class LinearPatchMerge(nn.Module):
         x = x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # column before row
         return self.reduction(self.norm(x.reshape(B, H // 2, W // 2, 4 * C)))
 
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Move scale and shift of the norm into the Linear layer."""
+        self.norm, *weights = fold_norm(self.norm, self.reduction.weight, None)
+        self.reduction = FusedLinear(*weights)
+        return self
+
 
 class ConvPatchSplit(nn.Module):
     """Split each position in 2 x 2: LayerNorm, then a transposed convolution. (B, H, W, C) -> (B, 2H, 2W, D).
@@ -150,6 +170,16 @@ class ConvPatchSplit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
         return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, 2H, 2W) -> (B, 2H, 2W, D)
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The same as a Linear layer: the shift of the norm differs between the four places."""
+        conv = self.reduction
+        split = LinearPatchSplit(conv.in_channels, conv.out_channels, device='meta')
+        weight = rearrange(conv.weight, 'i o h w -> (h w o) i')
+        split.norm, *weights = fold_norm(self.norm, weight, conv.bias.repeat(4))
+        split.reduction = FusedLinear(*weights)
+        return split
 
 
 class LinearPatchSplit(nn.Module):
@@ -173,3 +203,10 @@ class LinearPatchSplit(nn.Module):
         B, H, W, C = x.shape
         x = self.reduction(self.norm(x)).reshape(B, H, W, 2, 2, -1)
         return x.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1)  # (B, H, W, 2, 2, D) -> (B, 2H, 2W, D)
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Move scale and shift of the norm into the Linear layer."""
+        self.norm, *weights = fold_norm(self.norm, self.reduction.weight, None)
+        self.reduction = FusedLinear(*weights)
+        return self

@@ -90,8 +90,10 @@ class RelPosBias(nn.Module):
         window_size: Grid (h, w), in tokens.
         num_heads: Attention heads.
         dynamic_window_size: Resample the table in forward when the map has another size.
+        spread: True = forward gives the bias of all pairs of tokens, False = the table of offsets.
     """
     dynamic_window_size: torch.jit.Final[bool]
+    spread: torch.jit.Final[bool]
     __jit_ignored_attributes__ = ['_cache']
 
     def __init__(
@@ -99,12 +101,14 @@ class RelPosBias(nn.Module):
             window_size: Tuple[int, int],
             num_heads: int,
             dynamic_window_size: bool = False,
+            spread: bool = True,
             device=None,
             dtype=None,
     ):
         super().__init__()
         self.window_size = window_size
         self.dynamic_window_size = dynamic_window_size
+        self.spread = spread
         num_offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
         self.relative_position_bias_table = nn.Parameter(
             torch.empty(num_offsets, num_heads, device=device, dtype=dtype))
@@ -129,7 +133,13 @@ class RelPosBias(nn.Module):
         return f'window_size={self.window_size}'
 
     def forward(self, height: int, width: int) -> torch.Tensor:
-        """Return the bias (1, num_heads, N, N), N = height * width; rows are aligned in memory."""
+        """Return the bias (1, num_heads, N, N), N = height * width; rows are aligned in memory.
+
+        Without `spread` it is the table, (2 * height - 1, 2 * width - 1, num_heads).
+        """
+        if not self.spread:
+            table = resample_table(self.relative_position_bias_table, (height, width), self.window_size)
+            return table.reshape(2 * height - 1, 2 * width - 1, -1)
         if not torch.jit.is_scripting():
             if self._may_cache():
                 return self._cached(height, width)
@@ -150,6 +160,7 @@ class RelPosBias(nn.Module):
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
+            or table.is_cuda and torch.cuda.is_current_stream_capturing()  # its graph would outlive what is kept
             or type(table) is not nn.Parameter  # a tracer's or functorch's stand-in
             or table.is_inference()  # has no version
         )
@@ -164,6 +175,11 @@ class RelPosBias(nn.Module):
         if bias.numel() <= MAX_CACHED:
             self._cache = (table, key, bias)
         return bias
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == 'relative_position_bias_table':  # FSDP2 gathers new values into the old table, unseen, and sets it
+            self._cache = None
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> nn.Module:
         self._cache = None

@@ -12,6 +12,8 @@ from .pos_embed import resample_pos_embed
 
 __all__ = ['AttentionStage', 'MlpStage']
 
+PART_SIZE = 2 ** 19  # elements
+
 
 class MlpStage(nn.Module):
     """Stage 1 or 2: an optional merge, then MLP blocks.
@@ -48,9 +50,23 @@ class MlpStage(nn.Module):
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
-        else:
+        elif torch.jit.is_scripting():
             x = self.blocks(x)
+        else:
+            x = in_parts(self.blocks, x)
         return x
+
+
+def in_parts(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Run per-position blocks on maps (B, H, W, C); on the CPU on as many images at a time as its caches hold.
+
+    There, what the blocks make on the way is not larger than 32 MiB, so that the C library gives the same memory again
+    and again. A larger tensor gets new pages each time, which cost as much as the matrix product that fills it.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor) or not x.is_cpu:
+        return blocks(x)  # compilers and tracers want one graph for all batch sizes
+    parts = x.split(max(1, PART_SIZE // max(1, x[0].numel())))
+    return blocks(x) if len(parts) == 1 else torch.cat([blocks(part) for part in parts])
 
 
 class AttentionStage(nn.Module):

@@ -42,6 +42,7 @@ class FastITPN(BaseITPN):
         num_heads: Attention heads of stage 3.
         mlp_ratio: Hidden channels per channel, in all stages.
         init_values: Layer scale of stage 3 at initialisation, 0 or None for no layer scale.
+        attn_impl: How attention is computed: 'sdpa', 'flex', 'reference', or 'auto' for the first that can run.
         drop_rate: Dropout rate before the classifier.
         pos_drop_rate: Dropout rate after the position embedding.
         proj_drop_rate: Dropout rate after each attention and MLP.
@@ -62,7 +63,8 @@ class FastITPN(BaseITPN):
 
     Raises:
         ValueError: A side of `img_size` is no multiple of 16, `num_heads` does not divide `embed_dim`, or one of
-            `global_pool`, `pyramid_pool`, `pyramid_init` is unknown.
+            `global_pool`, `pyramid_pool`, `pyramid_init`, `attn_impl` is unknown.
+        RuntimeError: The `attn_impl` that is asked for cannot run.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class FastITPN(BaseITPN):
             num_heads: int = 8,
             mlp_ratio: float = 3.,
             init_values: Optional[float] = 0.1,
+            attn_impl: str = 'auto',
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
@@ -117,6 +120,7 @@ class FastITPN(BaseITPN):
                 drop_path=drop_path[2],
                 pos_drop=pos_drop_rate,
                 attn_drop=attn_drop_rate,
+                attn_impl=attn_impl,
                 init_values=init_values,
                 k_bias=False,
                 swiglu_mlp=True,

@@ -45,6 +45,7 @@ class ITPN(BaseITPN):
         mlp_ratio: Hidden width per token width in stage 3.
         rel_pos_bias: Add a relative position bias in every block of stage 3.
         init_values: Layer scale of all stages at initialisation, 0 or None for no layer scale.
+        attn_impl: How attention is computed: 'sdpa', 'flex', 'reference', or 'auto' for the first that can run.
         drop_rate: Dropout rate before the classifier.
         pos_drop_rate: Dropout rate after the position embedding.
         proj_drop_rate: Dropout rate after each attention and MLP.
@@ -65,7 +66,8 @@ class ITPN(BaseITPN):
 
     Raises:
         ValueError: A side of `img_size` is no multiple of 16, `num_heads` does not divide `embed_dim`, or one of
-            `global_pool`, `pyramid_pool`, `pyramid_init` is unknown.
+            `global_pool`, `pyramid_pool`, `pyramid_init`, `attn_impl` is unknown.
+        RuntimeError: The `attn_impl` that is asked for cannot run.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class ITPN(BaseITPN):
             mlp_ratio: float = 4.,
             rel_pos_bias: bool = True,
             init_values: Optional[float] = None,
+            attn_impl: str = 'auto',
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
@@ -123,6 +126,7 @@ class ITPN(BaseITPN):
                 drop_path=drop_path[2],
                 pos_drop=pos_drop_rate,
                 attn_drop=attn_drop_rate,
+                attn_impl=attn_impl,
                 rel_pos_bias=rel_pos_bias,
                 k_bias=True,
                 mlp_ratio=mlp_ratio,

@@ -8,6 +8,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
+TAKES_TABLE = False
+
 
 def why_not() -> Optional[str]:
     return None
@@ -19,9 +21,10 @@ def forward(
         v: torch.Tensor,
         bias: Optional[torch.Tensor] = None,
         dropout_p: float = 0.,
+        scale: Optional[float] = None,
 ) -> torch.Tensor:
     # float32 factors of one element, not .float(): they lengthen half precision, leave float64, and FX can trace them
-    q = q * q.new_full((1,), q.shape[-1] ** -0.5, dtype=torch.float32)
+    q = q * q.new_full((1,), q.shape[-1] ** -0.5 if scale is None else scale, dtype=torch.float32)
     k = k * k.new_ones((1,), dtype=torch.float32)
     scores = q @ k.transpose(-2, -1)  # (B, num_heads, N, N)
     if bias is not None:

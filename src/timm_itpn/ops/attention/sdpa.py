@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import use_fused_attn
 
+TAKES_TABLE = False
+
 
 def why_not() -> Optional[str]:
     return None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
@@ -19,5 +21,6 @@ def forward(
         v: torch.Tensor,
         bias: Optional[torch.Tensor] = None,
         dropout_p: float = 0.,
+        scale: Optional[float] = None,
 ) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)

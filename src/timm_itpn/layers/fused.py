@@ -1,0 +1,215 @@
+"""Blocks for inference only: what one layer does to its output, or the next one to its input, is a part of a weight.
+
+`block.fuse()` makes them: norms lose their scale and shift to the linear layer after them, which also takes the scale
+of the attention scores; layer scale goes into the linear layer before it; activations and residual sums are done by
+`ops.linear`. Sums are in another order than before, so results are equal to float error, not to the bit.
+"""
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.layers import GELU, GluMlp, LayerScale
+
+from ..ops.linear import IMPLEMENTATIONS, choose, reference
+
+__all__ = ['FusedAttentionBlock', 'FusedGatedMlp', 'FusedLinear', 'FusedMlp', 'FusedMlpBlock', 'InferenceOnly']
+
+
+class InferenceOnly(nn.Module):
+    """Module that cannot go back to training."""
+
+    def __init__(self):
+        super().__init__()
+        self.training = False
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            raise RuntimeError('A fused model is for inference only: train the model that it was made from.')
+        return super().train(mode)
+
+
+class FusedLinear(InferenceOnly):
+    """Linear layer, then an activation or a residual sum. (..., in_features) -> (..., out_features).
+
+    Args:
+        weight: (out_features, in_features).
+        bias: (out_features,).
+        act: Key of `ops.linear.ACTIVATIONS`.
+        implementation: Key of `ops.linear.IMPLEMENTATIONS`, 'auto' for the first that can run where the weight is.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, act: str = 'none', implementation: str = 'auto'):
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+        self.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+        self.act = act
+        self.asked = implementation
+        self._pack()
+        self.register_load_state_dict_post_hook(lambda module, _: module._pack())
+
+    def _pack(self) -> None:
+        self.implementation = choose(self.asked, self.weight)
+        self._forward = IMPLEMENTATIONS[self.implementation].forward
+        self._packed = IMPLEMENTATIONS[self.implementation].pack(self.weight)
+
+    def _apply(self, fn, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def __getstate__(self):
+        return {**self.__dict__, '_packed': None}  # it has no storage that could be copied
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._pack()
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f'{in_features}, {out_features}, act={self.act}, implementation={self.implementation}'
+
+    def forward(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled(x.device.type):
+            return reference.forward(x, self.weight, self.bias, self.act, residual)
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError('A fused model has no gradients: call it under torch.no_grad(), or use the original.')
+        return self._forward(x, self._packed, self.bias, self.act, residual)
+
+
+class FusedMlp(InferenceOnly):
+    """Norm, first layer, activation, perhaps a norm, second layer and residual sum. (..., dim) -> (..., dim).
+
+    Args:
+        norm: Norm before the MLP.
+        mlp: timm's `Mlp`.
+        ls: Layer scale after it, or Identity.
+    """
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
+        super().__init__()
+        act = name_of(mlp.act)
+        self.norm1, *weights = fold_norm(norm, mlp.fc1.weight, mlp.fc1.bias)
+        self.fc1 = FusedLinear(*weights, act=act or 'none')
+        self.act = nn.Identity() if act else mlp.act
+        self.norm2, *weights = fold_norm(mlp.norm, mlp.fc2.weight, mlp.fc2.bias)
+        self.fc2 = FusedLinear(*fold_scale(ls, *weights))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.norm2(self.act(self.fc1(self.norm1(x)))), x)
+
+
+class FusedGatedMlp(InferenceOnly):
+    """As `FusedMlp`, with a gate: the first layer gives gate and value. (..., dim) -> (..., dim).
+
+    On the CPU gate and value are two products, and the activation is done within the first; elsewhere they are one.
+
+    Args:
+        norm: Norm before the MLP.
+        mlp: timm's `GluMlp` with the gate first.
+        ls: Layer scale after it, or Identity.
+    """
+
+    def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
+        super().__init__()
+        self.norm1, weight, bias = fold_norm(norm, mlp.fc1.weight, mlp.fc1.bias)
+        act = name_of(mlp.act)
+        self.split = weight.device.type == 'cpu' and act is not None
+        if self.split:
+            weights, biases = weight.chunk(2), bias.chunk(2)
+            self.gate = FusedLinear(weights[0], biases[0], act=act)
+            self.value = FusedLinear(weights[1], biases[1])
+        else:
+            self.fc1 = FusedLinear(weight, bias)
+            self.act = mlp.act
+        self.norm2, *weights = fold_norm(mlp.norm, mlp.fc2.weight, mlp.fc2.bias)
+        self.fc2 = FusedLinear(*fold_scale(ls, *weights))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm1(x)
+        if self.split:
+            y = self.gate(y) * self.value(y)
+        else:
+            gate, value = self.fc1(y).chunk(2, dim=-1)
+            y = self.act(gate) * value
+        return self.fc2(self.norm2(y), x)
+
+
+class FusedMlpBlock(InferenceOnly):
+    """`MlpBlock` for inference. (..., dim) -> (..., dim)."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.mlp = FusedMlp(block.norm, block.mlp, block.ls)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x)
+
+
+class FusedAttentionBlock(InferenceOnly):
+    """`AttentionBlock` for inference. (B, N, dim) -> (B, N, dim)."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        attn = block.attn
+        self.num_heads = attn.num_heads
+        self.attention = attn.attention
+        self.rel_pos_bias = block.rel_pos_bias
+        bias = attn.qkv.bias if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        self.norm, weight, bias = fold_norm(block.norm1, attn.qkv.weight, bias)
+        dim = attn.proj.in_features
+        scale = torch.ones(3 * dim, dtype=weight.dtype, device=weight.device)
+        scale[:dim] = (dim // attn.num_heads) ** -0.5  # of the scores, in q
+        self.qkv = FusedLinear(scale[:, None] * weight, scale * bias)
+        self.proj = FusedLinear(*fold_scale(block.ls1, attn.proj.weight, attn.proj.bias))
+        fused_mlp = FusedGatedMlp if isinstance(block.mlp, GluMlp) else FusedMlp
+        self.mlp = fused_mlp(block.norm2, block.mlp, block.ls2)
+
+    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
+        B, N, C = x.shape
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(height, width)
+        qkv = self.qkv(self.norm(x)).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # each (B, num_heads, N, head_dim)
+        y = self.attention(q, k, v, bias, scale=1.)
+        x = self.proj(y.transpose(1, 2).reshape(B, N, C), x)
+        return self.mlp(x)
+
+
+def name_of(act: nn.Module) -> Optional[str]:
+    """Name of an activation in `ops.linear`, None for one that is not there."""
+    if isinstance(act, GELU) or (isinstance(act, nn.GELU) and act.approximate == 'none'):
+        return 'gelu'
+    return 'silu' if isinstance(act, nn.SiLU) else None
+
+
+def fold_norm(
+        norm: nn.Module,
+        weight: torch.Tensor,
+        bias: Optional[torch.Tensor],
+) -> Tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Move scale and shift of a norm into the linear layer after it.
+
+    Args:
+        norm: A norm over the last axis; other modules than LayerNorm stay as they are.
+        weight: (out_features, in_features) of the layer after it.
+        bias: (out_features,), None for none.
+
+    Returns:
+        The norm without scale and shift, weight and bias.
+    """
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
+        return norm, weight, bias
+    plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+    exact = weight.detach().double()
+    shift = exact @ norm.bias.detach().double()
+    exact = exact * norm.weight.detach().double()
+    return plain.eval(), exact.to(weight.dtype), (bias.detach().double() + shift).to(bias.dtype)
+
+
+def fold_scale(ls: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Move a layer scale into the linear layer before it: (out_features, in_features) and (out_features,)."""
+    if not isinstance(ls, LayerScale):
+        return weight, bias
+    return ls.gamma[:, None] * weight, ls.gamma * bias

@@ -1,0 +1,50 @@
+"""PyTorch's FlexAttention: a relative position bias is looked up in its table inside the kernel.
+
+No (N, N) tensor is made, neither for the scores nor for the bias and its gradient. The kernel is compiled at the first
+call, for each device, type and size. Only on request (`attn_impl='flex'`). On the CPU it has no backward pass.
+"""
+import functools
+from typing import Any, Callable, Optional
+
+import torch
+from timm.layers import use_fused_attn
+from torch.nn.attention.flex_attention import flex_attention
+
+TAKES_TABLE = True
+
+
+def why_not() -> Optional[str]:
+    return None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
+
+
+@functools.cache
+def compiled() -> Callable:
+    return torch.compile(flex_attention)
+
+
+def score_mod(bias: torch.Tensor) -> Callable:
+    """What FlexAttention does to a score: add the bias of its pair, from all pairs or from a table of offsets."""
+    if bias.ndim == 4:
+        return lambda score, b, head, query, key: score + bias[0, head, query, key]
+    height, width = (bias.shape[0] + 1) // 2, (bias.shape[1] + 1) // 2
+
+    def add_offset(score: Any, b: Any, head: Any, query: Any, key: Any) -> Any:
+        dy = query // width - key // width
+        dx = query % width - key % width
+        return score + bias[dy + height - 1, dx + width - 1, head]
+
+    return add_offset
+
+
+def forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: Optional[torch.Tensor] = None,
+        dropout_p: float = 0.,
+        scale: Optional[float] = None,
+) -> torch.Tensor:
+    if dropout_p > 0.:
+        raise RuntimeError('FlexAttention has no dropout: use attn_drop_rate=0, or another attn_impl.')
+    attention: Any = flex_attention if torch.compiler.is_compiling() else compiled()
+    return attention(q, k, v, score_mod=None if bias is None else score_mod(bias), scale=scale)

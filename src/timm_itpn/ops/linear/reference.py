@@ -1,0 +1,30 @@
+"""The layers one after the other, as PyTorch has them; on any device, and what compilers and exporters see."""
+from typing import Callable, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS: Dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    'none': lambda x: x,
+    'gelu': F.gelu,
+    'silu': F.silu,
+}
+
+
+def why_not(weight: torch.Tensor) -> Optional[str]:
+    return None
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def forward(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        act: str = 'none',
+        residual: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    x = ACTIVATIONS[act](F.linear(x, packed, bias))
+    return x if residual is None else residual + x

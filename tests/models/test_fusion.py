@@ -1,0 +1,139 @@
+"""The fused copy computes what the model does, and says clearly what it is not for."""
+import copy
+
+import golden
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from small import FAMILIES, PYRAMIDS, images, small_model
+from timm.models import reparameterize_model
+
+import timm_itpn
+from timm_itpn.layers.fused import FusedLinear
+
+
+def filled(name, **kwargs):
+    """A small model in float64 whose norms, biases and layer scales are far from their initial values."""
+    model = small_model(name, **{'num_classes': 0, **kwargs}).double()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.uniform_(parameter, 0.3, 0.9)
+    return model
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        result = model(x)
+    return result if isinstance(result, list) else [result]
+
+
+CASES = [
+    *[(name, dict(init_values=init_values)) for name in FAMILIES for init_values in (None, 0.1)],
+    *[(name, dict(features_only=True)) for name in (*FAMILIES, *PYRAMIDS)],
+    *[(name, dict(act_layer='gelu_tanh')) for name in FAMILIES],
+    ('itpn_tiny', dict(dynamic_img_size=True)),
+    ('fast_itpn_tiny', dict(norm_layer='rmsnorm')),
+    ('fast_itpn_tiny', dict(embed_dim=96)),  # scores are not scaled by a power of two
+]
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('name, kwargs', CASES)
+def test_outputs_are_those_of_the_model(name, kwargs, dtype):
+    model = filled(name, **kwargs)
+    x = images(2, 3, 64, 64).double()
+    exact = outputs(model, x)
+    model = model.to(dtype)
+    fused = timm_itpn.fuse(model)
+    assert any(isinstance(module, FusedLinear) for module in fused.modules())
+    for e, plain, actual in zip(exact, outputs(model, x.to(dtype)), outputs(fused, x.to(dtype)), strict=True):
+        bound = 2 * (plain.double() - e).abs().max() + 1e-12 * e.abs().max()
+        assert (actual.double() - e).abs().max() <= bound
+
+
+@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'fast_itpn_base', 'itpn_base_clip', 'hivit_base'])
+def test_goldens_hold(name):
+    expected = golden.load(name)
+    model = timm.create_model(name.removesuffix('_clip') + ('.clip_in1k' if 'clip' in name else ''), num_classes=1000)
+    model.load_state_dict(golden.official_state_dict(expected, torch.float32))
+    fused = timm_itpn.fuse(model.eval())
+    with torch.no_grad():
+        logits = fused(golden.image(expected, torch.float32))
+    assert golden.error(logits, expected['logits']) < 1e-4
+
+
+def test_model_stays_as_it_was():
+    model = filled('fast_itpn_tiny')
+    before = copy.deepcopy(model.state_dict())
+    timm_itpn.fuse(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_timm_fuses_the_same_way():
+    model = filled('itpn_tiny').float()
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(
+        outputs(reparameterize_model(model), x), outputs(timm_itpn.fuse(model), x), rtol=0, atol=0)
+
+
+def test_training_is_refused():
+    model = filled('fast_itpn_tiny').float()
+    with pytest.raises(RuntimeError, match=r'A model in training mode cannot be fused: call model.eval\(\) first'):
+        timm_itpn.fuse(model.train())
+    fused = timm_itpn.fuse(model.eval())
+    with pytest.raises(RuntimeError, match='A fused model is for inference only'):
+        fused.train()
+    fused.eval()
+
+
+def test_gradients_are_refused():
+    fused = timm_itpn.fuse(filled('fast_itpn_tiny').float())
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    fused(images(1, 3, 64, 64))  # nothing asks for gradients here
+    with pytest.raises(RuntimeError, match='A fused model has no gradients'):
+        fused(images(1, 3, 64, 64).requires_grad_())
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match='Linear has no layers of this package that could be fused'):
+        timm_itpn.fuse(nn.Linear(2, 2).eval())
+
+
+def test_weights_are_packed_anew_when_they_change():
+    first, second = filled('fast_itpn_tiny').float(), small_model('fast_itpn_tiny', seed=1, num_classes=0)
+    x = images(1, 3, 64, 64)
+    fused = timm_itpn.fuse(first)
+    fused.load_state_dict(timm_itpn.fuse(second).state_dict())
+    torch.testing.assert_close(outputs(fused, x), outputs(second, x), rtol=1e-4, atol=1e-4)
+    lower = copy.deepcopy(fused).bfloat16()
+    torch.testing.assert_close(
+        outputs(lower, x.bfloat16()), outputs(second.bfloat16(), x.bfloat16()), rtol=0.1, atol=0.1)
+
+
+def test_autocast_is_obeyed():
+    model = filled('fast_itpn_tiny').float()
+    x = images(1, 3, 64, 64)
+    exact = outputs(model, x)
+    with torch.autocast('cpu', torch.bfloat16):
+        plain, actual = outputs(model, x), outputs(timm_itpn.fuse(model), x)
+    assert 0 < (actual[0] - exact[0]).abs().max() <= 3 * (plain[0] - exact[0]).abs().max()
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_fused_model_compiles_without_breaks(name):
+    fused = timm_itpn.fuse(filled(name).float())
+    x = images(1, 3, 64, 64)
+    compiled = torch.compile(fused, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(outputs(compiled, x), outputs(fused, x), rtol=1e-4, atol=1e-5)
+
+
+def test_size_and_classifier_can_still_change():
+    model = filled('itpn_tiny', num_classes=5).float()
+    fused = timm_itpn.fuse(model)
+    for each in (model, fused):
+        each.set_input_size((64, 96))
+        each.reset_classifier(0)
+    x = images(1, 3, 64, 96)
+    torch.testing.assert_close(outputs(fused, x), outputs(model, x), rtol=1e-4, atol=1e-5)
