@@ -8,11 +8,11 @@ import sys
 from typing import List, Optional
 
 from .. import __version__
-from . import convert, demo, inspect, push, recipe, show
+from . import bench, convert, demo, inspect, push, recipe, show
 from . import list as list_command  # list would hide Python's
 from .table import printable
 
-COMMANDS = (convert, demo, inspect, list_command, push, recipe, show)
+COMMANDS = (bench, convert, demo, inspect, list_command, push, recipe, show)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

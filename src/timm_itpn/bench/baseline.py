@@ -1,0 +1,181 @@
+"""What the package is measured against: the backbone and classifier of Fast-iTPN, computed the way it is written down.
+
+Stages 1 and 2 keep (B, C, H, W) maps and permute them around every norm; q, k and v have a layer each, and so have
+gate and value of the MLP; scores and softmax are float32 tensors of N x N. Parameters have the official names, so the
+numbers of the official models hold here as well (`tests/bench/test_baseline.py`). Dropout and stochastic depth are left
+out: the benchmark runs without.
+"""
+from typing import List, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models import checkpoint
+
+__all__ = ['Baseline']
+
+EPS = 1e-6
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm of each position of a (B, C, H, W) map."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvMlp(nn.Module):
+    """MLP of 1x1 convolutions."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.ffn_ln = ChannelNorm(hidden_dim, eps=EPS)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.ffn_ln(F.gelu(self.fc1(x))))
+
+
+class ConvBlock(nn.Module):
+    """Block of stages 1 and 2 on (B, C, H, W)."""
+
+    def __init__(self, dim: int, mlp_ratio: int):
+        super().__init__()
+        self.norm2 = ChannelNorm(dim, eps=EPS)
+        self.mlp = ConvMlp(dim, mlp_ratio * dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(self.norm2(x))
+
+
+class Merge(nn.Module):
+    """(B, C, H, W) -> (B, 2C, H/2, W/2)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = ChannelNorm(dim, eps=EPS)
+        self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reduction(self.norm(x))
+
+
+class Attention(nn.Module):
+    """Attention that holds the scores of all pairs of tokens in float32."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, C = x.shape
+        q = F.linear(x, self.q_proj.weight, self.q_bias)
+        k = self.k_proj(x)
+        v = F.linear(x, self.v_proj.weight, self.v_bias)
+        q, k, v = (t.reshape(B, N, self.num_heads, -1).permute(0, 2, 1, 3) for t in (q, k, v))
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-2, -1)  # (B, num_heads, N, N)
+        x = scores.softmax(dim=-1).type_as(x) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP with a norm inside."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim)
+        self.w2 = nn.Linear(dim, hidden_dim)
+        self.ffn_ln = nn.LayerNorm(hidden_dim, eps=EPS)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+
+
+class TokenBlock(nn.Module):
+    """Block of stage 3 on (B, N, C)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.attn = Attention(dim, num_heads)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), 0.1))
+        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.mlp = SwiGlu(dim, mlp_ratio * dim)
+        self.gamma_2 = nn.Parameter(torch.full((dim,), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.gamma_1 * self.attn(self.norm1(x))
+        return x + self.gamma_2 * self.mlp(self.norm2(x))
+
+
+class Patches(nn.Module):
+    """4 x 4 stem."""
+
+    def __init__(self, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=4, stride=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
+
+
+class Baseline(nn.Module):
+    """Fast-iTPN classifier, unfused. (B, in_chans, H, W) -> (B, num_classes).
+
+    Args:
+        img_size: (height, width) in pixels, multiples of 16.
+        in_chans: Image channels.
+        num_classes: Classes.
+        embed_dim: Width of stage 3.
+        depths: Blocks of stages 1, 2 and 3.
+        num_heads: Attention heads of stage 3.
+        mlp_ratio: Hidden width per width.
+    """
+
+    def __init__(
+            self,
+            img_size: Tuple[int, int] = (224, 224),
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            embed_dim: int = 512,
+            depths: Tuple[int, int, int] = (3, 3, 24),
+            num_heads: int = 8,
+            mlp_ratio: int = 3,
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.patch_embed = Patches(in_chans, embed_dim // 4)
+        blocks: List[nn.Module] = [ConvBlock(embed_dim // 4, mlp_ratio) for _ in range(depths[0])]
+        blocks += [Merge(embed_dim // 4)]
+        blocks += [ConvBlock(embed_dim // 2, mlp_ratio) for _ in range(depths[1])]
+        blocks += [Merge(embed_dim // 2)]
+        self.num_maps = len(blocks)  # blocks on (B, C, H, W)
+        blocks += [TokenBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depths[2])]
+        self.blocks = nn.ModuleList(blocks)
+        num_tokens = img_size[0] // 16 * (img_size[1] // 16)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, embed_dim))
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=EPS)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
+        for block in blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        return x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.run_blocks(self.patch_embed(x), self.blocks[:self.num_maps])
+        x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (B, C, H, W) -> (B, N, C)
+        x = self.run_blocks(x, self.blocks[self.num_maps:])
+        return self.head(self.fc_norm(x.mean(dim=1)))

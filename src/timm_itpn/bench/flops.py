@@ -1,0 +1,88 @@
+"""Operations of a model, and the matrix products in it, found by running it on the meta device: shapes without data."""
+from collections import Counter
+from typing import Any, Callable, Dict, NamedTuple, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['Product', 'count_flops', 'count_products']
+
+
+class Product(NamedTuple):
+    """A matrix product (rows, inner) x (inner, columns)."""
+    rows: int
+    inner: int
+    columns: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns
+
+
+def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) -> int:
+    """Floating-point operations of one call, a multiply-add counted as two.
+
+    A model that cannot run without data, as another's may, runs with them. Attention is counted by its two products,
+    whatever kernel would run. What gradient checkpointing computes again is counted, unless it is off in `model`.
+
+    Args:
+        model: (B, C, H, W) -> (B, num_classes).
+        images: Input; only its shape and type matter.
+        backward: Count the backward pass of a cross-entropy too.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            _run_on_meta(model, images, backward)
+    except (NotImplementedError, RuntimeError, TypeError):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            _run(model, images, backward)
+        model.zero_grad(set_to_none=True)
+    return int(counter.get_total_flops())
+
+
+def count_products(model: nn.Module, images: torch.Tensor) -> Dict[Product, int]:
+    """Matrix products of the linear and convolution layers in one forward pass, and how often each occurs."""
+    with _Products() as products, sdpa_kernel(SDPBackend.MATH):
+        _run_on_meta(model, images, False)
+    return dict(products.found)
+
+
+def _run_on_meta(model: nn.Module, images: torch.Tensor, backward: bool) -> None:
+    state = [*model.named_parameters(), *model.named_buffers()]
+    meta = {
+        name: torch.empty_like(tensor, device='meta').requires_grad_(tensor.requires_grad and backward)
+        for name, tensor in state}
+    _run(lambda x: functional_call(model, meta, (x,)), torch.empty_like(images, device='meta'), backward)
+
+
+def _run(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, backward: bool) -> None:
+    with torch.set_grad_enabled(backward):
+        logits = model(images)
+        if backward:
+            F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.long, device=images.device)).backward()
+
+
+class _Products(TorchDispatchMode):
+    """Collects the shapes of products with a weight; those of attention are batched, and not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[Product] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ('mm', 'addmm'):
+            a, b = args[-2:] if name == 'mm' else args[1:3]
+            self.found[Product(a.shape[0], a.shape[1], b.shape[1])] += 1
+        elif name == 'convolution':
+            weight, groups = args[1], args[8]
+            rows = out.shape[0] * out[0, 0].numel()  # images x positions
+            inner = weight[0].numel()  # input channels of a group x kernel
+            self.found[Product(rows, inner, weight.shape[0] // groups)] += groups
+        return out

@@ -1,0 +1,116 @@
+"""Rows of measurements: as tables, and as a file of JSON lines."""
+import json
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
+
+from .cases import Case
+
+__all__ = ['HEADER', 'case_of', 'cells', 'heading', 'markdown_table', 'measured', 'read', 'record', 'setting']
+
+HEADER = (
+    'contestant', 'ms/image', 'spread', 'images/s', 'TFLOP/s', 'of ceiling', 'peak MiB', 'time / ours',
+    'vs baseline', 'attention kernel')
+MEASURED = resources.files('timm_itpn.bench') / 'measured.jsonl'
+
+Row = Dict[str, Any]
+
+
+def case_of(row: Row) -> Case:
+    return Case(**{field: row[field] for field in Case._fields})
+
+
+def heading(row: Row) -> str:
+    """The case of a row, and the ceiling."""
+    ceiling, mm = row['ceiling_tflop_per_s'], row['mm_tflop_per_s']
+    return f'{case_of(row)}; ceiling {ceiling:.4g} TFLOP/s (torch.mm alone {mm:.4g})'
+
+
+def setting(row: Row) -> str:
+    """Machine, versions and date of a row."""
+    where = row['machine'] if row['gpu'] else f'{row["machine"]}, threads: {row["threads"]}, cores: {row["cores"]}'
+    versions = ', '.join(f'{name} {row[name]}' for name in ('python', 'torch', 'timm', 'timm_itpn'))
+    return f'{where}; {versions}; {row["date"]}'
+
+
+def cells(row: Row) -> Tuple[str, ...]:
+    """A row of the table under `HEADER`."""
+    latency = f' (p95 {row["p95_ms"]:.4g})' if row['mode'] == 'latency' else ''
+    return (
+        row['contestant'],
+        f'{row["ms_per_image"]:.4g}{latency}',
+        f'{row["spread"]:.1%}',
+        f'{row["images_per_s"]:.4g}',
+        f'{row["tflop_per_s"]:.4g}',
+        f'{row["share_of_ceiling"]:.0%}',
+        '' if row['peak_memory_mib'] is None else f'{row["peak_memory_mib"]:.1f}',
+        'outputs differ' if row['ratio'] is None else f'{row["ratio"]:.3f}',
+        '' if row['speedup_over_baseline'] is None else f'{row["speedup_over_baseline"]:.2f}x',
+        ', '.join(row['kernels']),
+    )
+
+
+def markdown_table(rows: Iterable[Row]) -> str:
+    """Rows as Markdown: a table for each machine, versions and date, which stand above it."""
+    parts = []
+    for where, group in groupby(sorted(rows, key=setting), key=setting):
+        lines = [f'{where}:', '', markdown_line(('case', *HEADER)), markdown_line(['---'] * (len(HEADER) + 1))]
+        lines += [markdown_line((str(case_of(row)), *cells(row))) for row in group]
+        parts.append('\n'.join(lines))
+    return '\n\n'.join(parts)
+
+
+def markdown_line(texts: Sequence[str]) -> str:
+    return f'| {" | ".join(texts)} |'
+
+
+def measured() -> List[Row]:
+    """The rows that come with the package.
+
+    Raises:
+        RuntimeError: There are none.
+    """
+    if not MEASURED.is_file():
+        raise RuntimeError(f'no measured rows come with this version: there is no {MEASURED}')
+    return parse(MEASURED.read_text(encoding='utf-8'), str(MEASURED))
+
+
+def read(path: Path) -> List[Row]:
+    """Rows of a file, none if it does not exist.
+
+    Raises:
+        ValueError: It is no file of rows.
+    """
+    return parse(path.read_text(encoding='utf-8'), str(path)) if path.exists() else []
+
+
+def parse(text: str, name: str) -> List[Row]:
+    try:
+        rows = [json.loads(line) for line in text.splitlines() if line]
+        for row in rows:
+            key(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f'{name} is no file of measured rows, one JSON object per line: {error!r}') from error
+    return rows
+
+
+def record(path: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a file of JSON lines, in place of older ones of the same case, contestant and machine.
+
+    The file is written whole or not at all.
+
+    Raises:
+        ValueError: `path` exists and is no file of rows.
+    """
+    from ..weights.files import replaced
+
+    merged = {key(row): row for row in read(path)}
+    merged.update({key(row): row for row in rows})
+    with replaced(path) as part:
+        part.write_text(''.join(f'{json.dumps(row)}\n' for row in merged.values()), encoding='utf-8')
+
+
+def key(row: Row) -> Tuple[Any, ...]:
+    """What a row replaces another by."""
+    return (*case_of(row), row['contestant'], row['machine'])

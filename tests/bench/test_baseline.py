@@ -1,0 +1,34 @@
+"""The baseline computes what the official models compute."""
+import golden
+import pytest
+import torch
+
+from timm_itpn.bench.baseline import Baseline
+
+ARGS = {
+    'tiny': dict(embed_dim=384, depths=(1, 1, 12), num_heads=6),
+    'small': dict(embed_dim=384, depths=(2, 2, 20), num_heads=6),
+    'base': dict(embed_dim=512, depths=(3, 3, 24), num_heads=8),
+}
+
+
+@pytest.mark.parametrize('variant', ARGS)
+def test_official_values_hold(variant):
+    expected = golden.load(f'fast_itpn_{variant}')
+    model = Baseline(**ARGS[variant]).double().eval()
+    model.load_state_dict(golden.official_state_dict(expected))
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected['params']
+    with torch.inference_mode():
+        assert golden.error(model(golden.image(expected)), expected['logits']) < 2e-7
+
+
+def test_gradient_checkpointing_changes_no_gradient(one_thread):
+    torch.manual_seed(0)
+    model = Baseline((32, 48), num_classes=5, embed_dim=128, depths=(1, 1, 2), num_heads=2).double()
+    images, gradients = torch.randn(2, 3, 32, 48, dtype=torch.float64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])

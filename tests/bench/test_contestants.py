@@ -1,0 +1,125 @@
+"""Who takes part, with which weights; and who cannot, with the reason."""
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_itpn.bench.cases import Case, Rivals
+from timm_itpn.bench.contestants import Kind, build, build_against, build_ours, build_peer
+
+CASE = Case('fast_itpn_tiny', 32, 2)
+BUILD = """
+import torch.nn as nn
+from neighbour import SIDE
+
+def build(img_size, *, num_classes):
+    return nn.Linear(img_size[0] * SIDE, num_classes)
+
+def plain():
+    return nn.Linear(2, 3)
+
+def everything(**kwargs):
+    return nn.Linear(len(kwargs), 1)
+
+def wrong():
+    return 5
+
+VALUE = 7
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'path', list(sys.path))  # a file's folder is added
+    (tmp_path / 'neighbour.py').write_text('SIDE = 3')
+    path = tmp_path / 'mine.py'
+    path.write_text(BUILD)
+    return path
+
+
+def test_ours_is_first_and_everyone_is_in_order():
+    contestants = build(CASE, Rivals(baseline=True, fuse=True, compile='default', peers=('test_vit',)), 'cpu')
+    assert [(c.name, c.kind) for c in contestants] == [
+        ('ours', Kind.OURS),
+        ('ours fused', Kind.OURS),
+        ('ours compiled (default)', Kind.OURS),
+        ('ours fused compiled (default)', Kind.OURS),
+        ('baseline', Kind.SAME_FUNCTION),
+        ('test_vit', Kind.OTHER),
+    ]
+    assert not any(c.model.training for c in contestants)
+    assert contestants[2].model is contestants[0].model and contestants[2].run is not contestants[0].model
+
+
+def test_all_have_the_type_and_the_mode_of_the_case():
+    case = CASE._replace(dtype='bfloat16', mode='train')
+    for contestant in build(case, Rivals(baseline=True, peers=('test_vit',)), 'cpu'):
+        assert {parameter.dtype for parameter in contestant.model.parameters()} == {torch.bfloat16}
+        assert contestant.model.training
+    ours = build(CASE._replace(dtype='amp_bfloat16'), Rivals(), 'cpu')[0].model
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+
+
+def test_weights_make_every_layer_count_and_repeat():
+    model, images = build_ours(CASE).eval(), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        logits = model(images)
+        assert torch.equal(logits, build_ours(CASE).eval()(images))
+        assert 0.3 < logits.std() < 3
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                continue
+            kept = parameter.clone()
+            parameter.mul_(1.5)
+            assert (model(images) - logits).norm() / logits.norm() > 1e-3, name
+            parameter.copy_(kept)
+
+
+def test_baseline_of_another_family_is_refused():
+    with pytest.raises(ValueError, match=r'^itpn_tiny has no baseline: only the models named fast_itpn_\* have$'):
+        build(CASE._replace(model='itpn_tiny'), Rivals(baseline=True), 'cpu')
+
+
+def test_peer_is_told_its_size_only_if_it_is_not_its_own():
+    assert build_peer('test_vit', 160).patch_embed.img_size == (160, 160)  # its own
+    assert build_peer('test_vit', 64).patch_embed.img_size == (64, 64)
+    with pytest.raises(ValueError, match=r'^test_resnet cannot take images of 64 x 64 pixels: .*img_size'):
+        build_peer('test_resnet', 64)
+
+
+def test_peer_that_would_see_a_part_of_the_image_is_refused():
+    with pytest.raises(ValueError, match=r'^vit_tiny_patch16_224 .* it has patches of 16, and would see only a part$'):
+        build_peer('vit_tiny_patch16_224', 40)
+
+
+def test_unknown_peer_is_refused():
+    with pytest.raises(ValueError, match="^timm has no model 'vit_nope'"):
+        build_peer('vit_nope', 32)
+
+
+@pytest.mark.parametrize('function, shape', [('build', (7, 15)), ('plain', (3, 2)), ('everything', (1, 2))])
+def test_function_of_a_file_gets_the_arguments_that_it_takes(function, shape, file, monkeypatch):
+    monkeypatch.setattr('timm_itpn.bench.contestants.NUM_CLASSES', 7)
+    module = build_against(f'{file}:{function}', 5)
+    assert isinstance(module, nn.Linear) and module.weight.shape == shape
+
+
+@pytest.mark.parametrize('place, message', [
+    ('mine.py', 'give FILE:FUNCTION, such as my_model.py:build'),
+    ('{file}x:build', 'there is no file {file}x'),
+    ('{file}:nope', '{file} has no function nope'),
+    ('{file}:VALUE', '{file} has no function VALUE'),
+    ('{file}:wrong', 'wrong returned int, not a torch.nn.Module'),
+])
+def test_what_cannot_be_built_is_refused(place, message, file):
+    place = place.format(file=file)
+    with pytest.raises(ValueError) as error:
+        build_against(place, 32)
+    assert str(error.value) == f'--against {place}: {message.format(file=file)}'
+
+
+def test_file_with_an_error_is_named(tmp_path):
+    (tmp_path / 'broken.py').write_text('1 / 0')
+    with pytest.raises(ValueError, match='broken.py cannot be run: ZeroDivisionError: division by zero$'):
+        build_against(f'{tmp_path / "broken.py"}:build', 32)
