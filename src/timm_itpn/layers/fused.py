@@ -168,7 +168,7 @@ class FusedAttentionBlock(InferenceOnly):
         """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
         B, N, C = x.shape
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(height, width)
-        qkv = self.qkv(self.norm(x)).reshape(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm(x)).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, num_heads, N, head_dim)
         y = self.attention(q, k, v, bias, scale=1.)
         x = self.proj(y.transpose(1, 2).reshape(B, N, C), x)

@@ -12,7 +12,7 @@ from .pos_embed import resample_pos_embed
 
 __all__ = ['AttentionStage', 'MlpStage']
 
-PART_SIZE = 2 ** 19  # elements
+PART_SIZE = 2 ** 19  # elements of a map; with three times as many hidden channels 6 MiB in float32
 
 
 class MlpStage(nn.Module):
@@ -58,14 +58,16 @@ class MlpStage(nn.Module):
 
 
 def in_parts(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Run per-position blocks on maps (B, H, W, C); on the CPU on as many images at a time as its caches hold.
+    """Run per-position blocks on maps (B, H, W, C); for inference on the CPU on a few images at a time.
 
-    There, what the blocks make on the way is not larger than 32 MiB, so that the C library gives the same memory again
-    and again. A larger tensor gets new pages each time, which cost as much as the matrix product that fills it.
+    A tensor of more than 32 MiB gets new pages from the system each time, which cost about as much as the product that
+    fills it; smaller ones get memory that was used before, and is in the cache. Training keeps its tensors anyway.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor) or not x.is_cpu:
-        return blocks(x)  # compilers and tracers want one graph for all batch sizes
-    parts = x.split(max(1, PART_SIZE // max(1, x[0].numel())))
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return blocks(x)
+    if not isinstance(x, torch.Tensor) or not x.is_cpu:  # a tracer's stand-in, or another device
+        return blocks(x)
+    parts = x.split(max(1, PART_SIZE // x.shape[1:].numel()))
     return blocks(x) if len(parts) == 1 else torch.cat([blocks(part) for part in parts])
 
 
