@@ -77,7 +77,8 @@ class Attention(nn.Module):
         if self.q_bias is None:
             qkv = self.qkv(x)
         else:
-            qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+            k_bias = self.k_bias.type_as(self.q_bias)  # mixed precision of FSDP2 casts parameters, not buffers
+            qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
         qkv = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B, num_heads, N, head_dim)
         x = self.attention(q, k, v, bias, self.attn_drop if self.training else 0.)

@@ -3,12 +3,14 @@
 Differs from `timm.layers.RelPosBias`: the index is not kept but made anew when it is needed. One of N x N int64 per
 block, as timm's module has it, would be 3.2 GB for 24 blocks at 1024 pixels.
 """
+import functools
+import math
 from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module, resize_rel_pos_bias_table
+from timm.layers import register_notrace_module
 
 __all__ = ['RelPosBias', 'resample_table']
 
@@ -16,15 +18,57 @@ MAX_CACHED = 2 ** 23  # elements of a bias that is kept; 512 pixels with 8 heads
 
 
 def resample_table(table: torch.Tensor, new_size: Tuple[int, int], old_size: Tuple[int, int]) -> torch.Tensor:
-    """Resample a table to another grid by timm's helper: offsets near zero keep their meaning, far ones are stretched.
+    """Resample a table to another grid: offsets near zero keep their meaning, far ones are stretched.
+
+    As `timm.layers.resize_rel_pos_bias_table` without SciPy, to float error; that one goes by way of the CPU, head by
+    head, so CUDA would wait for it in every block of a model with dynamic image size.
 
     Args:
         table: ((2h-1) * (2w-1), num_heads), row-major.
         new_size: New grid (height, width), in tokens.
         old_size: Grid (h, w) of `table`.
     """
-    shape = ((2 * new_size[0] - 1) * (2 * new_size[1] - 1), table.shape[1])
-    return resize_rel_pos_bias_table(table, new_size, shape, old_window_size=old_size)
+    if tuple(new_size) == tuple(old_size):
+        return table
+    values = table.reshape(2 * old_size[0] - 1, 2 * old_size[1] - 1, -1).float()
+    for dim in (0, 1):
+        left, right, weight = _neighbours(old_size[dim], new_size[dim], dim, table.device)
+        values = torch.lerp(values.index_select(dim, left), values.index_select(dim, right), weight)
+    return values.flatten(0, 1).to(table.dtype)  # (2H-1, 2W-1, num_heads) -> ((2H-1) * (2W-1), num_heads)
+
+
+def _neighbours(old: int, new: int, dim: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each new offset along axis `dim`: the old ones left and right of it, and the weight of the right one.
+
+    Old offset i stands at 1 + q + ... + q ** (i - 1), so that the last is at the end of the new ones. Nothing is copied
+    from host to device, which would have to wait.
+    """
+    targets = torch.arange(1 - new, new, device=device, dtype=torch.float32)
+    if old == 1:
+        left = right = torch.zeros_like(targets, dtype=torch.int64)
+        weight = torch.zeros_like(targets)
+    else:
+        q = _stretch(old - 1, new - 1)
+        steps = torch.arange(1 - old, old, device=device, dtype=torch.float32)
+        places = steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
+        left = (torch.searchsorted(places, targets) - 1).clamp(0, 2 * old - 3)
+        right = left + 1
+        start, end = places.index_select(0, left), places.index_select(0, right)
+        weight = ((targets - start) / (end - start)).clamp(0, 1)
+    return left, right, weight.reshape(-1, 1, 1) if dim == 0 else weight.reshape(-1, 1)
+
+
+@functools.cache
+def _stretch(old: int, new: int) -> float:
+    """Ratio q, between 1.01 and 1.5, for which 1 + q + ... + q ** (old - 1) is `new`; found as timm does."""
+    left, right = 1.01, 1.5
+    while right - left > 1e-6:
+        q = (left + right) / 2
+        if (1 - q ** old) / (1 - q) > new:
+            right = q
+        else:
+            left = q
+    return q
 
 
 def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -39,14 +83,19 @@ def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
         The bias (1, num_heads, N, N + padding), N = height * width; rows are padded to multiples of 8, or CUDA's
         memory-efficient attention would copy it to align them.
     """
-    y = torch.arange(height, device=table.device, dtype=torch.int32)
-    x = torch.arange(width, device=table.device, dtype=torch.int32)
+    index = _offsets(height, width, table.device)
+    bias = table.t().contiguous().index_select(1, index.flatten())
+    return bias.reshape(1, -1, height * width, index.shape[1])
+
+
+def _offsets(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Rows of the table for all pairs of tokens, (N, N + padding), int32."""
+    y = torch.arange(height, device=device, dtype=torch.int32)
+    x = torch.arange(width, device=device, dtype=torch.int32)
     rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
     columns = x[:, None] - x + width - 1  # (width, width)
     index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
-    index = F.pad(index, (0, -(height * width) % 8))
-    bias = table.t().contiguous().index_select(1, index.flatten())
-    return bias.reshape(1, -1, height * width, index.shape[1])
+    return F.pad(index, (0, -(height * width) % 8))
 
 
 def _resampled_bias(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
@@ -59,22 +108,43 @@ def _resampled_bias_fake(table: torch.Tensor, height: int, width: int, old_heigh
     return table.new_empty(1, table.shape[1], N, N + -N % 8)
 
 
+def _table_gradient(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    """Gradient of the table, from that of the bias: what each step has spread is summed."""
+    index = _offsets(height, width, grad.device).flatten()
+    dtype = torch.promote_types(grad.dtype, torch.float32)  # each entry sums up to N gradients
+    values = grad.new_zeros(grad.shape[1], (2 * height - 1) * (2 * width - 1), dtype=dtype)
+    values.index_add_(1, index, grad.reshape(grad.shape[1], -1).to(dtype))
+    if (height, width) == (old_height, old_width):
+        return values.t().to(grad.dtype, memory_format=torch.contiguous_format)
+    values = values.t().reshape(2 * height - 1, 2 * width - 1, -1)
+    for dim, (old, new) in enumerate(((old_height, height), (old_width, width))):
+        left, right, weight = _neighbours(old, new, dim, grad.device)
+        shape = list(values.shape)
+        shape[dim] = 2 * old - 1
+        summed = values.new_zeros(shape).index_add_(dim, left, values * (1 - weight))
+        values = summed.index_add_(dim, right, values * weight)
+    return values.flatten(0, 1).to(grad.dtype)
+
+
+def _table_gradient_fake(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    return grad.new_empty((2 * old_height - 1) * (2 * old_width - 1), grad.shape[1])
+
+
 def _save_sizes(ctx, inputs, output) -> None:
-    table, *ctx.sizes = inputs
-    ctx.like = table.new_empty(1).expand(table.shape)  # shape, type and device only
+    _, *ctx.sizes = inputs
 
 
 def _resampled_bias_backward(ctx, grad: torch.Tensor):
-    table = torch.zeros_like(ctx.like, memory_format=torch.contiguous_format).requires_grad_()
-    with torch.enable_grad():  # it is linear: the gradient is the same at any table
-        bias = _resampled_bias(table, *ctx.sizes)
-    return torch.autograd.grad(bias, table, grad)[0], None, None, None, None
+    return torch.ops.timm_itpn.resampled_rel_pos_bias_backward(grad, *ctx.sizes), None, None, None, None
 
 
-# for sizes that are known in forward only: an operator, which compilers and exporters need not look into
+# for sizes that are known in forward only: operators, which compilers and exporters need not look into
 _op = torch.library.custom_op('timm_itpn::resampled_rel_pos_bias', _resampled_bias, mutates_args=())
 _op.register_fake(_resampled_bias_fake)
 _op.register_autograd(_resampled_bias_backward, setup_context=_save_sizes)
+_gradient_op = torch.library.custom_op(
+    'timm_itpn::resampled_rel_pos_bias_backward', _table_gradient, mutates_args=())
+_gradient_op.register_fake(_table_gradient_fake)
 
 
 @register_notrace_module

@@ -238,7 +238,9 @@ class BaseITPN(nn.Module):
         else:
             intermediates = [maps[i] for i in sorted(take_indices)]
         if output_fmt == 'NCHW':
-            intermediates = [y.permute(0, 3, 1, 2).contiguous() for y in intermediates]  # (B, H, W, C) -> (B, C, H, W)
+            # (B, H, W, C) -> (B, C, H, W); .contiguous() would leave views of pooled maps, which FSDP2 warns of
+            intermediates = [
+                y.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format) for y in intermediates]
         elif output_fmt == 'NLC':
             intermediates = [y.flatten(1, 2) for y in intermediates]  # (B, H, W, C) -> (B, H*W, C)
         if intermediates_only:

@@ -1,0 +1,118 @@
+"""torch.compile in training and evaluation: no graph breaks, few compilations, values and gradients of eager."""
+import copy
+import itertools
+
+import pytest
+import torch
+from small import FAMILIES, PYRAMIDS, images, small_model
+from torch._dynamo.testing import CompileCounterWithBackend
+
+SIZES = [(64, 64), (96, 48), (48, 112), (80, 80)]  # the first is that of the position embeddings
+
+pytestmark = pytest.mark.usefixtures('fresh', 'one_thread')
+every_model = pytest.mark.parametrize('name', [*FAMILIES, *PYRAMIDS])
+
+
+@pytest.fixture
+def fresh():
+    """No test sees what another has compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def build(name, **kwargs):
+    kwargs = dict(head_init_scale=1., features_only=name in PYRAMIDS, **kwargs)
+    if name in PYRAMIDS:
+        kwargs['pyramid_dim'] = 32
+    return small_model(name, **kwargs)
+
+
+def outputs_of(module, x):
+    outputs = module(x)
+    return outputs if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def run(module, model, x):
+    """Outputs, and in training gradients of `model`, which is what `module` computes."""
+    if not model.training:
+        with torch.no_grad():
+            return [x.clone() for x in outputs_of(module, x)], []
+    model.zero_grad()
+    outputs = outputs_of(module, x)
+    sum(output.square().mean() for output in outputs).backward()
+    return [output.detach() for output in outputs], [p.grad.clone() for p in model.parameters()]
+
+
+def assert_agree(compiled, model, x):
+    for actual, wanted in zip(run(compiled, model, x), run(model, model, x)):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'mode'), [
+    *itertools.product(FAMILIES, ('eval', 'train', 'checkpointing')), *itertools.product(PYRAMIDS, ('train',))])
+def test_one_graph_agrees_with_eager(name, mode):
+    model = build(name).train(mode != 'eval')
+    if mode == 'checkpointing':
+        model.set_grad_checkpointing()
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for shift in (0., 1.):
+        assert_agree(compiled, model, images(2, 3, 64, 64) + shift)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(('name', 'mode'), [
+    ('fast_itpn_tiny', 'eval'), ('fast_itpn_tiny', 'train'), ('itpn_tiny', 'eval'),
+    pytest.param('itpn_tiny', 'train', marks=pytest.mark.slow),  # sympy, on the sizes of its merges' reshapes
+])
+def test_changing_sizes_take_few_compilations(name, mode):
+    """Some for the size of the position embeddings, where nothing is resampled, some for another, and then no more."""
+    model = build(name, depths=(1, 1, 1), dynamic_img_size=True).train(mode == 'train')
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for size in SIZES[:2]:
+        assert_agree(compiled, model, images(2, 3, *size))
+    count = counter.frame_count
+    assert count <= 4  # AOT autograd may ask for a second attempt at each
+    for batch, size in itertools.product((2, 3), SIZES):
+        assert_agree(compiled, model, images(batch, 3, *size))
+    assert counter.frame_count == count
+
+
+@every_model
+def test_dynamo_finds_no_graph_break(name):
+    model = build(name, dynamic_img_size=True).train()
+    explanation = torch._dynamo.explain(model)(images(2, 3, 64, 96))
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0), explanation.break_reasons
+
+
+def test_weights_loaded_after_compilation_are_seen():
+    """In evaluation the relative position bias is kept between calls, but never in a graph."""
+    model = build('itpn_tiny')
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    x = images(2, 3, 64, 64)
+    before, _ = run(compiled, model, x)
+    model.load_state_dict(build('itpn_tiny', seed=1).state_dict())
+    after, _ = run(compiled, model, x)
+    assert not torch.allclose(before[0], after[0])
+    assert_agree(compiled, model, x)
+
+
+def test_autocast_compiles_into_one_graph():
+    for name in FAMILIES:
+        model = build(name).train()
+        compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+        x = images(2, 3, 64, 64)
+        exact = copy.deepcopy(model).double()(x.double())
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            output = compiled(x)
+        output.float().square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+        assert (output.double() - exact).abs().max() / exact.std() < 16 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_inductor_trains_as_eager(name):
+    model = build(name, depths=(1, 1, 1)).train()
+    assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
