@@ -21,11 +21,15 @@ import torch.nn.functional as F
 from small import FAMILIES, PYRAMIDS, images, small_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_itpn.layers import AttentionBlock, MlpBlock
+
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
 NUM_RANKS = 2
 TIMEOUT_S = 100

@@ -1,5 +1,6 @@
 """The fused copy computes what the model does, and says clearly what it is not for."""
 import copy
+import pickle
 
 import golden
 import pytest
@@ -107,6 +108,7 @@ def test_weights_are_packed_anew_when_they_change():
     fused = timm_itpn.fuse(first)
     fused.load_state_dict(timm_itpn.fuse(second).state_dict())
     torch.testing.assert_close(outputs(fused, x), outputs(second, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs(pickle.loads(pickle.dumps(fused)), x), outputs(fused, x), rtol=0, atol=0)
     lower = copy.deepcopy(fused).bfloat16()
     torch.testing.assert_close(
         outputs(lower, x.bfloat16()), outputs(second.bfloat16(), x.bfloat16()), rtol=0.1, atol=0.1)

@@ -12,6 +12,8 @@ __all__ = ['HEADER', 'case_of', 'cells', 'heading', 'markdown_table', 'measured'
 HEADER = (
     'contestant', 'ms/image', 'spread', 'images/s', 'TFLOP/s', 'of ceiling', 'peak MiB', 'time / ours',
     'vs baseline', 'attention kernel')
+MARKDOWN = (  # those of HEADER that are in the Markdown table
+    'contestant', 'ms/image', 'vs baseline', 'TFLOP/s', 'of ceiling', 'peak MiB', 'spread', 'attention kernel')
 MEASURED = resources.files('timm_itpn.bench') / 'measured.jsonl'
 
 Row = Dict[str, Any]
@@ -52,11 +54,17 @@ def cells(row: Row) -> Tuple[str, ...]:
 
 
 def markdown_table(rows: Iterable[Row]) -> str:
-    """Rows as Markdown: a table for each machine, versions and date, which stand above it."""
+    """Rows as Markdown: a table for each machine, versions and date, which stand above it.
+
+    The first row of a case names it.
+    """
     parts = []
     for where, group in groupby(sorted(rows, key=setting), key=setting):
-        lines = [f'{where}:', '', markdown_line(('case', *HEADER)), markdown_line(['---'] * (len(HEADER) + 1))]
-        lines += [markdown_line((str(case_of(row)), *cells(row))) for row in group]
+        lines = [f'{where}:', '', markdown_line(('case', *MARKDOWN)), markdown_line(['---'] * (len(MARKDOWN) + 1))]
+        for case, rows_of_case in groupby(group, key=case_of):
+            for i, row in enumerate(rows_of_case):
+                shown = dict(zip(HEADER, cells(row)))
+                lines.append(markdown_line(('' if i else str(case), *(shown[name] for name in MARKDOWN))))
         parts.append('\n'.join(lines))
     return '\n\n'.join(parts)
 

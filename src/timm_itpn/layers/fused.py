@@ -45,7 +45,6 @@ class FusedLinear(InferenceOnly):
         self.act = act
         self.asked = implementation
         self._pack()
-        self.register_load_state_dict_post_hook(lambda module, _: module._pack())
 
     def _pack(self) -> None:
         self.implementation = choose(self.asked, self.weight)
@@ -56,6 +55,10 @@ class FusedLinear(InferenceOnly):
         super()._apply(fn, recurse)
         self._pack()
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._pack()
 
     def __getstate__(self):
         return {**self.__dict__, '_packed': None}  # it has no storage that could be copied
