@@ -74,7 +74,7 @@ def test_golden_values_hold(variant, construction, fused, tmp_path):
     finally:
         set_fused_attn(True)
     model.eval()
-    assert f'attention={"sdpa" if fused else "reference"}' in repr(model.stages[2].blocks[0].attn)
+    assert f'attn_impl={"sdpa" if fused else "reference"}' in repr(model.stages[2].blocks[0].attn)
     for dtype, bound in ((torch.float64, 2e-7), (torch.float32, 1e-4)):
         model.to(dtype)
         with torch.inference_mode():

@@ -21,15 +21,15 @@ def eager(x, weight, bias, act, residual):
     return x if residual is None else x + residual
 
 
-@pytest.mark.parametrize('case', [*ACTIVATIONS, 'residual', 'no bias'])
+@pytest.mark.parametrize('case', [*ACTIVATIONS, 'residual', 'gelu and residual', 'no bias'])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('name', IMPLEMENTATIONS)
 def test_agrees_with_float64_as_well_as_eager_does(name, dtype, case):
     def arguments(dtype):
         tensors = inputs(dtype)
         bias = None if case == 'no bias' else tensors['bias']
-        act = case if case in ACTIVATIONS else 'none'
-        return tensors['x'], tensors['weight'], bias, act, tensors['residual'] if case == 'residual' else None
+        act = next((act for act in ACTIVATIONS if case.startswith(act)), 'none')
+        return tensors['x'], tensors['weight'], bias, act, tensors['residual'] if 'residual' in case else None
 
     implementation = IMPLEMENTATIONS[name]
     x, weight, *rest = arguments(dtype)

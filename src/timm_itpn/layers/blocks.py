@@ -3,11 +3,12 @@ from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, GluMlp, LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 
 from ..ops.attention import IMPLEMENTATIONS
 from .attention import Attention
 from .fused import FusedAttentionBlock, FusedMlpBlock
+from .mlp import GatedMlp
 from .rel_pos_bias import RelPosBias
 
 __all__ = ['AttentionBlock', 'MlpBlock']
@@ -116,7 +117,7 @@ class AttentionBlock(nn.Module):
         mlp_kwargs = dict(
             act_layer=act_layer, norm_layer=norm_layer if scale_mlp else None, drop=(0., proj_drop), **dd)
         if swiglu_mlp:
-            self.mlp = GluMlp(dim, 2 * int(dim * mlp_ratio), gate_last=False, **mlp_kwargs)  # gate and value together
+            self.mlp = GatedMlp(dim, 2 * int(dim * mlp_ratio), **mlp_kwargs)  # gate and value together
         else:
             self.mlp = Mlp(dim, int(dim * mlp_ratio), **mlp_kwargs)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()

@@ -8,9 +8,10 @@ from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import GELU, GluMlp, LayerScale
+from timm.layers import GELU, LayerScale
 
 from ..ops.linear import IMPLEMENTATIONS, choose, reference
+from .mlp import GatedMlp
 
 __all__ = ['FusedAttentionBlock', 'FusedGatedMlp', 'FusedLinear', 'FusedMlp', 'FusedMlpBlock', 'InferenceOnly']
 
@@ -108,7 +109,7 @@ class FusedGatedMlp(InferenceOnly):
 
     Args:
         norm: Norm before the MLP.
-        mlp: timm's `GluMlp` with the gate first.
+        mlp: `GatedMlp`.
         ls: Layer scale after it, or Identity.
     """
 
@@ -164,7 +165,7 @@ class FusedAttentionBlock(InferenceOnly):
         scale[:dim] = (dim // attn.num_heads) ** -0.5  # of the scores, in q
         self.qkv = FusedLinear(scale[:, None] * weight, scale * bias)
         self.proj = FusedLinear(*fold_scale(block.ls1, attn.proj.weight, attn.proj.bias))
-        fused_mlp = FusedGatedMlp if isinstance(block.mlp, GluMlp) else FusedMlp
+        fused_mlp = FusedGatedMlp if isinstance(block.mlp, GatedMlp) else FusedMlp
         self.mlp = fused_mlp(block.norm2, block.mlp, block.ls2)
 
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -7,14 +7,11 @@ import functools
 from typing import Any, Callable, Optional
 
 import torch
-from timm.layers import use_fused_attn
 from torch.nn.attention.flex_attention import flex_attention
 
+from .sdpa import why_not as why_not
+
 TAKES_TABLE = True
-
-
-def why_not() -> Optional[str]:
-    return None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
 
 
 @functools.cache

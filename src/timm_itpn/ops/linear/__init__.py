@@ -9,7 +9,7 @@ The contract, which every implementation in `IMPLEMENTATIONS` keeps:
     x: (..., in_features); weight: (out_features, in_features); one floating dtype.
     bias: (out_features,), or None.
     act: a key of `ACTIVATIONS`.
-    residual: None, or the shape of the output; not together with an activation.
+    residual: None, or of the shape of the output.
 
 There are no gradients here; training runs the layers as they are written down.
 """

@@ -39,7 +39,8 @@ def forward(
         act: str = 'none',
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    if residual is not None:
+    if residual is not None and act == 'none':
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, 'add')
     name, algorithm = EPILOGUES[act]
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+    x = torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+    return x if residual is None else residual + x

@@ -1,0 +1,61 @@
+"""The gated MLP is timm's, whichever way its first product is done, and whatever stands in for its first layer."""
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from timm.layers import GluMlp
+
+from timm_itpn.layers.mlp import GatedMlp
+
+
+def pair(**kwargs):
+    """Ours and timm's, with the same weights."""
+    torch.manual_seed(0)
+    ours = GatedMlp(16, 48, act_layer=nn.SiLU, norm_layer=nn.LayerNorm, **kwargs)
+    theirs = GluMlp(16, 48, act_layer=nn.SiLU, norm_layer=nn.LayerNorm, gate_last=False, **kwargs)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_those_of_timm(dtype):
+    results = []
+    for mlp in pair():
+        mlp.to(dtype)
+        x = torch.linspace(-2, 2, 2 * 5 * 16).reshape(2, 5, 16).to(dtype).requires_grad_()
+        out = mlp(x)
+        out.float().square().sum().backward()
+        results.append([out, x.grad, *(p.grad for p in mlp.parameters())])
+    torch.testing.assert_close(*results)
+
+
+def test_float32_on_the_cpu_is_split():
+    ours, _ = pair()
+    x = torch.randn(2, 16)
+    assert ours._is_split(x) and not ours._is_split(x.bfloat16()) and not ours._is_split(x.to('meta'))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not ours._is_split(x)
+
+
+class Adapter(nn.Module):
+    """A layer with an addition, as those who fine-tune put in the place of a Linear layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x):
+        return self.layer(x) + 1.
+
+
+def test_what_stands_in_for_the_first_layer_is_used():
+    x = torch.randn(3, 16)
+    ours, _ = pair()
+    plain = ours(x)
+    adapted = copy.deepcopy(ours)
+    adapted.fc1 = Adapter(adapted.fc1)
+    hooked = copy.deepcopy(ours)
+    hooked.fc1.register_forward_hook(lambda module, args, output: output + 1.)
+    torch.testing.assert_close(adapted(x), hooked(x))
+    assert not torch.allclose(adapted(x), plain)
