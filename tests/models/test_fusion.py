@@ -102,6 +102,17 @@ def test_other_models_are_refused():
         timm_itpn.fuse(nn.Linear(2, 2).eval())
 
 
+def test_adapter_is_refused():
+    """Its weight is that of the layer without what it adds."""
+    class Adapter(nn.Linear):
+        pass
+
+    model = filled('fast_itpn_tiny')
+    model.stages[2].blocks[1].attn.proj = Adapter(128, 128)
+    with pytest.raises(ValueError, match='Adapter cannot be fused: merge adapters into the Linear layers first'):
+        timm_itpn.fuse(model)
+
+
 def test_weights_are_packed_anew_when_they_change():
     first, second = filled('fast_itpn_tiny').float(), small_model('fast_itpn_tiny', seed=1, num_classes=0)
     x = images(1, 3, 64, 64)

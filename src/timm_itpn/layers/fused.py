@@ -92,10 +92,10 @@ class FusedMlp(InferenceOnly):
     def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
         super().__init__()
         act = name_of(mlp.act)
-        self.norm1, *weights = fold_norm(norm, mlp.fc1.weight, mlp.fc1.bias)
+        self.norm1, *weights = fold_norm(norm, *weights_of(mlp.fc1))
         self.fc1 = FusedLinear(*weights, act=act or 'none')
         self.act = nn.Identity() if act else mlp.act
-        self.norm2, *weights = fold_norm(mlp.norm, mlp.fc2.weight, mlp.fc2.bias)
+        self.norm2, *weights = fold_norm(mlp.norm, *weights_of(mlp.fc2))
         self.fc2 = FusedLinear(*fold_scale(ls, *weights))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ class FusedGatedMlp(InferenceOnly):
 
     def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
         super().__init__()
-        self.norm1, weight, bias = fold_norm(norm, mlp.fc1.weight, mlp.fc1.bias)
+        self.norm1, weight, bias = fold_norm(norm, *weights_of(mlp.fc1))
         act = name_of(mlp.act)
         self.split = weight.device.type == 'cpu' and act is not None
         if self.split:
@@ -125,7 +125,7 @@ class FusedGatedMlp(InferenceOnly):
         else:
             self.fc1 = FusedLinear(weight, bias)
             self.act = mlp.act
-        self.norm2, *weights = fold_norm(mlp.norm, mlp.fc2.weight, mlp.fc2.bias)
+        self.norm2, *weights = fold_norm(mlp.norm, *weights_of(mlp.fc2))
         self.fc2 = FusedLinear(*fold_scale(ls, *weights))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -158,13 +158,15 @@ class FusedAttentionBlock(InferenceOnly):
         self.num_heads = attn.num_heads
         self.attention = attn.attention
         self.rel_pos_bias = block.rel_pos_bias
-        bias = attn.qkv.bias if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        self.norm, weight, bias = fold_norm(block.norm1, attn.qkv.weight, bias)
+        weight, bias = weights_of(attn.qkv)
+        if attn.q_bias is not None:
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+        self.norm, weight, bias = fold_norm(block.norm1, weight, bias)
         dim = attn.proj.in_features
         scale = torch.ones(3 * dim, dtype=weight.dtype, device=weight.device)
         scale[:dim] = (dim // attn.num_heads) ** -0.5  # of the scores, in q
         self.qkv = FusedLinear(scale[:, None] * weight, scale * bias)
-        self.proj = FusedLinear(*fold_scale(block.ls1, attn.proj.weight, attn.proj.bias))
+        self.proj = FusedLinear(*fold_scale(block.ls1, *weights_of(attn.proj)))
         fused_mlp = FusedGatedMlp if isinstance(block.mlp, GatedMlp) else FusedMlp
         self.mlp = fused_mlp(block.norm2, block.mlp, block.ls2)
 
@@ -184,6 +186,17 @@ def name_of(act: nn.Module) -> Optional[str]:
     if isinstance(act, GELU) or (isinstance(act, nn.GELU) and act.approximate == 'none'):
         return 'gelu'
     return 'silu' if isinstance(act, nn.SiLU) else None
+
+
+def weights_of(layer: nn.Module) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Weight and bias of a Linear layer.
+
+    Raises:
+        ValueError: It is of another class, an adapter say, whose weight is not all that it does.
+    """
+    if type(layer) is not nn.Linear:
+        raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
+    return layer.weight, layer.bias
 
 
 def fold_norm(

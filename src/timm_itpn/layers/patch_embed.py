@@ -10,7 +10,7 @@ import torch.nn as nn
 from einops import rearrange, reduce
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
-from .fused import FusedLinear, fold_norm
+from .fused import FusedLinear, fold_norm, weights_of
 
 __all__ = [
     'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
@@ -147,7 +147,7 @@ class LinearPatchMerge(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """Move scale and shift of the norm into the Linear layer."""
-        self.norm, *weights = fold_norm(self.norm, self.reduction.weight, None)
+        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
         self.reduction = FusedLinear(*weights)
         return self
 
@@ -207,6 +207,6 @@ class LinearPatchSplit(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """Move scale and shift of the norm into the Linear layer."""
-        self.norm, *weights = fold_norm(self.norm, self.reduction.weight, None)
+        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
         self.reduction = FusedLinear(*weights)
         return self

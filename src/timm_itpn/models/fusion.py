@@ -10,8 +10,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Norms lose scale and shift to the layer after them, layer scale and the scale of the scores go into the weights,
     activations and residual sums are done where the matrix product is. What is best depends on device and type, so
-    fuse last: after loading weights, `.to()` and `.eval()`. The copy has no gradients and no training mode, and its
-    state dict is not that of the model. timm's `reparameterize_model` and `validate.py --reparam` do the same.
+    fuse last: after loading weights, `.to()` and `.eval()`. The copy has no gradients and no training mode, its state
+    dict is not that of the model, and hooks of the layers that are replaced are gone. timm's `reparameterize_model` and
+    `validate.py --reparam` do the same.
 
     Args:
         model: A model of this package in evaluation mode, or one that contains it (a detector, say).
@@ -21,7 +22,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises:
         RuntimeError: The model is in training mode.
-        ValueError: There is nothing in it to fuse.
+        ValueError: There is nothing in it to fuse, or a layer is not what it was: an adapter, say.
     """
     if any(module.training for module in model.modules()):
         raise RuntimeError('A model in training mode cannot be fused: call model.eval() first.')
