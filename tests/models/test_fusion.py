@@ -108,7 +108,7 @@ def test_adapter_is_refused():
         pass
 
     model = filled('fast_itpn_tiny')
-    model.stages[2].blocks[1].attn.proj = Adapter(128, 128)
+    model.stages[2].blocks[1].attn.proj = Adapter(128, 128).eval()
     with pytest.raises(ValueError, match='Adapter cannot be fused: merge adapters into the Linear layers first'):
         timm_itpn.fuse(model)
 
