@@ -4,9 +4,10 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import GluMlp
 
-from timm_itpn.layers.mlp import GatedMlp
+from timm_itpn.layers.mlp import GatedMlp, GatedProduct
 
 
 def pair(**kwargs):
@@ -28,6 +29,14 @@ def test_values_and_gradients_are_those_of_timm(dtype):
         out.float().square().sum().backward()
         results.append([out, x.grad, *(p.grad for p in mlp.parameters())])
     torch.testing.assert_close(*results)
+
+
+def test_product_can_be_differentiated_twice_and_mapped():
+    gate, value = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in 'gv')
+    assert torch.autograd.gradcheck(GatedProduct.apply, (gate, value))
+    assert torch.autograd.gradgradcheck(GatedProduct.apply, (gate, value))
+    mapped = torch.func.vmap(torch.func.grad(lambda g, v: GatedProduct.apply(g, v).sum()))(gate, value)
+    torch.testing.assert_close(mapped, torch.autograd.grad((F.silu(gate) * value).sum(), gate)[0])
 
 
 def test_float32_on_the_cpu_is_split():
