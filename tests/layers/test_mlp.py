@@ -68,3 +68,11 @@ def test_what_stands_in_for_the_first_layer_is_used():
     hooked.fc1.register_forward_hook(lambda module, args, output: output + 1.)
     torch.testing.assert_close(adapted(x), hooked(x))
     assert not torch.allclose(adapted(x), plain)
+
+
+def test_hook_of_the_activation_is_called():
+    ours, _ = pair()
+    seen = []
+    ours.act.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    ours(torch.randn(3, 16))
+    assert seen == [(3, 24)]

@@ -1,5 +1,5 @@
 """Gated MLP of Fast-iTPN's stage 3."""
-from typing import Tuple
+from typing import Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -30,6 +30,12 @@ class GatedProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)
 
 
+def is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
+    """True for exactly that class without hooks: what it computes may then be computed elsewhere."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is cls and not any(hooks)
+
+
 class GatedMlp(GluMlp):
     """timm's `GluMlp` with the gate first: fc2(norm(act(gate) * value)). (..., dim) -> (..., dim).
 
@@ -46,7 +52,7 @@ class GatedMlp(GluMlp):
         super().__init__(*args, gate_last=False, **kwargs)
 
     def _is_split(self, x: torch.Tensor) -> bool:
-        plain = type(self.fc1) is nn.Linear and not self.fc1._forward_hooks and not self.fc1._forward_pre_hooks
+        plain = is_plain(self.fc1, nn.Linear) and type(self.fc1.weight) is nn.Parameter  # not quantised, say
         return x.is_cpu and x.dtype == torch.float32 and plain and not torch.is_autocast_enabled('cpu')
 
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,7 +62,7 @@ class GatedMlp(GluMlp):
             gate, value = F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
         else:
             gate, value = self.fc1(x).chunk(2, dim=-1)
-        return GatedProduct.apply(gate, value) if type(self.act) is nn.SiLU else self.act(gate) * value
+        return GatedProduct.apply(gate, value) if is_plain(self.act, nn.SiLU) else self.act(gate) * value
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
