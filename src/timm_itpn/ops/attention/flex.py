@@ -9,9 +9,15 @@ from typing import Any, Callable, Optional
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from .sdpa import why_not as why_not
+from . import sdpa
 
 TAKES_TABLE = True
+MIN_TORCH = (2, 6)  # 2.5 cannot look up a bias in a tensor on the CPU
+
+
+def why_not() -> Optional[str]:
+    version = tuple(int(number) for number in torch.__version__.split('.')[:2])
+    return f'it needs torch >= 2.6, and this is {torch.__version__}' if version < MIN_TORCH else sdpa.why_not()
 
 
 @functools.cache
