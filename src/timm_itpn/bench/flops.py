@@ -38,7 +38,7 @@ def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) 
     try:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             _run_on_meta(model, images, backward)
-    except (NotImplementedError, RuntimeError, TypeError):
+    except (NotImplementedError, RuntimeError, TypeError):  # it wants data; what else is wrong with it is raised again
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             _run(model, images, backward)
         model.zero_grad(set_to_none=True)

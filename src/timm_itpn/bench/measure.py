@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..layers.attention import Attention
 from ..ops.attention.kernels import record_kernels
 from .cases import DTYPES, Case, Rivals, Rounds
 from .ceiling import Ceiling
@@ -131,12 +132,8 @@ def describe(contestant: Contestant, ours: Contestant, case: Case, images: torch
 
 
 def attention_of(model: nn.Module) -> Optional[str]:
-    """Implementation that a model of ours has chosen, as it shows it."""
-    for module in model.modules():
-        for part in module.extra_repr().split(', '):
-            if part.startswith('attn_impl='):
-                return part.partition('=')[2].partition(' ')[0]  # without its '(auto)'
-    return None
+    """Implementation that a model of ours has chosen."""
+    return next((module.attn_impl for module in model.modules() if isinstance(module, Attention)), None)
 
 
 def check_outputs(

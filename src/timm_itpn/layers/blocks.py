@@ -7,7 +7,7 @@ from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 
 from ..ops.attention import IMPLEMENTATIONS
 from .attention import Attention
-from .fused import FusedAttentionBlock, FusedMlpBlock
+from .fused import FusedAttentionBlock, FusedMlp
 from .mlp import GatedMlp
 from .rel_pos_bias import RelPosBias
 
@@ -59,7 +59,7 @@ class MlpBlock(nn.Module):
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
         """The block for inference."""
-        return FusedMlpBlock(self)
+        return FusedMlp(self.norm, self.mlp, self.ls)
 
 
 class AttentionBlock(nn.Module):

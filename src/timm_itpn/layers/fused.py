@@ -13,7 +13,7 @@ from timm.layers import GELU, LayerScale
 from ..ops.linear import IMPLEMENTATIONS, choose, reference
 from .mlp import GatedMlp
 
-__all__ = ['FusedAttentionBlock', 'FusedGatedMlp', 'FusedLinear', 'FusedMlp', 'FusedMlpBlock', 'InferenceOnly']
+__all__ = ['FusedAttentionBlock', 'FusedGatedMlp', 'FusedLinear', 'FusedMlp', 'InferenceOnly']
 
 
 class InferenceOnly(nn.Module):
@@ -136,17 +136,6 @@ class FusedGatedMlp(InferenceOnly):
             gate, value = self.fc1(y).chunk(2, dim=-1)
             y = self.act(gate) * value
         return self.fc2(self.norm2(y), x)
-
-
-class FusedMlpBlock(InferenceOnly):
-    """`MlpBlock` for inference. (..., dim) -> (..., dim)."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.mlp = FusedMlp(block.norm, block.mlp, block.ls)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(x)
 
 
 class FusedAttentionBlock(InferenceOnly):
