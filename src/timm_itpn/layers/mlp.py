@@ -6,6 +6,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import GluMlp
 
+from .eager import is_eager
+
 __all__ = ['GatedMlp']
 
 
@@ -56,7 +58,7 @@ class GatedMlp(GluMlp):
         return x.is_cpu and x.dtype == torch.float32 and plain and not torch.is_autocast_enabled('cpu')
 
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., dim) -> (..., hidden_dim), outside of compilers and tracers, which want one graph for all devices."""
+        """(..., dim) -> (..., hidden_dim), by the device."""
         if self._is_split(x):
             weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
             gate, value = F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
@@ -66,8 +68,7 @@ class GatedMlp(GluMlp):
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x, torch.Tensor)
-            if not tracing:
+            if is_eager(x):
                 return self._gated(x)
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.act(gate) * value

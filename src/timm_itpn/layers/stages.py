@@ -7,6 +7,7 @@ from timm.layers import LayerNorm, trunc_normal_
 from timm.models import checkpoint, checkpoint_seq
 
 from .blocks import AttentionBlock, MlpBlock
+from .eager import is_eager
 from .patch_embed import ConvPatchMerge
 from .pos_embed import resample_pos_embed
 
@@ -63,9 +64,7 @@ def in_parts(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
     A tensor of more than 32 MiB gets new pages from the system each time, which cost about as much as the product that
     fills it; smaller ones get memory that was used before, and is in the cache. Training keeps its tensors anyway.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return blocks(x)
-    if not isinstance(x, torch.Tensor) or not x.is_cpu:  # a tracer's stand-in, or another device
+    if torch.is_grad_enabled() or not is_eager(x) or not x.is_cpu:
         return blocks(x)
     parts = x.split(max(1, PART_SIZE // x.shape[1:].numel()))
     return blocks(x) if len(parts) == 1 else torch.cat([blocks(part) for part in parts])
