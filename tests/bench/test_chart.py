@@ -28,6 +28,14 @@ def test_bars_and_ceiling_are_where_they_belong():
     assert '224 px' in first.get_title() and '512 px' in second.get_title()
 
 
+def test_whatever_is_made_of_ours_has_its_colour():
+    names = ('ours', 'ours fused', 'ours full fused', 'baseline', 'ours.py:build')
+    axes, = draw([row(name, 240., '64x96') for name in names]).axes
+    colours = [bar.get_facecolor() for bar in axes.patches]
+    assert colours[0] == colours[1] == colours[2] != colours[3] == colours[4]
+    assert '64x96 px' in axes.get_title()
+
+
 @pytest.mark.parametrize('num_rows', [1, 4])
 def test_png_is_written_whole(num_rows, tmp_path):
     save(draw(ROWS[:num_rows]), tmp_path / 'chart.png')

@@ -6,9 +6,11 @@ import torch
 import torch.nn as nn
 
 from timm_itpn.bench.cases import Case, Rivals
-from timm_itpn.bench.contestants import Kind, build, build_against, build_ours, build_peer
+from timm_itpn.bench.contestants import Kind, build, build_against, build_ours, build_peer, checkpoint_gradients
+from timm_itpn.tokens import MigrationStage
 
 CASE = Case('fast_itpn_tiny', 32, 2)
+PYRAMID = Case('fast_itpn_tiny', '64x32', 2, pyramid=True)
 BUILD = """
 import torch.nn as nn
 from neighbour import SIDE
@@ -41,15 +43,67 @@ def file(tmp_path, monkeypatch):
 def test_ours_is_first_and_everyone_is_in_order():
     contestants = build(CASE, Rivals(baseline=True, fuse=True, compile='default', peers=('test_vit',)), 'cpu')
     assert [(c.name, c.kind) for c in contestants] == [
-        ('ours', Kind.OURS),
-        ('ours fused', Kind.OURS),
-        ('ours compiled (default)', Kind.OURS),
-        ('ours fused compiled (default)', Kind.OURS),
+        ('ours', Kind.SAME_FUNCTION),
+        ('ours fused', Kind.SAME_FUNCTION),
+        ('ours compiled (default)', Kind.SAME_FUNCTION),
+        ('ours fused compiled (default)', Kind.SAME_FUNCTION),
         ('baseline', Kind.SAME_FUNCTION),
         ('test_vit', Kind.OTHER),
     ]
     assert not any(c.model.training for c in contestants)
     assert contestants[2].model is contestants[0].model and contestants[2].run is not contestants[0].model
+    assert [contestants.index(next(c for c in contestants if c.model is d.plain)) for d in contestants] == [
+        0, 0, 0, 0, 4, 5]
+
+
+def test_accelerations_have_the_forms_and_the_weights_of_ours():
+    rivals = Rivals(fuse=True, compile='default', accelerations=('full', 'light'))
+    contestants = build(CASE, rivals, 'cpu')
+    names = ['ours', 'ours fused', 'ours full', 'ours full fused', 'ours light', 'ours light fused']
+    assert [c.name for c in contestants] == [*names, *(f'{name} compiled (default)' for name in names)]
+    kinds = [Kind.SAME_FUNCTION] * 2 + [Kind.ACCELERATED] * 4
+    assert [c.kind for c in contestants] == [*kinds, *kinds]
+    ours, full, full_fused = (contestants[i].model for i in (0, 2, 3))
+    assert contestants[3].plain is contestants[2].plain is full and full_fused is not full
+    assert isinstance(full.stages[2], MigrationStage) and not isinstance(ours.stages[2], MigrationStage)
+    assert full.stages[2].migrate != contestants[4].model.stages[2].migrate
+    torch.testing.assert_close(full.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('model', ['fast_itpn_tiny', 'fast_itpn_tiny_fpn', 'itpn_tiny', 'hivit_tiny'])
+def test_pyramid_gives_its_levels(model):
+    ours, full = build(PYRAMID._replace(model=model), Rivals(accelerations=('full',)), 'cpu')
+    for contestant in (ours, full):
+        with torch.inference_mode():
+            levels = contestant.run(torch.randn(2, 3, 64, 32))
+        assert [tuple(level.shape[-2:]) for level in levels] == [(16, 8), (8, 4), (4, 2), (2, 1), (1, 1)]
+        assert isinstance(levels, list) and all(0.01 < level.std() < 100 for level in levels)
+    torch.testing.assert_close(full.model.state_dict(), ours.model.state_dict(), rtol=0, atol=0)
+
+
+def test_baseline_has_the_pyramid_of_ours():
+    ours, baseline = (c.model.double() for c in build(PYRAMID, Rivals(baseline=True), 'cpu'))
+    images = torch.randn(2, 3, 64, 32, dtype=torch.float64)
+    with torch.inference_mode():
+        expected, levels = ours(images), baseline(images)
+    assert len(levels) == len(expected) == 5 and all(level.is_contiguous() for level in levels)
+    torch.testing.assert_close(levels, expected, rtol=1e-5, atol=1e-5)  # its scores are float32
+    assert baseline.pyramid is not ours.model.pyramid and not hasattr(baseline, 'head')
+
+
+def test_gradients_are_checkpointed_in_everyone():
+    case = PYRAMID._replace(mode='train', grad_checkpointing=True)
+    contestants = build(case, Rivals(baseline=True, accelerations=('full',)), 'cpu')
+    checkpoint_gradients(contestants)
+    for contestant in contestants:
+        assert {m.grad_checkpointing for m in contestant.model.modules() if hasattr(m, 'grad_checkpointing')} == {True}
+
+
+def test_images_need_not_be_square():
+    case = CASE._replace(size='48x32')
+    ours, baseline = (c.model for c in build(case, Rivals(baseline=True), 'cpu'))
+    assert ours.stages[2].grid_size == (3, 2) and baseline.pos_embed.shape[1] == 6
+    assert ours(torch.randn(1, 3, 48, 32)).shape == baseline(torch.randn(1, 3, 48, 32)).shape == (1, 1000)
 
 
 def test_all_have_the_type_and_the_mode_of_the_case():
@@ -76,21 +130,24 @@ def test_weights_make_every_layer_count_and_repeat():
             parameter.copy_(kept)
 
 
-def test_baseline_of_another_family_is_refused():
+@pytest.mark.parametrize('case', [CASE, PYRAMID])
+def test_baseline_of_another_family_is_refused(case):
     with pytest.raises(ValueError, match=r'^itpn_tiny has no baseline: only the models named fast_itpn_\* have$'):
-        build(CASE._replace(model='itpn_tiny'), Rivals(baseline=True), 'cpu')
+        build(case._replace(model='itpn_tiny'), Rivals(baseline=True), 'cpu')
 
 
 def test_peer_is_told_its_size_only_if_it_is_not_its_own():
     assert build_peer('test_vit', 160).patch_embed.img_size == (160, 160)  # its own
     assert build_peer('test_vit', 64).patch_embed.img_size == (64, 64)
+    assert build_peer('test_vit', '64x32').patch_embed.img_size == (64, 32)
     with pytest.raises(ValueError, match=r'^test_resnet cannot take images of 64 x 64 pixels: .*img_size'):
         build_peer('test_resnet', 64)
 
 
-def test_peer_that_would_see_a_part_of_the_image_is_refused():
+@pytest.mark.parametrize('size', [40, '32x40', '40x32'])
+def test_peer_that_would_see_a_part_of_the_image_is_refused(size):
     with pytest.raises(ValueError, match=r'^vit_tiny_patch16_224 .* it has patches of 16, and would see only a part$'):
-        build_peer('vit_tiny_patch16_224', 40)
+        build_peer('vit_tiny_patch16_224', size)
 
 
 def test_unknown_peer_is_refused():
@@ -103,6 +160,8 @@ def test_function_of_a_file_gets_the_arguments_that_it_takes(function, shape, fi
     monkeypatch.setattr('timm_itpn.bench.contestants.NUM_CLASSES', 7)
     module = build_against(f'{file}:{function}', 5)
     assert isinstance(module, nn.Linear) and module.weight.shape == shape
+    if function == 'build':
+        assert build_against(f'{file}:{function}', '4x9').weight.shape == (7, 12)
 
 
 @pytest.mark.parametrize('place, message', [

@@ -3,10 +3,11 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from small import small_model
+import torch.nn.functional as F
+from small import PYRAMIDS, small_model
 
 from timm_itpn.bench.baseline import Baseline
-from timm_itpn.bench.flops import Product, count_flops, count_products
+from timm_itpn.bench.flops import Product, count_flops, count_products, training_loss
 
 
 def by_hand(side, embed_dim=512, depths=(3, 3, 24), num_classes=1000, mlp_ratio=3):
@@ -70,6 +71,23 @@ def test_model_that_needs_data_is_counted():
     assert count_flops(model, torch.randn(2, 3, 4, 4)) == 2 * 2 * 48 * 5
     assert count_flops(model, torch.randn(2, 3, 4, 4), backward=True) == 2 * 2 * 2 * 48 * 5
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize('name', PYRAMIDS)
+def test_pyramid_is_counted(name):
+    plain, pyramid = (small_model(name, features_only=True, pyramid=pyramid) for pyramid in (False, True))
+    assert count_flops(pyramid, images(64)) > count_flops(plain, images(64)) > 0
+    assert count_flops(pyramid, images(64), backward=True) > 2 * count_flops(pyramid, images(64))
+    products = count_products(pyramid, images(64))
+    assert products[Product(16, 128, 256)] > 0  # what brings stage 3 to the channels of the levels
+    assert products[Product(256, 32, 256)] > 0  # and stage 1
+
+
+def test_loss_follows_from_what_the_outputs_are():
+    logits, targets = torch.randn(2, 5), torch.tensor([1, 3])
+    assert training_loss(logits.half(), targets) == F.cross_entropy(logits.half().float(), targets)
+    maps = [torch.full((2, 3, 4, 4), 2.), torch.full((2, 3, 2, 2), -3., dtype=torch.bfloat16)]
+    assert training_loss(maps, targets) == training_loss(tuple(maps), targets) == 4 + 9
 
 
 @pytest.mark.parametrize('side', [224, 512])

@@ -39,6 +39,13 @@ def test_every_combination_is_a_case():
     assert [case.batch for case in cases('--mode', 'forward', 'latency')] == [8, 1]
 
 
+def test_sizes_and_what_is_measured_are_read():
+    asked = cases('--size', '224', '800x1344', '64x64', '--pyramid')
+    assert [case.size for case in asked] == [224, '800x1344', 64] and all(case.pyramid for case in asked)
+    (case, rivals, _), = bench.asked_for(parsed('--acceleration', 'full', 'light'))
+    assert rivals == Rivals(accelerations=('full', 'light')) and not case.pyramid
+
+
 def test_rivals_are_read():
     (_, rivals, rounds), = bench.asked_for(
         parsed('--baseline', '--fuse', '--compile', 'max-autotune', '--peers', '--against', 'a.py:f', '--repeats', '4'))
@@ -69,6 +76,18 @@ def test_json_lines_are_recorded_and_drawn(tmp_path, capsys):
         assert [row['contestant'] for row in printed] == ['ours', 'test_vit']
         assert rows.read(path) == printed  # the second run replaces the rows of the first
     assert picture.stat().st_size > 1000 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_pyramid_and_accelerations_are_shown_recorded_and_drawn(tmp_path, capsys):
+    path, picture = tmp_path / 'rows.jsonl', tmp_path / 'chart.png'
+    argv = ['bench', *TINY, '--size', '32x48', '--pyramid', '--baseline', '--fuse', '--acceleration', 'full']
+    assert main([*argv, '--record', str(path), '--plot', str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('fast_itpn_tiny, pyramid, forward, 32x48 px, batch 1, float32; ceiling ')
+    names = ['ours', 'ours fused', 'ours full', 'ours full fused', 'baseline']
+    assert [line.split('  ')[0] for line in lines[2:7]] == names and lines[7] == ''
+    assert [row['contestant'] for row in rows.read(path)] == names
+    assert {row['size'] for row in rows.read(path)} == {'32x48'} and picture.stat().st_size > 1000
 
 
 def test_against_takes_part(tmp_path, capsys, monkeypatch):
@@ -116,6 +135,10 @@ def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
     (['--model', 'resnet50'], "there is no model 'resnet50'; there are: fast_itpn_base, "),
     (['--size', '100'], 'size 100 is not usable: it must be a multiple of 16'),
     (['--size', '0'], 'size 0 is not usable'),
+    (['--size', '800x1340'], 'size 800x1340 is not usable: each side must be a multiple of 16'),
+    (['--size', 'big'], 'size big is not usable: give a side such as 224, or HEIGHTxWIDTH such as 800x1344'),
+    (['--pyramid', '--peers'], 'the peers are classifiers, which a pyramid cannot be compared with'),
+    (['--pyramid', '--model', 'itpn_tiny', '--baseline', '--size', '32'], 'itpn_tiny has no baseline'),
     (['--batch', '0'], 'batch 0 is not usable'),
     (['--repeats', '2'], '2 repeats are too few for a median: ask for at least 3'),
     (['--repeats', '0'], '--repeats 0 is not usable'),
@@ -126,6 +149,8 @@ def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
     (['--model', 'itpn_tiny', '--baseline', '--size', '32'], 'itpn_tiny has no baseline'),
     (['--model', 'fast_itpn_tiny', '--peers', 'nope', '--size', '32'], "timm has no model 'nope'"),
     (['--suite', 'cpu', '--size', '224', '--fuse'], 'a suite is fixed: leave out --size, --fuse'),
+    (['--suite', 'cpu', '--pyramid', '--acceleration', 'full'],
+     'a suite is fixed: leave out --pyramid, --acceleration'),
     (['--plot', 'chart.jpg'], 'chart.jpg is no name of a PNG file'),
     (['--record', 'nope/rows.jsonl'], 'nope/rows.jsonl cannot be written: there is no folder nope'),
 ])

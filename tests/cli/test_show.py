@@ -140,7 +140,7 @@ def test_checkpoint_is_used(photo, capsys):
 
     args = SimpleNamespace(
         model='fast_itpn_tiny_fpn', checkpoint=photo.with_name('mim.pt'), pretrained=False, pyramid_init='pretrained',
-        device='cpu', seed=0)
+        device='cpu', seed=0, acceleration=None, gather_window=None)
     model, weights = show.build(args, (64, 96))
     assert weights == 'weights of mim.pt' and not model.training
     assert torch.equal(model.patch_embed.proj.weight, state_dict['patch_embed.proj.weight'])
@@ -239,3 +239,43 @@ def test_help_needs_no_heavy_imports(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main(['show', '--help'])
     assert stop.value.code == 0 and '--img-size H [W ...]' in capsys.readouterr().out
+
+
+# which tokens leave
+
+def test_tokens_that_leave_are_drawn(photo, monkeypatch, capsys):
+    drawn = []
+    draw = show.tokens_figure.draw
+    monkeypatch.setattr(show.tokens_figure, 'draw', lambda *args: drawn.append((args, draw(*args))) or drawn[-1][1])
+    assert main(['show', str(photo), *SMALL, '--acceleration', 'full', '--gather-window', '3', '--tokens']) == 0
+    assert capsys.readouterr().out == 'flower_tokens.png\n'
+    (shown, left, caption), figure = drawn[0]
+    assert 'fast_itpn_tiny_fpn, acceleration full, random weights' in caption
+    assert shown.shape == (64, 96, 3) and left.block.shape == (4, 6)
+    assert left.window.tolist() == [[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 3, 3, 3]] * 2
+    assert titles(figure) == ['4 windows', 'block 1: 4 leave', 'block 3: 4 leave', 'block 4: 4 leave', '12 of 24 stay']
+    assert Image.open('flower_tokens.png').format == 'PNG'
+
+
+def test_departures_are_those_of_the_model():
+    model = timm.create_model('fast_itpn_tiny', img_size=64, migrate={0: 2, 3: 1}).eval()
+    places = []
+    for block in model.stages[2].blocks:
+        block.register_forward_hook(lambda module, args, output: places.append(output[3].flatten().tolist()))
+    left = show.tokens_figure.departures(model, torch.randn(1, 3, 64, 64))
+    assert left.depth == 12 and (left.window == 0).all()
+    blocks = left.block.flatten()
+    assert [(blocks == i).nonzero().flatten().tolist() for i in (0, 3)] == [sorted(places[0]), places[3]]
+    assert (blocks == 12).sum() == 13
+
+
+@pytest.mark.parametrize('args', [[], ['--acceleration', 'light']])
+def test_tokens_without_migration_are_refused(args, photo, capsys):
+    assert main(['show', str(photo), *SMALL, '--tokens', *args]) == 1
+    assert 'no token leaves, so there is nothing to draw: add --acceleration full' in capsys.readouterr().err
+    assert not list(photo.parent.glob('*.png'))
+
+
+def test_features_of_an_accelerated_model_are_drawn(photo, figures):
+    assert main(['show', str(photo), *SMALL, '--acceleration', 'light', '--gather-window', '2']) == 0
+    assert 'acceleration light' in figures[0].get_suptitle()

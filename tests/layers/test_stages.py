@@ -1,16 +1,16 @@
-"""Stages on the CPU work on a few images at a time, which nobody should notice."""
+"""Stages on the CPU work on a few rows of maps at a time, which nobody should notice."""
 import pytest
 import torch
 from small import images, small_model
 
 import timm_itpn
-from timm_itpn.layers import stages
+from timm_itpn.layers import parts
 
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Batch sizes that the first block of stage 1 sees; an image of the small models is one part."""
-    monkeypatch.setattr(stages, 'PART_SIZE', 16 * 16 * 32)
+    """Lengths of what the first block of stage 1 sees; an image of the small models is one part, of 16 rows."""
+    monkeypatch.setattr(parts, 'PART_SIZE', 16 * 16 * 32)
     model = small_model('fast_itpn_tiny', num_classes=0)
     batches = []
     model.stages[0].blocks[0].register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
@@ -21,15 +21,15 @@ def test_parts_give_what_the_whole_does(seen, monkeypatch):
     model, batches = seen
     x = images(5, 3, 64, 64)
     with torch.no_grad():
-        parts = model(x)
-        assert batches == [1] * 5
-        monkeypatch.setattr(stages, 'PART_SIZE', 2 * 16 * 16 * 32 + 1)
+        single = model(x)
+        assert batches == [16] * 5
+        monkeypatch.setattr(parts, 'PART_SIZE', 2 * 16 * 16 * 32 + 1)
         pairs = model(x)
-        assert batches[5:] == [2, 2, 1]
-        monkeypatch.setattr(stages, 'PART_SIZE', 2 ** 40)
+        assert batches[5:] == [32, 32, 16]
+        monkeypatch.setattr(parts, 'PART_SIZE', 2 ** 40)
         whole = model(x)
         assert batches[8:] == [5]
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(single, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(pairs, whole, rtol=1e-5, atol=1e-6)
 
 

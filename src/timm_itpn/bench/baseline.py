@@ -4,17 +4,23 @@ Stages 1 and 2 keep (B, C, H, W) maps and permute them around every norm; q, k a
 gate and value of the MLP; scores and softmax are float32 tensors of N x N. Parameters have the official names, so the
 numbers of the official models hold here as well (`tests/bench/test_baseline.py`). Dropout and stochastic depth are left
 out: the benchmark runs without.
+
+The pyramid, where there is one, is ours: its stages are maps (B, H, W, C), so those from here are permuted for it, and
+its levels permuted back. Compared are then two backbones under one pyramid.
 """
-from typing import List, Tuple
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import checkpoint
 
+from ..layers.pyramid import FeaturePyramid
+
 __all__ = ['Baseline']
 
 EPS = 1e-6
+NUM_LEVELS = 5  # of the pyramid, strides 4 to 64
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -128,7 +134,7 @@ class Patches(nn.Module):
 
 
 class Baseline(nn.Module):
-    """Fast-iTPN classifier, unfused. (B, in_chans, H, W) -> (B, num_classes).
+    """Fast-iTPN classifier, unfused. (B, in_chans, H, W) -> (B, num_classes), or a list of maps (B, C, H, W).
 
     Args:
         img_size: (height, width) in pixels, multiples of 16.
@@ -138,6 +144,7 @@ class Baseline(nn.Module):
         depths: Blocks of stages 1, 2 and 3.
         num_heads: Attention heads of stage 3.
         mlp_ratio: Hidden width per width.
+        pyramid: A feature pyramid in place of the classifier, None for the classifier.
     """
 
     def __init__(
@@ -149,6 +156,7 @@ class Baseline(nn.Module):
             depths: Tuple[int, int, int] = (3, 3, 24),
             num_heads: int = 8,
             mlp_ratio: int = 3,
+            pyramid: Optional[FeaturePyramid] = None,
     ):
         super().__init__()
         self.grad_checkpointing = False
@@ -162,20 +170,35 @@ class Baseline(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         num_tokens = img_size[0] // 16 * (img_size[1] // 16)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, embed_dim))
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=EPS)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.pyramid = pyramid
+        if pyramid is None:
+            self.fc_norm = nn.LayerNorm(embed_dim, eps=EPS)
+            self.head = nn.Linear(embed_dim, num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
+        if self.pyramid is not None:
+            levels: Any = self.pyramid.levels
+            for level in levels:
+                level.grad_checkpointing = enable
 
-    def run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList) -> torch.Tensor:
+    def run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList, stages: List[torch.Tensor]) -> torch.Tensor:
+        """Run blocks one after the other; for a pyramid, what comes to a merge is added to `stages`."""
         for block in blocks:
+            if self.pyramid is not None and isinstance(block, Merge):
+                stages.append(x)
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.run_blocks(self.patch_embed(x), self.blocks[:self.num_maps])
+    def forward(self, x: torch.Tensor) -> Union[torch.Tensor, List[torch.Tensor]]:
+        stages: List[torch.Tensor] = []
+        x = self.run_blocks(self.patch_embed(x), self.blocks[:self.num_maps], stages)
+        grid_size = x.shape[2:]
         x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (B, C, H, W) -> (B, N, C)
-        x = self.run_blocks(x, self.blocks[self.num_maps:])
-        return self.head(self.fc_norm(x.mean(dim=1)))
+        x = self.run_blocks(x, self.blocks[self.num_maps:], stages)
+        if self.pyramid is None:
+            return self.head(self.fc_norm(x.mean(dim=1)))
+        stages.append(x.transpose(1, 2).unflatten(2, grid_size))  # (B, N, C) -> (B, C, H, W)
+        levels = self.pyramid([stage.permute(0, 2, 3, 1) for stage in stages], list(range(NUM_LEVELS)))
+        return [level.permute(0, 3, 1, 2).contiguous() for level in levels]  # (B, H, W, C) -> (B, C, H, W)

@@ -1,14 +1,21 @@
 """What is measured: a model at one size, batch, type and mode, and against whom."""
-from typing import Dict, NamedTuple, Optional, Tuple
+import re
+from typing import Dict, NamedTuple, Optional, Tuple, Union
 
-__all__ = ['COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Case', 'Rivals', 'Rounds', 'check']
+__all__ = [
+    'ACCELERATIONS', 'COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Case', 'Rivals', 'Rounds', 'Size', 'check',
+    'height_width', 'parse_size',
+]
 
 MODES = ('forward', 'train', 'latency')
 STRIDE = 16  # pixels per token; sides are multiples of it
 MIN_REPEATS = 3  # below that a median says nothing
+ACCELERATIONS = ('light', 'full')  # those of `tokens.schedule`, which imports torch
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 PEERS = (
     'vit_base_patch16_224', 'eva02_base_patch14_224', 'hiera_base_plus_224', 'swin_base_patch4_window7_224')
+
+Size = Union[int, str]  # side of a square in pixels, or 'HEIGHTxWIDTH'
 
 # --dtype -> (type of weights and images, type that autocast computes in, None without autocast)
 DTYPES: Dict[str, Tuple[str, Optional[str]]] = {
@@ -24,22 +31,26 @@ class Case(NamedTuple):
 
     Attributes:
         model: Name in timm.
-        size: Side of the images in pixels.
+        size: Side of the images in pixels, or 'HEIGHTxWIDTH' if they are no squares; see `parse_size`.
         batch: Images per call.
         dtype: A key of `DTYPES`.
-        mode: 'forward', 'train' (forward, cross-entropy and backward; no optimizer) or 'latency' (one call at a time).
+        mode: 'forward', 'train' (forward, loss and backward; no optimizer) or 'latency' (one call at a time). The loss
+            is cross-entropy, or with `pyramid` the sum of the mean squares of the levels.
         grad_checkpointing: Recompute activations in the backward pass.
+        pyramid: Backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier.
     """
     model: str = 'fast_itpn_base'
-    size: int = 224
+    size: Size = 224
     batch: int = 8
     dtype: str = 'float32'
     mode: str = 'forward'
     grad_checkpointing: bool = False
+    pyramid: bool = False
 
     def __str__(self) -> str:
+        pyramid = ', pyramid' if self.pyramid else ''
         checkpointing = ', gradient checkpointing' if self.grad_checkpointing else ''
-        return f'{self.model}, {self.mode}, {self.size} px, batch {self.batch}, {self.dtype}{checkpointing}'
+        return f'{self.model}{pyramid}, {self.mode}, {self.size} px, batch {self.batch}, {self.dtype}{checkpointing}'
 
 
 class Rivals(NamedTuple):
@@ -51,12 +62,15 @@ class Rivals(NamedTuple):
         compile: The model under `torch.compile` in this mode, '' for not; with `fuse` the fused model too.
         peers: Models of timm.
         against: FILE:FUNCTION that builds any other module, '' for none.
+        accelerations: The model with the same weights and token gathering and migration, by name; what `fuse` and
+            `compile` make of them too.
     """
     baseline: bool = False
     fuse: bool = False
     compile: str = ''
     peers: Tuple[str, ...] = ()
     against: str = ''
+    accelerations: Tuple[str, ...] = ()
 
 
 class Rounds(NamedTuple):
@@ -68,6 +82,28 @@ class Rounds(NamedTuple):
         """The same without zeros: on CUDA clocks and graphs take more calls to settle."""
         repeats = self.repeats or (50 if mode == 'latency' else 10 if device == 'cpu' else 30)
         return Rounds(repeats, self.warmup or (1 if device == 'cpu' else 5))
+
+
+def parse_size(text: str) -> Size:
+    """'N', the side of a square, -> N; 'HEIGHTxWIDTH' stays as it is, unless it is a square.
+
+    Raises:
+        ValueError: `text` is neither.
+    """
+    match = re.fullmatch(r'([0-9]+)(?:x([0-9]+))?', text)
+    if match is None:
+        raise ValueError(f'size {text} is not usable: give a side such as 224, or HEIGHTxWIDTH such as 800x1344')
+    height = int(match[1])
+    width = int(match[2] or height)
+    return height if height == width else f'{height}x{width}'
+
+
+def height_width(size: Size) -> Tuple[int, int]:
+    """Height and width of images of a size, in pixels."""
+    if isinstance(size, int):
+        return size, size
+    height, width = map(int, size.split('x'))
+    return height, width
 
 
 def check(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> None:
@@ -82,8 +118,9 @@ def check(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> None:
     from ..models.names import check_name
 
     check_name(case.model)
-    if case.size < STRIDE or case.size % STRIDE:
-        raise ValueError(f'size {case.size} is not usable: it must be a multiple of {STRIDE}')
+    if any(side < STRIDE or side % STRIDE for side in height_width(parse_size(str(case.size)))):
+        what = 'it' if isinstance(case.size, int) else 'each side'
+        raise ValueError(f'size {case.size} is not usable: {what} must be a multiple of {STRIDE}')
     if case.batch < 1:
         raise ValueError(f'batch {case.batch} is not usable: it must be at least 1')
     for what, value, known in (('dtype', case.dtype, DTYPES), ('mode', case.mode, MODES)):
@@ -91,6 +128,11 @@ def check(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> None:
             raise ValueError(f'{what} {value!r} is unknown, choose one of: {", ".join(known)}')
     if rivals.compile and rivals.compile not in COMPILE_MODES:
         raise ValueError(f'compile mode {rivals.compile!r} is unknown, choose one of: {", ".join(COMPILE_MODES)}')
+    for acceleration in rivals.accelerations:
+        if acceleration not in ACCELERATIONS:
+            raise ValueError(f'acceleration {acceleration!r} is unknown, choose one of: {", ".join(ACCELERATIONS)}')
+    if case.pyramid and rivals.peers:
+        raise ValueError('the peers are classifiers, which a pyramid cannot be compared with: leave out one of the two')
     if rounds.repeats and rounds.repeats < MIN_REPEATS:
         raise ValueError(f'{rounds.repeats} repeats are too few for a median: ask for at least {MIN_REPEATS}')
     if rounds.warmup < 0:

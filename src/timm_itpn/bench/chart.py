@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, List, Sequence
 
-from .rows import Row, case_of, setting
+from .rows import Row, case_of, is_ours, setting
 
 __all__ = ['check_output', 'draw', 'save']
 
@@ -59,7 +59,7 @@ def draw(rows: Sequence[Row]) -> Any:
 
 def draw_case(axes: Any, rows: List[Row]) -> None:
     times_ms = [row['ms_per_image'] for row in rows]
-    colours = [OURS_COLOUR if row['contestant'].startswith('ours') else OTHERS_COLOUR for row in rows]
+    colours = [OURS_COLOUR if is_ours(row) else OTHERS_COLOUR for row in rows]
     bars = axes.barh([row['contestant'] for row in rows], times_ms, color=colours)
     axes.bar_label(bars, [f' {value:.4g}' for value in times_ms], fontsize=8)
     axes.invert_yaxis()  # ours on top

@@ -1,10 +1,11 @@
 """Who is measured: the model itself, what can be made of it, and others."""
+import copy
 import enum
 import importlib.util
 import inspect
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import timm
 import torch
@@ -12,10 +13,12 @@ import torch.nn as nn
 from timm.models import get_pretrained_cfg
 
 from ..layers.attention import Attention
+from ..models._timm import FeatureGetterNet
 from ..models.fast_itpn import FastITPN
-from ..weights.layout import native_depths, native_to_official
+from ..models.fusion import fuse
+from ..weights.layout import PYRAMID, native_depths, native_to_official
 from .baseline import Baseline
-from .cases import DTYPES, Case, Rivals
+from .cases import DTYPES, Case, Rivals, Size, height_width
 
 __all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Contestant', 'Kind', 'build', 'build_ours', 'checkpoint_gradients']
 
@@ -25,8 +28,8 @@ BASELINE = 'baseline'
 
 
 class Kind(enum.Enum):
-    OURS = enum.auto()  # our model, whatever was made of it: same outputs, same number of operations
-    SAME_FUNCTION = enum.auto()  # same weights and outputs, but operations of its own
+    SAME_FUNCTION = enum.auto()  # same weights and outputs as ours
+    ACCELERATED = enum.auto()  # same weights, other outputs by design
     OTHER = enum.auto()
 
 
@@ -38,11 +41,13 @@ class Contestant(NamedTuple):
         model: The module, as written.
         run: What is called: the module, or what a compiler made of it.
         kind: What it has in common with ours.
+        plain: The module whose operations it has: layers that are fused cannot be counted.
     """
     name: str
     model: nn.Module
-    run: Callable[[torch.Tensor], torch.Tensor]
+    run: Callable[[torch.Tensor], Any]
     kind: Kind
+    plain: nn.Module
 
 
 def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
@@ -52,6 +57,7 @@ def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
         ValueError: A rival cannot be built, or not for this case.
     """
     ours = build_ours(case)
+    accelerated = {f'{OURS} {name}': build_accelerated(ours, case, name) for name in rivals.accelerations}
     others: Dict[str, nn.Module] = {}
     if rivals.baseline:
         others[BASELINE] = build_baseline(ours, case)
@@ -59,21 +65,28 @@ def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
     if rivals.against:
         others[rivals.against] = build_against(rivals.against, case.size)
     dtype = getattr(torch, DTYPES[case.dtype][0])
-    for model in (ours, *others.values()):
+    for model in (ours, *accelerated.values(), *others.values()):
         model.to(device, dtype).train(case.mode == 'train')
 
-    contestants = [Contestant(OURS, ours, ours, Kind.OURS)]
-    if rivals.fuse:
-        from ..models.fusion import fuse
-
-        fused = fuse(ours)  # now, because what it does depends on device and type
-        contestants.append(Contestant(f'{OURS} fused', fused, fused, Kind.OURS))
+    contestants = as_written_and_fused(OURS, ours, Kind.SAME_FUNCTION, rivals.fuse)
+    for name, model in accelerated.items():
+        contestants += as_written_and_fused(name, model, Kind.ACCELERATED, rivals.fuse)
     if rivals.compile:
         contestants += [
             c._replace(name=f'{c.name} compiled ({rivals.compile})', run=compile_model(c.model, rivals.compile))
             for c in contestants]
     kinds = {BASELINE: Kind.SAME_FUNCTION}
-    contestants += [Contestant(name, model, model, kinds.get(name, Kind.OTHER)) for name, model in others.items()]
+    contestants += [
+        Contestant(name, model, model, kinds.get(name, Kind.OTHER), plain=model) for name, model in others.items()]
+    return contestants
+
+
+def as_written_and_fused(name: str, model: nn.Module, kind: Kind, with_fused: bool) -> List[Contestant]:
+    """A model, and if asked for its fused copy. Do it last: what fusing does depends on device and type."""
+    contestants = [Contestant(name, model, model, kind, plain=model)]
+    if with_fused:
+        fused = fuse(model)
+        contestants.append(Contestant(f'{name} fused', fused, fused, kind, plain=model))
     return contestants
 
 
@@ -84,7 +97,7 @@ def build_ours(case: Case) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model: nn.Module = timm.create_model(case.model, img_size=case.size, num_classes=NUM_CLASSES)
+        model = create(case)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -93,49 +106,78 @@ def build_ours(case: Case) -> nn.Module:
     return model
 
 
+def build_accelerated(ours: nn.Module, case: Case, acceleration: str) -> nn.Module:
+    """Ours with token gathering and migration, and the same weights."""
+    model = create(case, acceleration)
+    model.load_state_dict(ours.state_dict())
+    return model
+
+
+def create(case: Case, acceleration: Optional[str] = None) -> nn.Module:
+    """The model of a case as timm makes it: a classifier, or timm's wrapper that returns the levels of the pyramid."""
+    options: Dict[str, Any] = {'img_size': height_width(case.size), 'acceleration': acceleration}
+    if case.pyramid:
+        options.update(features_only=True, pyramid=True)
+    else:
+        options.update(num_classes=NUM_CLASSES)
+    model: nn.Module = timm.create_model(case.model, **options)
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in timm's wrapper for features, or the model itself."""
+    inner: nn.Module = model.model if isinstance(model, FeatureGetterNet) else model
+    return inner
+
+
 def build_baseline(ours: nn.Module, case: Case) -> nn.Module:
-    if not isinstance(ours, FastITPN):
+    model = unwrapped(ours)
+    if not isinstance(model, FastITPN):
         raise ValueError(f'{case.model} has no baseline: only the models named fast_itpn_* have')
-    state = ours.state_dict()
+    state = model.state_dict()
     baseline = Baseline(
-        img_size=(case.size, case.size),
+        img_size=height_width(case.size),
         num_classes=NUM_CLASSES,
-        embed_dim=ours.embed_dim,
+        embed_dim=model.embed_dim,
         depths=native_depths(state),
-        num_heads=next(module.num_heads for module in ours.modules() if isinstance(module, Attention)),
+        num_heads=next(module.num_heads for module in model.modules() if isinstance(module, Attention)),
+        pyramid=copy.deepcopy(model.pyramid),
     )
-    baseline.load_state_dict(native_to_official(state))
+    pyramid = {key: value for key, value in state.items() if key.startswith(PYRAMID)}  # it keeps its names
+    others = {key: value for key, value in state.items() if key not in pyramid}
+    baseline.load_state_dict({**native_to_official(others), **pyramid})
     return baseline
 
 
-def build_peer(name: str, size: int) -> nn.Module:
-    """A model of timm with random weights for images of size x size."""
+def build_peer(name: str, size: Size) -> nn.Module:
+    """A model of timm with random weights for images of a size."""
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: look it up with timm.list_models('*{name.partition('_')[0]}*')")
     cfg = get_pretrained_cfg(name)
+    height, width = height_width(size)
     options: Dict[str, Any] = {'num_classes': NUM_CLASSES}
-    if cfg is not None and cfg.input_size[1:] != (size, size):
-        options['img_size'] = size
+    if cfg is not None and cfg.input_size[1:] != (height, width):
+        options['img_size'] = height, width
     try:
         peer: nn.Module = timm.create_model(name, **options)
         with torch.no_grad():
-            peer.eval()(torch.zeros(1, 3, size, size))
+            peer.eval()(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f'{name} cannot take images of {size} x {size} pixels: {error}') from error
+        raise ValueError(f'{name} cannot take images of {height} x {width} pixels: {error}') from error
     patch_size = getattr(getattr(peer, 'patch_embed', None), 'patch_size', (1, 1))
-    if size % patch_size[0]:
+    if height % patch_size[0] or width % patch_size[1]:
         raise ValueError(
-            f'{name} cannot take images of {size} x {size} pixels: it has patches of {patch_size[0]}, and would see '
+            f'{name} cannot take images of {height} x {width} pixels: it has patches of {patch_size[0]}, and would see '
             'only a part')
     return peer
 
 
-def build_against(place: str, size: int) -> nn.Module:
+def build_against(place: str, size: Size) -> nn.Module:
     """Call the function of a user's file that builds a module.
 
     Args:
         place: FILE:FUNCTION. The function gets those of `img_size=(height, width)` and `num_classes=` that it takes.
-        size: Side of the images in pixels.
+        size: Of the images.
     """
     file, _, function = place.rpartition(':')
     if not file or not function:
@@ -148,7 +190,7 @@ def build_against(place: str, size: int) -> nn.Module:
         raise ValueError(f'--against {place}: {file} cannot be run: {type(error).__name__}: {error}') from error
     if not callable(build_module):
         raise ValueError(f'--against {place}: {file} has no function {function}')
-    module = build_module(**accepted(build_module, img_size=(size, size), num_classes=NUM_CLASSES))
+    module = build_module(**accepted(build_module, img_size=height_width(size), num_classes=NUM_CLASSES))
     if not isinstance(module, nn.Module):
         raise ValueError(f'--against {place}: {function} returned {type(module).__name__}, not a torch.nn.Module')
     return module
@@ -179,17 +221,16 @@ def accepted(function: Callable[..., Any], **offered: Any) -> Dict[str, Any]:
 def checkpoint_gradients(contestants: List[Contestant]) -> None:
     """Let all recompute activations in the backward pass."""
     for contestant in contestants:
-        enable: Any = getattr(contestant.model, 'set_grad_checkpointing', None)
+        enable: Any = getattr(unwrapped(contestant.model), 'set_grad_checkpointing', None)
         if enable is None:
             raise ValueError(f'{contestant.name} has no set_grad_checkpointing(): leave out gradient checkpointing')
         enable()
 
 
-def compile_model(model: nn.Module, mode: str) -> Callable[[torch.Tensor], torch.Tensor]:
+def compile_model(model: nn.Module, mode: str) -> Callable[[torch.Tensor], Any]:
     compiled = torch.compile(model, mode=mode)
 
-    def run(images: torch.Tensor) -> torch.Tensor:
+    def run(images: torch.Tensor) -> Any:
         torch.compiler.cudagraph_mark_step_begin()  # outputs of the last call may be overwritten
-        out: torch.Tensor = compiled(images)
-        return out
+        return compiled(images)
     return run

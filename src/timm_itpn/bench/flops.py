@@ -1,6 +1,6 @@
 """Operations of a model, and the matrix products in it, found by running it on the meta device: shapes without data."""
 from collections import Counter
-from typing import Any, Callable, Dict, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['Product', 'count_flops', 'count_products']
+__all__ = ['Product', 'as_list', 'count_flops', 'count_products', 'training_loss']
 
 
 class Product(NamedTuple):
@@ -24,6 +24,23 @@ class Product(NamedTuple):
         return 2 * self.rows * self.inner * self.columns
 
 
+def as_list(outputs: Any) -> List[torch.Tensor]:
+    """Outputs of a model: the levels of a pyramid, or its one output."""
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def training_loss(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """What is trained: cross-entropy of logits (B, num_classes), or the sum of the mean squares of maps.
+
+    Args:
+        outputs: Logits, or a list of maps.
+        targets: Classes (B,), for logits.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return F.cross_entropy(outputs.float(), targets)
+    return torch.stack([level.float().square().mean() for level in as_list(outputs)]).sum()
+
+
 def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) -> int:
     """Floating-point operations of one call, a multiply-add counted as two.
 
@@ -31,9 +48,9 @@ def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) 
     whatever kernel would run. What gradient checkpointing computes again is counted, unless it is off in `model`.
 
     Args:
-        model: (B, C, H, W) -> (B, num_classes).
+        model: (B, C, H, W) -> (B, num_classes), or a list of maps.
         images: Input; only its shape and type matter.
-        backward: Count the backward pass of a cross-entropy too.
+        backward: Count the backward pass of `training_loss` too.
     """
     try:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -60,11 +77,11 @@ def _run_on_meta(model: nn.Module, images: torch.Tensor, backward: bool) -> None
     _run(lambda x: functional_call(model, meta, (x,)), torch.empty_like(images, device='meta'), backward)
 
 
-def _run(model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, backward: bool) -> None:
+def _run(model: Callable[[torch.Tensor], Any], images: torch.Tensor, backward: bool) -> None:
     with torch.set_grad_enabled(backward):
-        logits = model(images)
+        outputs = model(images)
         if backward:
-            F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.long, device=images.device)).backward()
+            training_loss(outputs, torch.zeros(len(images), dtype=torch.long, device=images.device)).backward()
 
 
 class _Products(TorchDispatchMode):

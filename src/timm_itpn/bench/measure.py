@@ -6,16 +6,16 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..layers.attention import Attention
 from ..ops.attention.kernels import record_kernels
-from .cases import DTYPES, Case, Rivals, Rounds
+from .cases import DTYPES, Case, Rivals, Rounds, height_width
 from .ceiling import Ceiling
 from .contestants import BASELINE, NUM_CLASSES, OURS, Contestant, Kind, build, checkpoint_gradients
-from .flops import count_flops, count_products
+from .flops import as_list, count_flops, count_products, training_loss
 from .machine import facts
 from .memory import peak_bytes
+from .rows import same_function
 from .timing import EventWatch, WallWatch, alternate, median_ratio, quantile, spread
 
 __all__ = ['measure']
@@ -46,7 +46,7 @@ def measure(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dic
     contestants = build(case, rivals, device)
     images, targets = inputs(case, device)
     calls: Dict[Any, Callable[[], Any]] = {c.name: workload(c, case, images, targets) for c in contestants}
-    rows = {c.name: describe(c, contestants[0], case, images) for c in contestants}
+    rows = {c.name: describe(c, case, images) for c in contestants}
     if case.grad_checkpointing:
         checkpoint_gradients(contestants)  # only now: what is computed twice does not count twice
     check_outputs(contestants, rows, case, images)
@@ -78,7 +78,7 @@ def say(text: str) -> None:
 def inputs(case: Case, device: str) -> Any:
     """Random images and classes."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
+    images = torch.randn(case.batch, 3, *height_width(case.size), generator=generator)
     targets = torch.randint(NUM_CLASSES, (case.batch,), generator=generator)
     return images.to(device, getattr(torch, DTYPES[case.dtype][0])), targets.to(device)
 
@@ -104,29 +104,26 @@ def grad_mode(case: Case) -> AbstractContextManager[Any]:
 def workload(
         contestant: Contestant, case: Case, images: torch.Tensor, targets: torch.Tensor) -> Callable[[], Any]:
     """What is timed: a forward pass, or a step of training without the optimizer."""
-    def forward() -> torch.Tensor:
+    def forward() -> Any:
         with grad_mode(case), autocast(case, images):
             return contestant.run(images)
 
     def train() -> None:
         with grad_mode(case), autocast(case, images):
-            logits = contestant.run(images)
-        F.cross_entropy(logits.float(), targets).backward()
+            outputs = contestant.run(images)
+        training_loss(outputs, targets).backward()
         contestant.model.zero_grad(set_to_none=True)
 
     return train if case.mode == 'train' else forward
 
 
-def describe(contestant: Contestant, ours: Contestant, case: Case, images: torch.Tensor) -> Dict[str, Any]:
-    """What is known of a contestant without running it.
-
-    What is made of ours has the operations of ours: fused layers cannot be counted.
-    """
-    counted = ours.model if contestant.kind is Kind.OURS else contestant.model
+def describe(contestant: Contestant, case: Case, images: torch.Tensor) -> Dict[str, Any]:
+    """What is known of a contestant without running it."""
     return {
         **case._asdict(),
         'contestant': contestant.name,
-        'gflop_per_image': count_flops(counted, images, case.mode == 'train') / case.batch / 1e9,
+        'same_function': contestant.kind is Kind.SAME_FUNCTION,
+        'gflop_per_image': count_flops(contestant.plain, images, case.mode == 'train') / case.batch / 1e9,
         'attention': attention_of(contestant.model),
     }
 
@@ -147,24 +144,30 @@ def check_outputs(
         say(f'  {contestant.name}: outputs')
         if contestant.run is contestant.model:
             with record_kernels() as recorded, autocast(case, images):
-                logits = contestant.model(images)
+                outputs = contestant.model(images)
             kernels[contestant.model] = recorded.names
         else:
             with grad_mode(case), autocast(case, images):
-                logits = contestant.run(images).detach()
-        logits = logits.double()
-        expected = logits if expected is None else expected
+                outputs = contestant.run(images)
         error = None
         if contestant.kind is not Kind.OTHER:
-            error = ((logits - expected).square().mean() / expected.square().mean()).sqrt().item()
+            outputs = [output.detach().double() for output in as_list(outputs)]
+            expected = outputs if expected is None else expected
+            error = relative_error(outputs, expected)
         rows[contestant.name].update(kernels=kernels[contestant.model], output_error=error)
         if not agrees(rows[contestant.name], case):
             say(f'  {contestant.name}: the outputs differ from ours by {error:.2g}, so there is no ratio')
 
 
+def relative_error(outputs: List[torch.Tensor], expected: List[torch.Tensor]) -> float:
+    """Root mean square of the difference by that of what is expected; of several outputs the largest, NaN if one is."""
+    errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(outputs, expected)]
+    return torch.stack(errors).max().sqrt().item()
+
+
 def agrees(row: Dict[str, Any], case: Case) -> bool:
     """True if outputs are as near to ours as they have to be; NaN is not."""
-    return row['output_error'] is None or row['output_error'] <= TOLERANCES[case.dtype]
+    return not same_function(row) or row['output_error'] <= TOLERANCES[case.dtype]
 
 
 def peak_memory_mib(contestant: Contestant, call: Callable[[], Any], device: str) -> Optional[float]:
@@ -199,8 +202,8 @@ def timed(
     """
     median_ms = statistics.median(times_ms)
     rate = row['gflop_per_image'] * 1e9 * case.batch / (median_ms / 1000)
-    comparable, same_function = agrees(row, case), row['output_error'] is not None
-    over_baseline = median_ratio(baseline_ms, times_ms) if comparable and same_function and baseline_ms else None
+    comparable, same_weights = agrees(row, case), row['output_error'] is not None
+    over_baseline = median_ratio(baseline_ms, times_ms) if comparable and same_weights and baseline_ms else None
     return {
         'ms': median_ms,
         'p95_ms': quantile(times_ms, 0.95),

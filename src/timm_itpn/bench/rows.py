@@ -7,20 +7,36 @@ from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 from .cases import Case
 
-__all__ = ['HEADER', 'case_of', 'cells', 'heading', 'markdown_table', 'measured', 'read', 'record', 'setting']
+__all__ = [
+    'HEADER', 'case_of', 'cells', 'heading', 'is_ours', 'markdown_table', 'measured', 'read', 'record', 'same_function',
+    'setting',
+]
 
 HEADER = (
     'contestant', 'ms/image', 'spread', 'images/s', 'TFLOP/s', 'of ceiling', 'peak MiB', 'time / ours',
     'vs baseline', 'attention kernel')
-MARKDOWN = (  # those of HEADER that are in the Markdown table
-    'contestant', 'ms/image', 'vs baseline', 'TFLOP/s', 'of ceiling', 'peak MiB', 'spread', 'attention kernel')
+MARKDOWN = (  # what is in the Markdown table
+    'contestant', 'ms/image', 'vs ours', 'vs baseline', 'TFLOP/s', 'of ceiling', 'peak MiB', 'spread',
+    'attention kernel')
+LATER_FIELDS = ('pyramid',)  # of `Case`; older rows lack them
 MEASURED = resources.files('timm_itpn.bench') / 'measured.jsonl'
 
 Row = Dict[str, Any]
 
 
 def case_of(row: Row) -> Case:
+    row = {**{field: Case._field_defaults[field] for field in LATER_FIELDS}, **row}
     return Case(**{field: row[field] for field in Case._fields})
+
+
+def same_function(row: Row) -> bool:
+    """True if the outputs have to agree with ours."""
+    return bool(row.get('same_function', row['output_error'] is not None))  # older rows lack it
+
+
+def is_ours(row: Row) -> bool:
+    """True if the row is of our model, or of what was made of it."""
+    return bool(row['contestant'].split()[0] == 'ours')
 
 
 def heading(row: Row) -> str:
@@ -36,21 +52,23 @@ def setting(row: Row) -> str:
     return f'{where}; {versions}; {row["date"]}'
 
 
-def cells(row: Row) -> Tuple[str, ...]:
-    """A row of the table under `HEADER`."""
+def cells(row: Row, names: Sequence[str] = HEADER) -> Tuple[str, ...]:
+    """A row of the table under `names`."""
     latency = f' (p95 {row["p95_ms"]:.4g})' if row['mode'] == 'latency' else ''
-    return (
-        row['contestant'],
-        f'{row["ms_per_image"]:.4g}{latency}',
-        f'{row["spread"]:.1%}',
-        f'{row["images_per_s"]:.4g}',
-        f'{row["tflop_per_s"]:.4g}',
-        f'{row["share_of_ceiling"]:.0%}',
-        '' if row['peak_memory_mib'] is None else f'{row["peak_memory_mib"]:.1f}',
-        'outputs differ' if row['ratio'] is None else f'{row["ratio"]:.3f}',
-        '' if row['speedup_over_baseline'] is None else f'{row["speedup_over_baseline"]:.2f}x',
-        ', '.join(row['kernels']),
-    )
+    texts = {
+        'contestant': row['contestant'],
+        'ms/image': f'{row["ms_per_image"]:.4g}{latency}',
+        'spread': f'{row["spread"]:.1%}',
+        'images/s': f'{row["images_per_s"]:.4g}',
+        'TFLOP/s': f'{row["tflop_per_s"]:.4g}',
+        'of ceiling': f'{row["share_of_ceiling"]:.0%}',
+        'peak MiB': '' if row['peak_memory_mib'] is None else f'{row["peak_memory_mib"]:.1f}',
+        'time / ours': 'outputs differ' if row['ratio'] is None else f'{row["ratio"]:.3f}',
+        'vs ours': f'{1 / row["ratio"]:.2f}x' if is_ours(row) and row['ratio'] else '',
+        'vs baseline': '' if row['speedup_over_baseline'] is None else f'{row["speedup_over_baseline"]:.2f}x',
+        'attention kernel': ', '.join(row['kernels']),
+    }
+    return tuple(texts[name] for name in names)
 
 
 def markdown_table(rows: Iterable[Row]) -> str:
@@ -63,8 +81,7 @@ def markdown_table(rows: Iterable[Row]) -> str:
         lines = [f'{where}:', '', markdown_line(('case', *MARKDOWN)), markdown_line(['---'] * (len(MARKDOWN) + 1))]
         for case, rows_of_case in groupby(group, key=case_of):
             for i, row in enumerate(rows_of_case):
-                shown = dict(zip(HEADER, cells(row)))
-                lines.append(markdown_line(('' if i else str(case), *(shown[name] for name in MARKDOWN))))
+                lines.append(markdown_line(('' if i else str(case), *cells(row, MARKDOWN))))
         parts.append('\n'.join(lines))
     return '\n\n'.join(parts)
 

@@ -1,7 +1,7 @@
 """Fixed lists of cases: what the committed rows are measured by."""
 from typing import Dict, List, Tuple
 
-from .cases import PEERS, Case, Rivals, Rounds
+from .cases import ACCELERATIONS, PEERS, Case, Rivals, Rounds
 
 __all__ = ['SUITES']
 
@@ -12,6 +12,9 @@ FUSED_PEERS = Rivals(baseline=True, fuse=True, peers=PEERS)
 COMPILED = Rivals(baseline=True, fuse=True, compile='max-autotune')
 COMPILED_TRAIN = Rivals(baseline=True, compile='max-autotune')
 GRAPHS = Rivals(baseline=True, compile='reduce-overhead')
+ACCELERATED = Rivals(accelerations=ACCELERATIONS)
+ACCELERATED_FUSED = Rivals(fuse=True, accelerations=ACCELERATIONS)
+ACCELERATED_ALL = Rivals(baseline=True, fuse=True, accelerations=ACCELERATIONS)
 COMPILED_PEERS = Rivals(baseline=True, fuse=True, compile='max-autotune', peers=PEERS)
 
 SUITES: Dict[str, List[Tuple[Case, Rivals, Rounds]]] = {
@@ -29,6 +32,10 @@ SUITES: Dict[str, List[Tuple[Case, Rivals, Rounds]]] = {
         (Case(TINY, 224, 1, 'float32', 'latency'), FUSED, Rounds(15, 1)),
         (Case(LARGE, 224, 8, 'float32', 'forward'), FUSED, Rounds(3, 1)),
         (Case(LARGE, 224, 1, 'float32', 'latency'), FUSED, Rounds(9, 1)),
+        (Case(BASE, 1024, 1, 'float32', 'forward', pyramid=True), ACCELERATED_ALL, Rounds(3, 1)),
+        (Case(BASE, 1024, 1, 'bfloat16', 'forward', pyramid=True), ACCELERATED_ALL, Rounds(3, 1)),
+        (Case(BASE, '800x1344', 1, 'float32', 'forward', pyramid=True), ACCELERATED_FUSED, Rounds(3, 1)),
+        (Case(BASE, 1536, 1, 'float32', 'forward', pyramid=True), ACCELERATED, Rounds(3, 1)),
     ],
     'gpu': [
         (Case(BASE, 224, 128, 'bfloat16', 'forward'), COMPILED_PEERS, Rounds(30, 5)),
@@ -39,5 +46,8 @@ SUITES: Dict[str, List[Tuple[Case, Rivals, Rounds]]] = {
         (Case(BASE, 224, 128, 'float32', 'forward'), FUSED, Rounds(10, 3)),
         (Case(TINY, 224, 128, 'bfloat16', 'forward'), FUSED, Rounds(30, 5)),
         (Case(LARGE, 224, 64, 'bfloat16', 'forward'), FUSED, Rounds(20, 5)),
+        (Case(BASE, 1024, 4, 'bfloat16', 'forward', pyramid=True), ACCELERATED_ALL, Rounds(20, 5)),
+        (Case(BASE, '800x1344', 4, 'bfloat16', 'forward', pyramid=True), ACCELERATED_FUSED, Rounds(20, 5)),
+        (Case(BASE, 1536, 4, 'bfloat16', 'forward', pyramid=True), ACCELERATED, Rounds(20, 5)),
     ],
 }

@@ -8,11 +8,11 @@ import sys
 from typing import List, Optional
 
 from .. import __version__
-from . import bench, convert, demo, inspect, push, recipe, show
+from . import bench, convert, demo, evidence, inspect, push, recipe, show
 from . import list as list_command  # list would hide Python's
 from .table import printable
 
-COMMANDS = (bench, convert, demo, inspect, list_command, push, recipe, show)
+COMMANDS = (bench, convert, demo, evidence, inspect, list_command, push, recipe, show)
 
 
 def main(argv: Optional[List[str]] = None) -> int:

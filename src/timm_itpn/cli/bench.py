@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 # these two import no torch
-from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Case, Rivals, Rounds
+from ..bench.cases import ACCELERATIONS, COMPILE_MODES, DTYPES, MODES, PEERS, Case, Rivals, Rounds, parse_size
 from ..bench.rows import HEADER, cells, heading, markdown_table, measured, read, record, setting
 from .table import columns
 
@@ -43,22 +43,29 @@ def add_parser(subparsers: Any) -> None:
 
 def add_cases(group: Any) -> None:
     group.add_argument('--model', metavar='NAME', help='any model of this package (default: fast_itpn_base)')
-    group.add_argument('--size', type=int, nargs='+', metavar='N', help='side of the images (default: 224)')
+    group.add_argument(
+        '--size', nargs='+', metavar='N', help='side of the images, or HEIGHTxWIDTH such as 800x1344 (default: 224)')
     group.add_argument(
         '--batch', type=int, nargs='+', metavar='N',
         help=f'images per call (default: {BATCH}, in the mode latency {LATENCY_BATCH})')
     group.add_argument('--dtype', nargs='+', choices=tuple(DTYPES), help='(default: float32)')
     group.add_argument(
         '--mode', nargs='+', choices=MODES,
-        help='forward; train = forward, cross-entropy and backward, without optimizer; '
-             'latency = one call at a time, waiting for its end (default: forward)')
+        help='forward; train = forward, loss (cross-entropy, with --pyramid the sum of the mean squares of the levels) '
+             'and backward, without optimizer; latency = one call at a time, waiting for its end (default: forward)')
     group.add_argument(
         '--grad-checkpointing', action='store_true', help='recompute activations in the backward pass; for train')
+    group.add_argument(
+        '--pyramid', action='store_true',
+        help='backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier')
 
 
 def add_rivals(group: Any) -> None:
     group.add_argument('--baseline', action='store_true', help='the same Fast-iTPN computed the unfused way')
     group.add_argument('--fuse', action='store_true', help='the model after timm_itpn.fuse(); not for train')
+    group.add_argument(
+        '--acceleration', nargs='+', choices=ACCELERATIONS,
+        help='the model with token gathering and migration, and the same weights; other outputs by design')
     group.add_argument(
         '--compile', nargs='?', const='default', choices=COMPILE_MODES, metavar='MODE',
         help=f'the model under torch.compile, in one of the modes {", ".join(COMPILE_MODES)}')
@@ -67,7 +74,7 @@ def add_rivals(group: Any) -> None:
     group.add_argument(
         '--against', metavar='FILE:FUNCTION',
         help='a module that a function of a Python file returns; of the arguments img_size=(height, width) and '
-             'num_classes= it gets those that it takes')
+             'num_classes= it gets those that it takes; with --pyramid its outputs are a list of maps')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -124,7 +131,7 @@ def suite(args: argparse.Namespace) -> Tuple[Work, str]:
 
     fixed = (
         'model', 'size', 'batch', 'dtype', 'mode', 'grad_checkpointing', 'baseline', 'fuse', 'compile', 'peers',
-        'against', 'repeats', 'warmup', 'device')
+        'against', 'pyramid', 'acceleration', 'repeats', 'warmup', 'device')
     given = [f'--{name.replace("_", "-")}' for name in fixed if getattr(args, name) not in (None, False)]
     if given:
         raise ValueError(f'a suite is fixed: leave out {", ".join(given)}')
@@ -139,14 +146,17 @@ def asked_for(args: argparse.Namespace) -> Iterator[Tuple[Case, Rivals, Rounds]]
         compile=args.compile or '',
         peers=() if args.peers is None else tuple(args.peers) or PEERS,
         against=args.against or '',
+        accelerations=tuple(args.acceleration or ()),
     )
     for name, value in (('repeats', args.repeats), ('warmup', args.warmup)):
         if value == 0:
             raise ValueError(f'--{name} 0 is not usable')
     rounds = Rounds(args.repeats or 0, args.warmup or 0)
-    for mode, size, dtype in itertools.product(args.mode or ['forward'], args.size or [224], args.dtype or ['float32']):
+    sizes = [parse_size(text) for text in args.size or ['224']]
+    for mode, size, dtype in itertools.product(args.mode or ['forward'], sizes, args.dtype or ['float32']):
         for batch in args.batch or [LATENCY_BATCH if mode == 'latency' else BATCH]:
-            case = Case(args.model or 'fast_itpn_base', size, batch, dtype, mode, args.grad_checkpointing)
+            model = args.model or 'fast_itpn_base'
+            case = Case(model, size, batch, dtype, mode, args.grad_checkpointing, args.pyramid)
             yield case, rivals, rounds
 
 

@@ -1,9 +1,12 @@
-"""`timm-itpn show`: draw what a model makes of an image, as colours from the principal components of its features."""
+"""`timm-itpn show`: draw what a model makes of an image: its features, as colours from their principal components, or
+which tokens leave (`tokens_figure.py`)."""
 import argparse
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+from . import tokens_figure
 
 REQUIRES = ('matplotlib',)
 LONGEST_SIDE = 448  # of an image that is shown at its own size
@@ -30,10 +33,18 @@ def add_parser(subparsers: Any) -> None:
         '--pyramid-init', choices=('pretrained', 'random'), default='pretrained',
         help='random: take weights that have no pyramid too, it then starts new (default: %(default)s)')
     parser.add_argument(
+        '--acceleration', choices=('light', 'full'), help='run the model with token gathering and migration')
+    parser.add_argument(
+        '--gather-window', type=int, metavar='N', help='side of its windows in tokens (default: of the acceleration)')
+    parser.add_argument(
+        '--tokens', action='store_true', help='draw which tokens leave at which block, in place of the features')
+    parser.add_argument(
         '--img-size', type=int, nargs='+', metavar=('H', 'W'),
         help='height and width, or the side of a square, multiples of 16 '
              f"(default: the image's own, with the longer side at most {LONGEST_SIDE})")
-    parser.add_argument('--output', type=Path, metavar='PNG', help='picture to write (default: IMAGE_show.png, here)')
+    parser.add_argument(
+        '--output', type=Path, metavar='PNG',
+        help='picture to write (default: IMAGE_show.png or IMAGE_tokens.png, here)')
     parser.add_argument('--force', action='store_true', help='overwrite the output')
     parser.add_argument('--device', default='cpu', help='PyTorch device (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of random weights (default: %(default)s)')
@@ -44,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     missing = [name for name in REQUIRES if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"show needs {', '.join(missing)}: pip install 'timm-itpn[demo]'")
-    output = args.output or Path(f'{args.image.stem}_show.png')
+    output = args.output or Path(f'{args.image.stem}_{"tokens" if args.tokens else "show"}.png')
     check_output(output, args.force)
     image = read_image(args.image)
     img_size = image_size(args.img_size, image.size)
@@ -54,9 +65,14 @@ def run(args: argparse.Namespace) -> None:
 
     model, weights = build(args, img_size)
     pixels, shown = prepare(image, model, img_size)
+    pixels = pixels.to(args.device)
+    acceleration = f', acceleration {args.acceleration}' if args.acceleration else ''
+    caption = f'{args.model}{acceleration}, {weights}'
     with torch.inference_mode():
-        maps = feature_maps(model, pixels.to(args.device))
-    figure = draw(shown, maps, f'{args.model}, {weights}')
+        if args.tokens:
+            figure = tokens_figure.draw(shown, tokens_figure.departures(model, pixels), caption)
+        else:
+            figure = draw(shown, feature_maps(model, pixels), caption)
     save(figure, output)
     print(output)
 
@@ -146,6 +162,8 @@ def build(args: argparse.Namespace, img_size: Tuple[int, int]) -> Tuple[Any, str
         img_size=img_size,
         pyramid=name.endswith('_fpn'),
         pyramid_init=args.pyramid_init,
+        acceleration=args.acceleration,
+        gather_window=args.gather_window,
     )
     return model.to(args.device).eval(), weights
 

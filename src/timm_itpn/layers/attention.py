@@ -71,16 +71,27 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         return f'num_heads={self.num_heads}, attn_impl={self.attn_impl}{" (auto)" if self.asked == "auto" else ""}'
 
-    def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""
-        B, N, C = x.shape
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
         if self.q_bias is None:
             qkv = self.qkv(x)
         else:
             k_bias = self.k_bias.type_as(self.q_bias)  # mixed precision of FSDP2 casts parameters, not buffers
             qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
-        qkv = qkv.reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each (B, num_heads, N, head_dim)
+        return qkv.unflatten(-1, (3, self.num_heads, -1))
+
+    def attend(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            bias: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Queries (B, num_heads, N, head_dim), keys and values (B, num_heads, M, head_dim) -> (B, N, dim)."""
         x = self.attention(q, k, v, bias, self.attn_drop if self.training else 0.)
-        x = x.transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""
+        q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
+        return self.attend(q, k, v, bias)

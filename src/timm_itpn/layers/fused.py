@@ -159,15 +159,31 @@ class FusedAttentionBlock(InferenceOnly):
         fused_mlp = FusedGatedMlp if isinstance(block.mlp, GatedMlp) else FusedMlp
         self.mlp = fused_mlp(block.norm2, block.mlp, block.ls2)
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
+        return self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
+
+    def attend(
+            self,
+            x: torch.Tensor,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            bias: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """Add to the tokens what attention makes of queries, keys and values."""
+        y = self.attention(q, k, v, bias, scale=1.)
+        return self.proj(y.transpose(1, 2).reshape(x.shape), x)
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor:
+        """Add to the tokens what the MLP makes of them."""
+        return self.mlp(x)
+
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
-        B, N, C = x.shape
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias(height, width)
-        qkv = self.qkv(self.norm(x)).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each (B, num_heads, N, head_dim)
-        y = self.attention(q, k, v, bias, scale=1.)
-        x = self.proj(y.transpose(1, 2).reshape(B, N, C), x)
-        return self.mlp(x)
+        q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
+        return self.feed(self.attend(x, q, k, v, bias))
 
 
 def name_of(act: nn.Module) -> Optional[str]:

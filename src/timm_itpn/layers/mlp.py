@@ -64,7 +64,9 @@ class GatedMlp(GluMlp):
             gate, value = F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
         else:
             gate, value = self.fc1(x).chunk(2, dim=-1)
-        return GatedProduct.apply(gate, value) if is_plain(self.act, nn.SiLU) else self.act(gate) * value
+        if torch.is_grad_enabled() and is_plain(self.act, nn.SiLU):  # calling it takes 0.3 ms
+            return GatedProduct.apply(gate, value)
+        return self.act(gate) * value
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():

@@ -11,6 +11,7 @@ from timm.layers import LayerNorm
 from timm.models import checkpoint, checkpoint_seq
 
 from .blocks import MlpBlock
+from .parts import in_parts
 from .patch_embed import ConvPatchSplit
 
 __all__ = ['FeaturePyramid']
@@ -67,8 +68,10 @@ class PyramidLevel(nn.Module):
         if self.blocks is not None:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint_seq(self.blocks, x)
-            else:
+            elif torch.jit.is_scripting():
                 x = self.blocks(x)
+            else:
+                x = in_parts(self.blocks, x)
         return x
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
@@ -76,8 +79,10 @@ class PyramidLevel(nn.Module):
         if self.out is not None:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(self.out, x)
-            else:
+            elif torch.jit.is_scripting():
                 x = self.out(x)
+            else:
+                x = in_parts(self.out, x)
         return x
 
 

@@ -114,9 +114,27 @@ def _table_gradient(grad: torch.Tensor, height: int, width: int, old_height: int
     dtype = torch.promote_types(grad.dtype, torch.float32)  # each entry sums up to N gradients
     values = grad.new_zeros(grad.shape[1], (2 * height - 1) * (2 * width - 1), dtype=dtype)
     values.index_add_(1, index, grad.reshape(grad.shape[1], -1).to(dtype))
+    values = _resampling_gradient(values.t().contiguous(), height, width, old_height, old_width)
+    return values.to(grad.dtype)
+
+
+def _table_gradient_fake(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    return grad.new_empty((2 * old_height - 1) * (2 * old_width - 1), grad.shape[1])
+
+
+def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    return resample_table(table, (height, width), (old_height, old_width)).clone()  # an operator's output is no input
+
+
+def _resampled_fake(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    return table.new_empty((2 * height - 1) * (2 * width - 1), table.shape[1])
+
+
+def _resampling_gradient(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    """Gradient of a table, from that of the resampled one."""
     if (height, width) == (old_height, old_width):
-        return values.t().to(grad.dtype, memory_format=torch.contiguous_format)
-    values = values.t().reshape(2 * height - 1, 2 * width - 1, -1)
+        return grad.clone()
+    values = grad.to(torch.promote_types(grad.dtype, torch.float32)).reshape(2 * height - 1, 2 * width - 1, -1)
     for dim, (old, new) in enumerate(((old_height, height), (old_width, width))):
         left, right, weight = _neighbours(old, new, dim, grad.device)
         shape = list(values.shape)
@@ -124,10 +142,6 @@ def _table_gradient(grad: torch.Tensor, height: int, width: int, old_height: int
         summed = values.new_zeros(shape).index_add_(dim, left, values * (1 - weight))
         values = summed.index_add_(dim, right, values * weight)
     return values.flatten(0, 1).to(grad.dtype)
-
-
-def _table_gradient_fake(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    return grad.new_empty((2 * old_height - 1) * (2 * old_width - 1), grad.shape[1])
 
 
 def _save_sizes(ctx, inputs, output) -> None:
@@ -138,6 +152,10 @@ def _resampled_bias_backward(ctx, grad: torch.Tensor):
     return torch.ops.timm_itpn.resampled_rel_pos_bias_backward(grad, *ctx.sizes), None, None, None, None
 
 
+def _resampled_backward(ctx, grad: torch.Tensor):
+    return torch.ops.timm_itpn.resampled_rel_pos_table_backward(grad, *ctx.sizes), None, None, None, None
+
+
 # for sizes that are known in forward only: operators, which compilers and exporters need not look into
 _op = torch.library.custom_op('timm_itpn::resampled_rel_pos_bias', _resampled_bias, mutates_args=())
 _op.register_fake(_resampled_bias_fake)
@@ -145,6 +163,12 @@ _op.register_autograd(_resampled_bias_backward, setup_context=_save_sizes)
 _gradient_op = torch.library.custom_op(
     'timm_itpn::resampled_rel_pos_bias_backward', _table_gradient, mutates_args=())
 _gradient_op.register_fake(_table_gradient_fake)
+_table_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_table', _resampled, mutates_args=())
+_table_op.register_fake(_resampled_fake)
+_table_op.register_autograd(_resampled_backward, setup_context=_save_sizes)
+_table_gradient_op = torch.library.custom_op(
+    'timm_itpn::resampled_rel_pos_table_backward', _resampling_gradient, mutates_args=())
+_table_gradient_op.register_fake(_table_gradient_fake)
 
 
 @register_notrace_module
@@ -214,6 +238,32 @@ class RelPosBias(nn.Module):
             if self._may_cache():
                 return self._cached(height, width)
         return self._compute(height, width)
+
+    def between(self, queries: torch.Tensor, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Return the bias between some tokens of a height x width grid only.
+
+        Args:
+            queries: Their places on the grid (..., Q), row-major; height * width for a token without place.
+            keys: Likewise, (..., K).
+            height: Of the grid, in tokens.
+            width: Of the grid, in tokens.
+
+        Returns:
+            (..., num_heads, Q, K), 0 for tokens without place.
+        """
+        table = self.relative_position_bias_table
+        if self.dynamic_window_size:
+            H, W = self.window_size
+            table = torch.ops.timm_itpn.resampled_rel_pos_table(table, height, width, H, W)
+        num_offsets = table.shape[0]
+        y, x = queries[..., :, None] // width, queries[..., :, None] % width
+        rows = (y - keys[..., None, :] // width + height - 1) * (2 * width - 1)  # (..., Q, K)
+        index = rows + x - keys[..., None, :] % width + width - 1
+        nowhere = (queries[..., :, None] == height * width) | (keys[..., None, :] == height * width)
+        index = index.masked_fill(nowhere, num_offsets)
+        values = F.pad(table, (0, 0, 0, 1)).t().contiguous()  # (num_heads, num_offsets + 1), 0 at the end
+        bias = values.index_select(1, index.flatten()).reshape([-1] + list(index.shape))
+        return bias.movedim(0, -3)
 
     def _compute(self, height: int, width: int) -> torch.Tensor:
         table = self.relative_position_bias_table

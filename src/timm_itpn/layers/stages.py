@@ -7,13 +7,11 @@ from timm.layers import LayerNorm, trunc_normal_
 from timm.models import checkpoint, checkpoint_seq
 
 from .blocks import AttentionBlock, MlpBlock
-from .eager import is_eager
+from .parts import in_parts
 from .patch_embed import ConvPatchMerge
 from .pos_embed import resample_pos_embed
 
 __all__ = ['AttentionStage', 'MlpStage']
-
-PART_SIZE = 2 ** 19  # elements of a map; with three times as many hidden channels 6 MiB in float32
 
 
 class MlpStage(nn.Module):
@@ -58,18 +56,6 @@ class MlpStage(nn.Module):
         return x
 
 
-def in_parts(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Run per-position blocks on maps (B, H, W, C); for inference on the CPU on a few images at a time.
-
-    A tensor of more than 32 MiB gets new pages from the system each time, which cost about as much as the product that
-    fills it; smaller ones get memory that was used before, and is in the cache. Training keeps its tensors anyway.
-    """
-    if torch.is_grad_enabled() or not is_eager(x) or not x.is_cpu:
-        return blocks(x)
-    parts = x.split(max(1, PART_SIZE // x.shape[1:].numel()))
-    return blocks(x) if len(parts) == 1 else torch.cat([blocks(part) for part in parts])
-
-
 class AttentionStage(nn.Module):
     """Stage 3: merge, absolute position embedding, attention blocks.
 
@@ -84,6 +70,7 @@ class AttentionStage(nn.Module):
         merge_layer: Class of the merge.
         drop_path: Stochastic depth rate of each block.
         pos_drop: Dropout rate after the position embedding.
+        block_layer: Class of the blocks.
         block_kwargs: For the blocks.
     """
     dynamic_grid_size: torch.jit.Final[bool]
@@ -100,6 +87,7 @@ class AttentionStage(nn.Module):
             merge_layer: Callable = ConvPatchMerge,
             drop_path: Tuple[float, ...] = (),
             pos_drop: float = 0.,
+            block_layer: Callable = AttentionBlock,
             norm_layer: Callable = LayerNorm,
             device=None,
             dtype=None,
@@ -114,7 +102,7 @@ class AttentionStage(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim, **dd))
         self.pos_drop = nn.Dropout(pos_drop)
         self.blocks = nn.ModuleList([
-            AttentionBlock(
+            block_layer(
                 dim,
                 num_heads,
                 window_size=grid_size if rel_pos_bias else None,
@@ -141,13 +129,19 @@ class AttentionStage(nn.Module):
                 block.rel_pos_bias.set_window_size(grid_size)
         self.grid_size = grid_size
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Merge and position embedding, (B, 2H, 2W, in_dim) -> (B, H, W, dim)."""
         x = self.downsample(x)
         B, H, W, C = x.shape
         pos_embed = self.pos_embed
         if self.dynamic_grid_size:
             pos_embed = resample_pos_embed(pos_embed, new_size=[H, W], old_size=self.grid_size)
-        x = self.pos_drop(x.reshape(B, H * W, C) + pos_embed)
+        return self.pos_drop(x.reshape(B, H * W, C) + pos_embed).reshape(B, H, W, C)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        B, H, W, C = x.shape
+        x = x.reshape(B, H * W, C)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, H, W)

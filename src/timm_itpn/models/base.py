@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClNormMlpClassifierHead, LayerNorm, to_2tuple, trunc_normal_
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..layers.patch_embed import StemPatchEmbed
+from ..layers.patch_embed import StemPatchEmbed, check_side_lengths
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage
 from ..weights.checkpoint import fit_to_model, to_native
@@ -180,15 +180,18 @@ class BaseITPN(nn.Module):
             patch_size: Only the current one: the stages are tied to the 4 x 4 stem.
 
         Raises:
-            ValueError: A side of `img_size` is no multiple of 16, or `patch_size` differs from the current one.
+            ValueError: A side of `img_size` is no multiple of 16, `patch_size` differs from the current one, or fewer
+                tokens would be there than `migrate` lets leave.
         """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
             raise ValueError(f'patch_size cannot change from {self.patch_embed.patch_size} to {patch_size}')
         if img_size is not None:
-            self.patch_embed.set_input_size(img_size)
+            stride = self.patch_embed.token_stride
+            height, width = check_side_lengths(img_size, stride)
             for stage in self.stages:
                 if isinstance(stage, AttentionStage):
-                    stage.set_grid_size(self.patch_embed.grid_size)
+                    stage.set_grid_size((height // stride, width // stride))
+            self.patch_embed.set_input_size(img_size)
         update_model_input_size(self, self.patch_embed.img_size)
 
     def forward_intermediates(

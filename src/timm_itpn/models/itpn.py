@@ -16,7 +16,7 @@ Differs from upstream:
   * the relative position bias is kept between calls in evaluation, and goes into fused attention.
   * any size whose sides are multiples of 16.
 """
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from timm.layers import LayerNorm, LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
@@ -24,7 +24,9 @@ from timm.models import generate_default_cfgs, register_model, register_model_de
 
 from ..layers.patch_embed import LinearPatchMerge, LinearPatchSplit, StemPatchEmbed
 from ..layers.pyramid import FeaturePyramid
-from ..layers.stages import AttentionStage, MlpStage
+from ..layers.stages import MlpStage
+from ..tokens.schedule import parse_schedule
+from ..tokens.stage import attention_stage
 from .base import BaseITPN, cfg, checkpoint_filter_fn, create
 
 __all__ = ['ITPN', 'checkpoint_filter_fn']
@@ -52,6 +54,12 @@ class ITPN(BaseITPN):
         attn_drop_rate: Dropout rate of attention weights.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0 at the first.
         dynamic_img_size: Take any input whose sides are multiples of 16, resampling position embeddings in forward.
+        acceleration: Token gathering and migration in stage 3: 'light', 'full', or None for none. The next four replace
+            parts of it; see `tokens.schedule.parse_schedule`.
+        gather_window: Largest side of a window in tokens, 0 for one window.
+        gather_blocks: Blocks of stage 3 with attention in windows, None for all where there are windows.
+        gather_form: 'mean' or 'token', what tells a window of the others; None for 'mean'.
+        migrate: Block of stage 3 -> how many tokens (int) or which share (float) of each window leave there.
         pyramid: Put the feature pyramid on the stages; the other `pyramid_` arguments are then in effect.
         pyramid_dim: Channels of its levels.
         pyramid_depth: Blocks in each of the levels at strides 8 and 4.
@@ -66,7 +74,8 @@ class ITPN(BaseITPN):
 
     Raises:
         ValueError: A side of `img_size` is no multiple of 16, `num_heads` does not divide `embed_dim`, or one of
-            `global_pool`, `pyramid_pool`, `pyramid_init`, `attn_impl` is unknown.
+            `global_pool`, `pyramid_pool`, `pyramid_init`, `attn_impl`, `acceleration` is unknown, or a part of the
+            acceleration cannot be.
         RuntimeError: The `attn_impl` that is asked for cannot run.
     """
 
@@ -90,6 +99,11 @@ class ITPN(BaseITPN):
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             dynamic_img_size: bool = False,
+            acceleration: Optional[str] = None,
+            gather_window: Optional[int] = None,
+            gather_blocks: Optional[Sequence[int]] = None,
+            gather_form: Optional[str] = None,
+            migrate: Optional[Mapping[int, Union[int, float]]] = None,
             pyramid: bool = False,
             pyramid_dim: int = 256,
             pyramid_depth: int = 1,
@@ -110,13 +124,15 @@ class ITPN(BaseITPN):
         shared = dict(
             init_values=init_values, merge_layer=LinearPatchMerge, proj_drop=proj_drop_rate, act_layer=act_layer,
             norm_layer=norm_layer, **dd)
+        schedule = parse_schedule(
+            depths[2], acceleration, gather_window, gather_blocks, gather_form, migrate)
         patch_embed = StemPatchEmbed(
             img_size, in_chans=in_chans, embed_dim=dims[0], strict_img_size=not dynamic_img_size,
             norm_layer=norm_layer, **dd)
         stages = nn.Sequential(
             MlpStage(dims[0], depths[0], drop_path=drop_path[0], mlp_ratio=stem_mlp_ratio, **shared),
             MlpStage(dims[1], depths[1], in_dim=dims[0], drop_path=drop_path[1], mlp_ratio=stem_mlp_ratio, **shared),
-            AttentionStage(
+            attention_stage(schedule)(
                 dims[2],
                 depths[2],
                 num_heads,

@@ -4,9 +4,9 @@ The contract, which every implementation in `IMPLEMENTATIONS` keeps:
 
     forward(q, k, v, bias, dropout_p, scale) -> out
 
-    q, k, v: (B, num_heads, N, head_dim), one floating dtype.
-    bias: None, or (1 or B, num_heads, N, N), added to the scaled scores. Where `TAKES_TABLE`, it may also be a table of
-        the offsets on a grid of h * w = N tokens, (2h-1, 2w-1, num_heads); see `layers.rel_pos_bias`.
+    q: (B, num_heads, N, head_dim); k, v: (B, num_heads, M, head_dim), one floating dtype.
+    bias: None, or what broadcasts to (B, num_heads, N, M), added to the scaled scores. Where `TAKES_TABLE`, it may also
+        be a table of the offsets on a grid of h * w = N tokens, (2h-1, 2w-1, num_heads); see `layers.rel_pos_bias`.
     dropout_p: probability of dropping an attention weight, 0 in evaluation.
     scale: factor on the scores, None for head_dim ** -0.5.
     out: (B, num_heads, N, head_dim), the dtype of v.

@@ -28,7 +28,7 @@ def compiled() -> Callable:
 def score_mod(bias: torch.Tensor) -> Callable:
     """What FlexAttention does to a score: add the bias of its pair, from all pairs or from a table of offsets."""
     if bias.ndim == 4:
-        return lambda score, b, head, query, key: score + bias[0, head, query, key]
+        return lambda score, b, head, query, key: score + bias[b, head, query, key]
     height, width = (bias.shape[0] + 1) // 2, (bias.shape[1] + 1) // 2
 
     def add_offset(score: Any, b: Any, head: Any, query: Any, key: Any) -> Any:
@@ -49,5 +49,7 @@ def forward(
 ) -> torch.Tensor:
     if dropout_p > 0.:
         raise RuntimeError('FlexAttention has no dropout: use attn_drop_rate=0, or another attn_impl.')
+    if bias is not None and bias.ndim == 4:
+        bias = bias.expand(*q.shape[:3], k.shape[2])
     attention: Any = flex_attention if torch.compiler.is_compiling() else compiled()
     return attention(q, k, v, score_mod=None if bias is None else score_mod(bias), scale=scale)

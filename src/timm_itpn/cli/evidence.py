@@ -1,0 +1,45 @@
+"""`timm-itpn evidence`: run the experiment that shows what token gathering and migration cost in accuracy."""
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+REQUIRES = ('sklearn',)
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser('evidence', help='measure what token gathering and migration cost in accuracy')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
+    parser.add_argument('--record', type=Path, metavar='FILE.jsonl', help='new file for the rows, as JSON lines')
+    parser.add_argument(
+        '--measured', action='store_true', help='measure nothing, print the table that comes with the package')
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..bench.evidence import evidence, markdown_table
+
+    if args.measured:
+        print(markdown_table(evidence()))
+        return
+    missing = [name for name in REQUIRES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"the experiment needs {', '.join(missing)}: pip install 'timm-itpn[demo]'")
+    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
+        raise ValueError(f'--seeds {args.seeds}: give different numbers from 0 on')
+    if args.record:
+        if args.record.exists():
+            raise ValueError(f'{args.record} exists already: name another file with --record, or remove it')
+        if not args.record.parent.is_dir():
+            raise ValueError(f'{args.record} cannot be written: there is no folder {args.record.parent}')
+
+    from ..bench.machine import facts
+    from ..bench.token_quality import study
+    from ..weights.files import replaced
+
+    rows = [{**row, **facts('cpu')} for row in study(args.seeds)]
+    if args.record:
+        with replaced(args.record) as part:
+            part.write_text(''.join(f'{json.dumps(row)}\n' for row in rows))
+    print(markdown_table(rows))

@@ -1,0 +1,58 @@
+"""The experiment on token gathering and migration, much shortened."""
+import pytest
+import torch
+
+from timm_itpn.bench import token_quality
+from timm_itpn.bench.canvases import Canvases, draw, load_digits
+from timm_itpn.bench.token_quality import FORMS, SETTINGS, SWEEP, Setting, TwoTasks, leave_empty, study
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture
+def short(monkeypatch):
+    for name in ('SMALL_UPDATES', 'UPDATES', 'TUNING_UPDATES'):
+        monkeypatch.setattr(token_quality, name, 1)
+    monkeypatch.setattr(token_quality, 'BATCH', 2)
+    monkeypatch.setattr(token_quality, 'draw', lambda *args, num, **kwargs: draw(*args, num=6, **kwargs))
+
+
+def test_study_measures_all_settings_before_and_after_tuning(short):
+    rows = list(study((0, 3)))
+    asked = [(row['setting'], row['tuned'], row['seed']) for row in rows]
+    every, forms, sweep = ([setting.name for setting in group] for group in (SETTINGS, FORMS, SWEEP))
+    wanted = [(name, False, 0) for name in every + forms + sweep] + [(name, True, 0) for name in every + forms]
+    wanted += [(name, tuned, 3) for tuned in (False, True) for name in every]
+    assert asked == wanted and len(set(asked)) == len(asked)
+    for row in rows:
+        assert 0 <= row['top1'] <= 100 and 0 <= row['miou'] <= 100
+
+
+def test_scores_of_a_network_that_knows_everything(monkeypatch):
+    canvases = draw(*load_digits(test=True), num=10, side=64, copies=1, seed=0)
+
+    class Oracle(torch.nn.Module):
+        model = TwoTasks(SETTINGS[0]).model
+
+        def forward(self, images):
+            return torch.eye(10)[canvases.labels], torch.eye(12)[canvases.token_labels]
+
+    assert token_quality.test(Oracle(), canvases) == {'top1': 100., 'miou': 100.}
+    wrong = Canvases(canvases.images, (canvases.labels + 1) % 10, 1 - canvases.token_labels.clamp(max=1))
+    scores = token_quality.test(Oracle(), wrong)
+    assert scores['top1'] == 0. and scores['miou'] < 5
+
+
+def test_controls_do_what_they_say():
+    x = torch.randn(2, 3, token_quality.SIDE, token_quality.SIDE)
+    kwargs = dict(gather_window=8, migrate={0: 0.25})
+    stages = {}
+    for name, change in (('as it is', lambda model: None), ('empty', leave_empty)):
+        torch.manual_seed(0)
+        stages[name] = TwoTasks(Setting(name, kwargs, change)).eval().model
+    with torch.no_grad():
+        maps = stages['empty'].stages[:2](stages['empty'].patch_embed(x))
+        (full, places), (holes, _) = (model.stages[2].run(maps) for model in stages.values())
+    gone = torch.zeros(2, 256, dtype=torch.bool).scatter(1, places[0].flatten(1), True).reshape(2, 16, 16)
+    assert (holes[gone] == 0).all() and (full[gone] != 0).any(dim=1).all()
+    assert torch.equal(holes[~gone], full[~gone]) and gone.sum() == 2 * 64
