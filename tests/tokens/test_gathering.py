@@ -9,12 +9,11 @@ from timm_itpn.tokens.gathering import (
     FORMS,
     attention_bias,
     gathering_bias,
-    gathering_tokens,
     global_heads,
     key_places,
-    mean_heads,
     query_places,
     window_heads,
+    window_mean,
 )
 from timm_itpn.tokens.windows import window_places
 
@@ -27,11 +26,11 @@ def random_tokens(*shape):
 
 def test_gathering_tokens_are_means_without_padding():
     x = random_tokens(2, 3, 4, 8)
-    torch.testing.assert_close(gathering_tokens(x), x.mean(dim=2, keepdim=True))
+    torch.testing.assert_close(window_mean(x), x.mean(dim=2))
     real = torch.tensor([[[True] * 4, [True] * 3 + [False], [True] * 2 + [False] * 2]])
-    actual = gathering_tokens(x, real)
+    actual = window_mean(x, real)
     for window, count in enumerate((4, 3, 2)):
-        torch.testing.assert_close(actual[:, window, 0], x[:, window, :count].mean(dim=1))
+        torch.testing.assert_close(actual[:, window], x[:, window, :count].mean(dim=1))
 
 
 def test_gathering_tokens_stand_for_what_a_query_does_not_see():
@@ -41,9 +40,9 @@ def test_gathering_tokens_stand_for_what_a_query_does_not_see():
 
 def test_mean_heads_are_without_padding():
     qkv = random_tokens(2, 3, 4, 3, 2, 8)
-    torch.testing.assert_close(mean_heads(qkv), qkv[:, :, :, 1:].mean(dim=2))
+    torch.testing.assert_close(window_mean(qkv[:, :, :, 1:]), qkv[:, :, :, 1:].mean(dim=2))
     real = torch.tensor([[[True] * 4, [True] * 3 + [False], [True] * 2 + [False] * 2]])
-    actual = mean_heads(qkv, real)
+    actual = window_mean(qkv[:, :, :, 1:], real)
     for window, count in enumerate((4, 3, 2)):
         torch.testing.assert_close(actual[:, window], qkv[:, window, :count, 1:].mean(dim=1))
 
@@ -57,7 +56,7 @@ def test_equal_tokens_make_gathering_exact(form):
     q = random_tokens(1, W, P, 1, 2, 8)
     qkv = torch.cat((q, kv), dim=3)
     wanted = F.scaled_dot_product_attention(*global_heads(qkv, 0))  # (1, heads, W * P, 8)
-    gathered = mean_heads(qkv)
+    gathered = window_mean(qkv[:, :, :, 1:])
     G = FORMS.index(form)
     if G == 1:
         qkv = torch.cat((qkv[:, :, :1], qkv), dim=2)

@@ -254,6 +254,7 @@ def test_one_graph_agrees_with_eager(name):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow  # sympy, on the number and the sides of windows
 @every_family
 def test_dynamic_sizes_compile_into_one_graph(name):
     torch._dynamo.reset()

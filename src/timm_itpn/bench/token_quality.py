@@ -198,11 +198,11 @@ def test(network: TwoTasks, data: Canvases) -> Dict[str, float]:
     """
     network.eval()
     random_seed(0)
-    right, counts = 0, torch.zeros((NUM_TOKEN_CLASSES) ** 2)
+    right, counts = 0, torch.zeros(NUM_TOKEN_CLASSES ** 2)
     for images, labels, token_labels in zip(*(part.split(2 * BATCH) for part in data)):
         logits, token_logits = network(normalised(images, network.model))
         right += int((logits.argmax(dim=1) == labels).sum())
-        pairs = token_labels * (NUM_TOKEN_CLASSES) + token_logits.argmax(dim=3)
+        pairs = token_labels * NUM_TOKEN_CLASSES + token_logits.argmax(dim=3)
         counts += torch.bincount(pairs.flatten(), minlength=len(counts))
     counts = counts.reshape(NUM_TOKEN_CLASSES, NUM_TOKEN_CLASSES)
     overlap = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())

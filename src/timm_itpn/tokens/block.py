@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from ..layers.blocks import AttentionBlock
 from ..layers.fused import FusedAttentionBlock
-from .gathering import attention_bias, global_heads, key_places, mean_heads, query_places, window_heads
+from .gathering import attention_bias, global_heads, key_places, query_places, window_heads, window_mean
 from .migration import select, similarity, take
 
 __all__ = ['MigrationBlock']
@@ -97,7 +97,7 @@ class Migration(nn.Module):
             if gathering is not None and G > 0:
                 gathered = qkv[:, :, 0, 1:]
             elif gathering is not None:
-                gathered = mean_heads(qkv, places < N if padded else None)
+                gathered = window_mean(qkv[:, :, :, 1:], places < N if padded else None)
             q, k, v = window_heads(qkv, G, gathered)
         else:
             q, k, v = global_heads(qkv, G)
@@ -120,13 +120,12 @@ class MigrationBlock(Migration, AttentionBlock):
 
     Args:
         args: As for `AttentionBlock`.
-        windowed: Attention is in windows; False = among all tokens.
         kwargs: As for `AttentionBlock`.
     """
 
-    def __init__(self, *args, windowed: bool = False, **kwargs):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.windowed = windowed
+        self.windowed = False  # the stage decides
         self.features = keys_of
 
     def project(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,23 +13,24 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    'FORMS', 'attention_bias', 'gathering_bias', 'gathering_tokens', 'global_heads', 'key_places', 'mean_heads',
-    'query_places', 'window_heads']
+    'FORMS', 'attention_bias', 'gathering_bias', 'global_heads', 'key_places', 'query_places', 'window_heads',
+    'window_mean']
 
 FORMS = ('mean', 'token')
 
 
-def gathering_tokens(x: torch.Tensor, real: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Mean of each window, (B, W, K, C) -> (B, W, 1, C).
+def window_mean(x: torch.Tensor, real: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Mean of each window, (B, W, K, ...) -> (B, W, ...).
 
     Args:
-        x: Tokens in windows.
-        real: (1, W, K), True where a place is not padded; None if none is.
+        x: What the tokens of each window have.
+        real: (1 or B, W, K), True where a place is not padded; None if none is.
     """
     if real is None:
-        return x.mean(dim=2, keepdim=True)
+        return x.mean(dim=2)
     weight = real.type_as(x) / real.sum(dim=2, keepdim=True)
-    return (x * weight[..., None]).sum(dim=2, keepdim=True)
+    weight = weight.reshape(list(weight.shape) + [1] * (x.ndim - 3))
+    return (x * weight).sum(dim=2)
 
 
 def gathering_bias(num_tokens: torch.Tensor) -> torch.Tensor:
@@ -44,20 +45,6 @@ def gathering_bias(num_tokens: torch.Tensor) -> torch.Tensor:
     """
     own = torch.eye(num_tokens.shape[0], dtype=torch.bool, device=num_tokens.device)
     return num_tokens.float().log().masked_fill(own, float('-inf'))
-
-
-def mean_heads(qkv: torch.Tensor, real: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Mean key and value of each window, (B, W, K, 3, num_heads, head_dim) -> (B, W, 2, num_heads, head_dim).
-
-    Args:
-        qkv: Queries, keys and values of the tokens.
-        real: (1 or B, W, K), True where a place is not padded; None if none is.
-    """
-    kv = qkv[:, :, :, 1:]
-    if real is None:
-        return kv.mean(dim=2)
-    weight = real.type_as(kv) / real.sum(dim=2, keepdim=True)
-    return (kv * weight[:, :, :, None, None, None]).sum(dim=2)
 
 
 def window_heads(

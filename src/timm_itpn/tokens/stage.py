@@ -8,7 +8,7 @@ from timm.models import checkpoint
 
 from ..layers.stages import AttentionStage
 from .block import MigrationBlock
-from .gathering import gathering_bias, gathering_tokens
+from .gathering import gathering_bias, window_mean
 from .migration import replenish
 from .schedule import Schedule, num_leaving
 from .windows import is_padded, partition, smallest_window, window_places
@@ -27,15 +27,14 @@ class MigrationStage(AttentionStage):
     Args:
         args: As for `AttentionStage`.
         schedule: What each block does.
-        block_layer: Class of the blocks.
         kwargs: As for `AttentionStage`.
 
     Raises:
         ValueError: The schedule lets more tokens leave than a window has to give.
     """
 
-    def __init__(self, *args, schedule: Schedule, block_layer: Callable = MigrationBlock, **kwargs):
-        super().__init__(*args, block_layer=block_layer, **kwargs)
+    def __init__(self, *args, schedule: Schedule, **kwargs):
+        super().__init__(*args, block_layer=MigrationBlock, **kwargs)
         self.gather_window = schedule.gather_window
         self.gather_form = schedule.gather_form
         self.migrate = list(schedule.migrate)
@@ -83,7 +82,7 @@ class MigrationStage(AttentionStage):
             gathering = self.gathering_bias(num_tokens)
             if self.gather_form == 'token':
                 num_gathering = 1
-                x = torch.cat((gathering_tokens(x, places < N if padded else None), x), dim=2)
+                x = torch.cat((window_mean(x, places < N if padded else None)[:, :, None], x), dim=2)
 
         left: List[torch.Tensor] = []
         left_places: List[torch.Tensor] = []
