@@ -36,6 +36,16 @@ def test_whatever_is_made_of_ours_has_its_colour():
     assert '64x96 px' in axes.get_title()
 
 
+def test_cost_is_drawn_over_tokens_where_only_the_size_differs():
+    rows = ROWS + [row('ours', 700., '320x512'), row('baseline', 900., '320x512')]
+    *_, flops, times = draw(rows).axes
+    assert times.get_ylabel() == 'ms per image' and flops.get_ylabel() == 'GFLOP per image'
+    ours, baseline = times.lines
+    assert list(ours.get_xdata()) == [196, 640, 1024] and list(ours.get_ydata()) == [240, 700, 1500]
+    assert list(baseline.get_ydata()) == [250, 900, 2000]
+    assert len(draw([*ROWS, {**row('ours', 1., 96), 'batch': 1}]).axes) == 3
+
+
 @pytest.mark.parametrize('num_rows', [1, 4])
 def test_png_is_written_whole(num_rows, tmp_path):
     save(draw(ROWS[:num_rows]), tmp_path / 'chart.png')
