@@ -63,8 +63,10 @@ def test_one_graph_agrees_with_eager(name, mode):
 
 
 @pytest.mark.parametrize(('name', 'mode'), [
-    ('fast_itpn_tiny', 'eval'), ('fast_itpn_tiny', 'train'), ('itpn_tiny', 'eval'),
-    pytest.param('itpn_tiny', 'train', marks=pytest.mark.slow),  # sympy, on the sizes of its merges' reshapes
+    ('fast_itpn_tiny', 'eval'),
+    # sympy, on the sizes of the merges' reshapes
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('fast_itpn_tiny', 'train'), ('itpn_tiny', 'eval'), ('itpn_tiny', 'train'))),
 ])
 def test_changing_sizes_take_few_compilations(name, mode):
     """Some for the size of the position embeddings, where nothing is resampled, some for another, and then no more."""

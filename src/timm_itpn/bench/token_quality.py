@@ -38,6 +38,7 @@ NUM_TOKEN_CLASSES = NUM_TEXTURES + NUM_CLASSES
 BATCH = 32
 TEXTURE_WEIGHT = 0.1  # in the loss
 WARMUP = 0.1  # share of the updates
+TEST_CANVASES, SWEEP_CANVASES = 9, 3  # per digit; fewer for the sweep
 
 
 class Setting(NamedTuple):
@@ -189,7 +190,7 @@ def train(network: TwoTasks, data: Canvases, num_updates: int, lr: float, seed: 
 
 
 @torch.inference_mode()
-def test(network: TwoTasks, data: Canvases) -> Dict[str, float]:
+def test(network: Any, data: Canvases) -> Dict[str, float]:
     """Accuracy of both tasks, in percent.
 
     Returns:
@@ -221,12 +222,15 @@ def study(seeds: Sequence[int]) -> Iterator[Row]:
     train_digits, test_digits = load_digits(test=False), load_digits(test=True)
     small = draw(*train_digits, num=6 * len(train_digits[1]), side=SMALL_SIDE, copies=1, seed=0)
     train_set = draw(*train_digits, num=3 * len(train_digits[1]), side=SIDE, copies=3, seed=1)
-    test_set = draw(*test_digits, num=3 * len(test_digits[1]), side=SIDE, copies=3, seed=2)
+    # on those of seed 2 light and full were chosen
+    test_set = draw(*test_digits, num=TEST_CANVASES * len(test_digits[1]), side=SIDE, copies=3, seed=4)
+    sweep_set = Canvases(*(part[:SWEEP_CANVASES * len(test_digits[1])] for part in test_set))
     for number, seed in enumerate(seeds):
         state = train_off(small, train_set, seed)
         tuned = SETTINGS if number else (*SETTINGS, *FORMS)
         for setting in tuned if number else (*tuned, *SWEEP):
-            yield measured(setting, False, seed, build(setting, state), test_set)
+            data = sweep_set if setting in SWEEP else test_set
+            yield measured(setting, False, seed, build(setting, state), data)
         for setting in tuned:
             network = build(setting, state)
             train(network, train_set, TUNING_UPDATES, TUNING_LR, seed)
