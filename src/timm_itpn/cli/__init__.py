@@ -8,11 +8,12 @@ import sys
 from typing import List, Optional
 
 from .. import __version__
-from . import bench, convert, demo, evidence, inspect, push, recipe, show
+from ..pretrain.arguments import ConfigurableParser
+from . import bench, convert, demo, evidence, inspect, pretrain, push, recipe, show
 from . import list as list_command  # list would hide Python's
 from .table import printable
 
-COMMANDS = (bench, convert, demo, evidence, inspect, list_command, push, recipe, show)
+COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, push, recipe, show)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     """
     parser = argparse.ArgumentParser(prog='timm-itpn', description='iTPN and Fast-iTPN models for timm.')
     parser.add_argument('--version', action='version', version=f'timm-itpn {__version__}')
-    subparsers = parser.add_subparsers(metavar='COMMAND', required=True)
+    subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=ConfigurableParser)
     for command in COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""`timm-itpn recipe`: print the authors' settings: of fine-tuning for timm's `train.py -c`, of two other tasks."""
+"""`timm-itpn recipe`: print the authors' settings: of fine-tuning, for timm's `train.py -c`; of two other tasks; and of
+pre-training, for `timm-itpn pretrain -c`."""
 import argparse
 from importlib import resources
 from typing import Any, List

@@ -131,7 +131,10 @@ class AttentionStage(nn.Module):
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """Merge and position embedding, (B, 2H, 2W, in_dim) -> (B, H, W, dim)."""
-        x = self.downsample(x)
+        return self.add_positions(self.downsample(x))
+
+    def add_positions(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the position embedding to a map (B, H, W, dim)."""
         B, H, W, C = x.shape
         pos_embed = self.pos_embed
         if self.dynamic_grid_size:

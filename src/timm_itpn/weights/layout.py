@@ -109,7 +109,7 @@ FAST_ITPN = Layout(
     },
     pretraining={
         'mask_token': 'mask token',
-        'decoder_embed.': 'decoder',
+        'decoder_': 'decoder',
         'lm_head.': 'teacher head',
     },
     conv1x1=r'(stages\.[01]\.blocks|pyramid)\..*(mlp\.fc[12]|align)\.weight',

@@ -1,0 +1,4 @@
+"""Integral pre-training: backbone and feature pyramid learn together, from masked images.
+
+Paper: https://arxiv.org/abs/2211.12735. Written from the paper and from published facts about the models.
+"""

@@ -1,0 +1,140 @@
+"""Command line of pre-training. Names are those of timm's `train.py`; a YAML file may set any of them.
+
+Nothing here imports torch, so that `--help` is quick.
+"""
+import argparse
+import ast
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Union
+
+import yaml
+
+__all__ = ['FREE', 'MASKING_NAMES', 'OBJECTIVE_NAMES', 'ConfigurableParser', 'add_arguments', 'keyword_arguments']
+
+OBJECTIVE_NAMES = ('clip', 'clip-distill', 'pixel', 'mfm')
+MASKING_NAMES = ('block', 'random')
+
+# may differ when a run is resumed: they do not change what is computed
+FREE = ('config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
+        'figure_interval', 'log_tensorboard', 'data_dir')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all arguments."""
+    parser.add_argument('-c', '--config', type=Path, metavar='FILE.yaml', help='defaults for all other arguments')
+
+    group = parser.add_argument_group('data')
+    group.add_argument('--data-dir', type=Path, metavar='DIR', help='folder or tar file of images')
+    group.add_argument('--dataset', default='', metavar='NAME', help="timm's name: hfds/..., wds/..., '' for a folder")
+    group.add_argument('--train-split', default='train', metavar='NAME', help='split of the data')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='images of data that do not tell (wds)')
+    group.add_argument('--img-size', type=int, default=224, metavar='N', help="side of the student's images, pixels")
+    group.add_argument('--scale', type=float, nargs=2, default=[0.2, 1.0], help="crop, share of the image's area")
+    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], help='crop, width by height')
+    group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
+    group.add_argument('--train-interpolation', default='bicubic', help='of the crop')
+    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that read, 0 for none')
+
+    group = parser.add_argument_group('student, objective, teacher')
+    group.add_argument('--model', default='fast_itpn_base', help='any model of this package')
+    group.add_argument('--model-kwargs', nargs='*', default=(), metavar='KEY=VALUE', help="the model's arguments")
+    group.add_argument('--objective', default='clip', choices=OBJECTIVE_NAMES, help='what is learned')
+    group.add_argument(
+        '--objective-kwargs', nargs='*', default=(), metavar='KEY=VALUE', help="the objective's arguments")
+    group.add_argument('--masking', choices=MASKING_NAMES, help="which tokens are masked; default: the objective's")
+    group.add_argument('--mask-ratio', type=float, help="share of masked tokens; default: the objective's")
+    group.add_argument('--teacher', metavar='NAME', help="timm's name of the teacher")
+    group.add_argument('--teacher-path', metavar='FILE', help='its weights; default: the published ones')
+    group.add_argument('--teacher-img-size', type=int, metavar='N', help="default: what gives the student's grid")
+    group.add_argument('--drop-path', type=float, default=0.1, help='stochastic depth rate of the last block')
+
+    group = parser.add_argument_group('optimization')
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and step')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='steps per update')
+    group.add_argument('--opt', default='adamw', help="timm's name of the optimizer")
+    group.add_argument('--opt-eps', type=float, help="epsilon, default: the optimizer's")
+    group.add_argument('--opt-betas', type=float, nargs='+', help="betas, default: the optimizer's")
+    group.add_argument('--weight-decay', type=float, default=0.05)
+    group.add_argument('--clip-grad', type=float, default=3., metavar='NORM', help='largest norm of gradients, 0: none')
+    group.add_argument('--lr', type=float, help='peak learning rate; default: from --lr-base')
+    group.add_argument('--lr-base', type=float, default=1.875e-4, help='learning rate for --lr-base-size images')
+    group.add_argument('--lr-base-size', type=int, default=256, help='images per update that --lr-base is for')
+    group.add_argument('--sched', default='cosine', help="timm's name of the schedule; steps are updates")
+    group.add_argument('--epochs', type=int, default=1600)
+    group.add_argument('--warmup-epochs', type=int, default=10)
+    group.add_argument('--warmup-lr', type=float, default=0.)
+    group.add_argument('--min-lr', type=float, default=1e-5)
+    group.add_argument('--model-ema', action='store_true', help='average the weights of the student')
+    group.add_argument('--model-ema-decay', type=float, default=0.9999)
+
+    group = parser.add_argument_group('device')
+    group.add_argument('--device', default='cuda', help='PyTorch device')
+    group.add_argument('--amp', action='store_true', help='autocast')
+    group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
+    group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
+    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the objective')
+    group.add_argument('--fsdp', action='store_true', help='processes share parameters (FSDP2), not copies (DDP)')
+    group.add_argument('--seed', type=int, default=42, help='of weights, order, crops and masks')
+    group.add_argument('--deterministic', action='store_true', help='deterministic algorithms only')
+
+    group = parser.add_argument_group('output')
+    group.add_argument('--output', type=Path, default=Path('output/pretrain'), metavar='DIR')
+    group.add_argument('--resume', metavar='auto|FILE', help='go on: from the last checkpoint, or from FILE')
+    group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
+    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
+                       help='updates between checkpoints; 0: only after epochs')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between lines of the log')
+    group.add_argument('--figure-interval', type=int, default=0, metavar='N', help='epochs between pictures, 0: none')
+    group.add_argument('--log-tensorboard', action='store_true', help='also write for TensorBoard')
+
+
+def keyword_arguments(given: Union[Mapping[str, Any], Sequence[str]]) -> Dict[str, Any]:
+    """`KEY=VALUE` pairs of a command line, or the mapping of a YAML file, as keyword arguments.
+
+    Raises:
+        ValueError: A pair has no `=`.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    values: Dict[str, Any] = {}
+    for pair in given:
+        key, equals, text = pair.partition('=')
+        if not equals:
+            raise ValueError(f'{pair!r} is no argument: write KEY=VALUE.')
+        try:
+            values[key] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):  # a plain word
+            values[key] = text
+    return values
+
+
+class ConfigurableParser(argparse.ArgumentParser):
+    """Parser whose --config, where it has one, names a YAML file of defaults."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = super().parse_known_args(args, namespace)
+        if getattr(known, 'config', None) is None:
+            return known, rest
+        try:
+            self.set_defaults(**read_config(known.config, vars(known)))
+        except ValueError as error:
+            self.error(str(error))
+        return super().parse_known_args(args, namespace)
+
+
+def read_config(path: Path, known: Mapping[str, Any]) -> Dict[str, Any]:
+    """Settings of a YAML file.
+
+    Raises:
+        ValueError: It cannot be read, or has a name that is not known.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f'{path} cannot be read: {error}') from error
+    if not isinstance(settings, dict):
+        raise ValueError(f'{path} holds no settings: write one `name: value` per line.')
+    unknown: List[str] = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f'{path} has settings that do not exist: {", ".join(unknown)}.')
+    return {key: Path(value) if key in ('data_dir', 'output') else value for key, value in settings.items()}

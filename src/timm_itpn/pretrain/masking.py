@@ -1,0 +1,87 @@
+"""Which tokens are masked. All of it is for one image or for many at once, on the CPU, from a generator of its own."""
+import math
+from typing import Callable, Dict, Tuple
+
+import torch
+
+__all__ = ['MASKINGS', 'block_masking', 'check_num_masked', 'random_masking']
+
+MIN_BLOCK = 16  # tokens of a block
+MIN_ASPECT = 0.3  # of a block, height by width or width by height
+MAX_TRIES = 10  # of one block
+
+
+def check_num_masked(num_masked: int, grid_size: Tuple[int, int]) -> None:
+    """Raise ValueError if that many tokens of such a grid cannot be masked."""
+    num_tokens = grid_size[0] * grid_size[1]
+    if not 0 < num_masked < num_tokens:
+        raise ValueError(
+            f'{num_masked} masked tokens of a {grid_size[0]} x {grid_size[1]} grid: there must be at least 1, and at '
+            f'most {num_tokens - 1}')
+
+
+def random_masking(grid_size: Tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
+    """Mask random tokens.
+
+    Args:
+        grid_size: Tokens (height, width).
+        num_masked: How many.
+        generator: Of all that is random.
+
+    Returns:
+        (height, width), bool, True where masked.
+    """
+    height, width = grid_size
+    masked = torch.zeros(height * width, dtype=torch.bool)
+    masked[torch.randperm(height * width, generator=generator)[:num_masked]] = True
+    return masked.reshape(height, width)
+
+
+def block_masking(grid_size: Tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
+    """Mask rectangles of at least 16 tokens, of aspect 0.3 to 1 / 0.3, until there are enough.
+
+    A rectangle may overlap others. What the last one is too large by, and what no rectangle fits into, is made even
+    by single tokens, so the number is exact.
+
+    Args:
+        grid_size: Tokens (height, width).
+        num_masked: How many.
+        generator: Of all that is random.
+
+    Returns:
+        (height, width), bool, True where masked.
+    """
+    height, width = grid_size
+    masked = torch.zeros(height, width, dtype=torch.bool)
+    left = num_masked
+    while left > 0:
+        added = _add_block(masked, left, generator)
+        if added == 0:
+            break
+        left -= added
+    if left > 0:
+        free = (~masked).flatten().nonzero()[:, 0]
+        masked.view(-1)[free[torch.randperm(len(free), generator=generator)[:left]]] = True
+    return masked
+
+
+def _add_block(masked: torch.Tensor, left: int, generator: torch.Generator) -> int:
+    """Mask one rectangle with at most `left` tokens that are not masked yet; return their number."""
+    height, width = masked.shape
+    for _ in range(MAX_TRIES):
+        draws = torch.rand(4, generator=generator).tolist()
+        area = MIN_BLOCK + draws[0] * max(0, left - MIN_BLOCK)
+        aspect = math.exp((2 * draws[1] - 1) * -math.log(MIN_ASPECT))
+        rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not (0 < rows <= height and 0 < columns <= width):
+            continue
+        top, start = int(draws[2] * (height - rows + 1)), int(draws[3] * (width - columns + 1))
+        block = masked[top:top + rows, start:start + columns]
+        added = rows * columns - int(block.sum())
+        if 0 < added <= left:
+            block.fill_(True)
+            return added
+    return 0
+
+
+MASKINGS: Dict[str, Callable] = {'block': block_masking, 'random': random_masking}

@@ -1,0 +1,53 @@
+"""Predictions and losses of the official pre-training models, through weights in their layout."""
+import golden
+import pytest
+import torch
+
+from timm_itpn.pretrain.objectives import create_objective, create_student
+from timm_itpn.pretrain.weights import from_native, to_native
+from timm_itpn.weights.layout import native_to_official, official_to_native
+
+
+def build(name, objective, expected, teacher_dim=None):
+    """An objective in float64 with the golden weights, every one of which has its place."""
+    objective = create_objective(objective, create_student(name, objective, 224), teacher_dim=teacher_dim).double()
+    official = golden.official_state_dict(expected)
+    objective.load_state_dict(from_native(official_to_native(official)))
+    again = native_to_official(to_native(objective.state_dict()))
+    assert set(again) == set(official)
+    assert all(torch.equal(again[key], official[key]) for key in official)
+    return objective.eval()
+
+
+@pytest.mark.parametrize('size', ['tiny', 'base'])
+def test_clip_predictions_hold(size):
+    expected = golden.load(f'fast_itpn_{size}_mim')
+    objective = build(f'fast_itpn_{size}', 'clip', expected, teacher_dim=768)
+    masked = torch.from_numpy(golden.noise('mask', (2, 196)) > 0.2).reshape(2, 14, 14)
+    assert int(masked.sum()) == expected['masked']
+    with torch.no_grad():
+        prediction = objective.predict(golden.image(expected), masked)
+    assert golden.error(prediction[masked.flatten(1)], expected['prediction']) < 2e-7
+
+
+def test_clip_distill_predictions_hold():
+    expected = golden.load('itpn_base_clip_distill')
+    objective = build('itpn_base', 'clip-distill', expected, teacher_dim=512)
+    masked = torch.from_numpy(golden.noise('mask', (2, 196)) > 0.2).reshape(2, 14, 14)
+    with torch.no_grad():
+        prediction, auxiliary = objective.predict(golden.image(expected), masked)
+    assert golden.error(prediction, expected['prediction']) < 5e-6
+    assert golden.error(auxiliary, expected['aux_prediction']) < 5e-6
+
+
+def test_pixel_predictions_and_loss_hold():
+    expected = golden.load('itpn_base_mae')
+    objective = build('itpn_base', 'pixel', expected)
+    noise = torch.from_numpy(golden.noise('noise', (2, 196)))
+    masked = (noise.argsort(dim=1).argsort(dim=1) >= 49).reshape(2, 14, 14)
+    images = golden.image(expected)
+    with torch.no_grad():
+        prediction = objective.predict(images, masked)
+        loss = objective(images, masked)['loss']
+    assert golden.error(prediction, expected['prediction']) < 5e-6
+    assert abs(loss.item() / expected['loss'] - 1) < 5e-6
