@@ -5,6 +5,7 @@ import torch
 import torch.nn as nn
 
 from ..models.base import BaseITPN
+from .student import check_student
 
 __all__ = ['Objective']
 
@@ -34,6 +35,7 @@ class Objective(nn.Module):
         if type(backbone).__name__ not in self.STUDENT:
             raise ValueError(
                 f'The objective {self.NAME} is for {" and ".join(self.STUDENT)}, not for {type(backbone).__name__}.')
+        check_student(backbone)
         self.backbone = backbone
         self.num_masked = num_masked
         self.grid_size = backbone.patch_embed.grid_size

@@ -19,7 +19,7 @@ from .clip import init_linear
 from .decoders import LinearLevels
 from .objective import Objective
 from .positions import sincos_positions
-from .student import keep_indices, levels_of, split_patches, visible_maps
+from .student import check_no_grid, keep_indices, levels_of, split_patches, visible_maps
 
 __all__ = ['Mfm', 'Pixel', 'normalised_pixels']
 
@@ -56,6 +56,7 @@ class Pixel(Objective):
             pyramid: bool = True,
     ):
         super().__init__(backbone, num_masked)
+        check_no_grid(backbone)
         positions = backbone.stages[2].pos_embed
         positions.data.copy_(sincos_positions(self.grid_size, backbone.embed_dim))
         positions.requires_grad_(False)

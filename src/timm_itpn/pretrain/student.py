@@ -9,19 +9,28 @@ from timm.models import checkpoint
 from ..models.base import BaseITPN
 
 __all__ = [
-    'LEVELS', 'STEM', 'check_student', 'gather_tokens', 'keep_indices', 'levels_of', 'run_blocks', 'scale_gradient',
-    'split_patches', 'visible_maps']
+    'LEVELS', 'STEM', 'check_no_grid', 'check_student', 'freeze', 'gather_tokens', 'keep_indices', 'levels_of',
+    'run_blocks', 'scale_gradient', 'split_patches', 'visible_maps']
 
 LEVELS = (0, 1, 2)  # of the pyramid, strides 4, 8, 16
 STEM = 4  # stem positions along a side of a patch
 
 
-def check_student(backbone: BaseITPN, pyramid: bool = True) -> None:
+def check_student(backbone: BaseITPN) -> None:
     """Raise ValueError if the backbone cannot be pre-trained."""
-    if pyramid and backbone.pyramid is None:
+    if backbone.pyramid is None:
         raise ValueError('The student has no feature pyramid: create it with pyramid=True.')
     if backbone.dynamic_img_size:
         raise ValueError('The student has dynamic_img_size=True: pre-training is at one size.')
+
+
+def check_no_grid(backbone: BaseITPN) -> None:
+    """Raise ValueError if the backbone needs all tokens of the grid."""
+    third = backbone.stages[2]
+    if third.blocks[0].rel_pos_bias is not None:
+        raise ValueError('Tokens are dropped, so there is no grid: create the student with rel_pos_bias=False.')
+    if hasattr(third, 'gather_window'):
+        raise ValueError('Tokens are dropped, so there are no windows: create the student without acceleration.')
 
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -70,18 +79,11 @@ def visible_maps(backbone: BaseITPN, images: torch.Tensor, visible: torch.Tensor
     stage 3, and four and two times as high and wide before.
 
     Args:
-        backbone: Its blocks have no relative position bias, which would need a grid.
+        backbone: As `check_no_grid` wants it.
         images: (B, 3, H, W).
         visible: (B, K), indices of the visible tokens.
-
-    Raises:
-        ValueError: The backbone has relative position bias, or token migration.
     """
     first, second, third = backbone.stages
-    if third.blocks[0].rel_pos_bias is not None:
-        raise ValueError('Tokens are dropped, so there is no grid: create the student with rel_pos_bias=False.')
-    if hasattr(third, 'gather_window'):
-        raise ValueError('Tokens are dropped, so there are no windows: create the student without acceleration.')
     x = gather_tokens(split_patches(backbone.patch_embed(images), STEM), visible)
     x = rearrange(x, 'b k y x c -> b y (k x) c')
     x = first(x)
