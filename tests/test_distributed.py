@@ -198,8 +198,8 @@ def assert_same(model, reference, of, dynamic=False):
 
 # training
 
-def train_as_one_process(name, wrapper, dynamic, checkpointing):
-    reference = small_model(name, dynamic_img_size=dynamic, dtype=torch.float64, head_init_scale=1.).train()
+def train_as_one_process(name, wrapper, dynamic, checkpointing, **kwargs):
+    reference = small_model(name, dynamic_img_size=dynamic, dtype=torch.float64, head_init_scale=1., **kwargs).train()
     model = copy.deepcopy(reference)
     model.set_grad_checkpointing(checkpointing)
     model = wrap(model, wrapper)
@@ -223,6 +223,14 @@ def train_as_one_process(name, wrapper, dynamic, checkpointing):
 @every_model
 def test_training_is_that_of_one_process(ranks, name, dynamic, wrapper, checkpointing):
     ranks.run(train_as_one_process, name=name, wrapper=wrapper, dynamic=dynamic, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize('wrapper', ['ddp', 'fsdp2'])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_training_with_acceleration_is_that_of_one_process(ranks, name, wrapper):
+    ranks.run(
+        train_as_one_process, name=name, wrapper=wrapper, dynamic=False, checkpointing=True, gather_window=3,
+        gather_blocks=[0], migrate={0: 1, 1: 0.25})
 
 
 def train_pyramid(name, wrapper, out_indices):

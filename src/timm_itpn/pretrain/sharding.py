@@ -9,9 +9,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
 
 from ..layers.blocks import AttentionBlock, MlpBlock
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import fully_shard
 
 __all__ = ['load_model_state', 'load_optimizer_state', 'model_state', 'optimizer_state', 'shard']
 

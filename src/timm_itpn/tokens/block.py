@@ -70,7 +70,7 @@ class Migration(nn.Module):
                 stay, leave = select(nearest, places.shape[2], num_leave)
             left, left_places = take(tokens, leave), places.gather(2, leave)
             x, places = torch.cat((x[:, :, :G], take(tokens, stay)), dim=2), places.gather(2, stay)
-        return self.feed(x), places, left, left_places
+        return self.feed(x), places, left.clone(), left_places  # no view: FSDP2 warns of those
 
     def mix(
             self,
