@@ -148,8 +148,10 @@ def test_started_run_is_not_overwritten(data, tmp_path):
 
 def test_other_settings_are_refused_and_listed(data, tmp_path):
     run(data, tmp_path / 'run', '--epochs', '1')
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
     with pytest.raises(ValueError, match=r'--epochs was 1, now 4; --lr was 0.001, now 0.1\. Use those'):
         run(data, tmp_path / 'run', '--lr', '0.1', '--resume', 'auto')
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
 
 
 def test_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(data, tmp_path):

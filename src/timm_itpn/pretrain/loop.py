@@ -49,12 +49,12 @@ def _pretrain(args: argparse.Namespace) -> Dict[str, Any]:
     checkpoints = Checkpoints(args.output, args.checkpoint_hist)
     path = resumed_path(args, checkpoints)
     run = Run(args)
+    if path is not None:
+        run.load_state_dict(load(path), path)
     if run.is_first:
         args.output.mkdir(parents=True, exist_ok=True)
         checkpoints.sweep()
         (args.output / 'args.json').write_text(json.dumps(run.settings, indent=2) + '\n', encoding='utf-8')
-    if path is not None:
-        run.load_state_dict(load(path), path)
     log = Log(args.output, run.total_updates, run.num_updates, run.epoch, run.is_first, args.log_tensorboard)
     while run.epoch < args.epochs:
         run_epoch(run, checkpoints, log)
