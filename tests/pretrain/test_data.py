@@ -45,14 +45,14 @@ def test_sample_follows_from_seed_and_position_alone(tmp_path):
 def test_generators_are_left_as_they_were(tmp_path):
     data = samples(write_images(tmp_path))
     random.seed(3)
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002  as transforms do
     torch.manual_seed(3)
-    expected = random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+    expected = random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002  as transforms do
     random.seed(3)
-    np.random.seed(3)  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002  as transforms do
     torch.manual_seed(3)
     data[0]
-    assert (random.random(), np.random.rand(), torch.rand(())) == expected  # noqa: NPY002
+    assert (random.random(), np.random.rand(), torch.rand(())) == expected  # noqa: NPY002  as transforms do
     with pytest.raises(KeyError), seeded(1):
         raise KeyError
 

@@ -88,7 +88,7 @@ def differences(saved: State, current: State) -> List[str]:
 def random_state() -> State:
     """State of all random generators of this process, in types that are read without running code."""
     version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  transforms use it
     state = {
         'python': [version, list(internal), gauss],
         'numpy': [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
@@ -104,7 +104,7 @@ def set_random_state(state: State) -> None:
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state['numpy']
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002  transforms use it
     torch.set_rng_state(state['torch'])
     if 'cuda' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])

@@ -11,7 +11,7 @@ from ..layers.blocks import AttentionBlock
 from ..models.base import BaseITPN
 from .decoders import ConvLevels, LinearLevels
 from .objective import Objective
-from .student import STEM, levels_of, run_blocks, scale_gradient
+from .student import STEM, levels_of, run_blocks, scale_gradient, stage_maps
 
 __all__ = ['Clip', 'ClipDistill']
 
@@ -53,11 +53,7 @@ class Clip(Objective):
 
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Prediction of the teacher's tokens, (B, N, teacher_dim), of all tokens."""
-        x = self.masked_stem(images, masked)
-        maps = []
-        for stage in self.backbone.stages:
-            x = stage(x)
-            maps.append(x)
+        maps = stage_maps(self.backbone, self.masked_stem(images, masked))
         levels = self.decoder_embed(levels_of(self.backbone, maps))
         return self.lm_head(self.backbone.pyramid.norm(sum(levels)))
 

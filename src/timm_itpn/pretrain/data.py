@@ -162,15 +162,15 @@ def seed_of(*numbers: int) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Seed what transforms draw from; afterwards all is as it was, for what the model draws in the same process."""
     generator = torch.default_generator
-    states = random.getstate(), np.random.get_state(), generator.get_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state(), generator.get_state()  # noqa: NPY002  transforms use it
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002  transforms use it
     generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        np.random.set_state(states[1])  # noqa: NPY002  transforms use it
         generator.set_state(states[2])
 
 

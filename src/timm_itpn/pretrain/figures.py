@@ -9,7 +9,7 @@ from torchvision.utils import make_grid
 
 from ..weights.files import replaced
 from .objective import Objective
-from .pixel import STRIDE, Pixel
+from .pixel import STRIDE, Pixel, pixels
 
 __all__ = ['draw']
 
@@ -35,7 +35,7 @@ def draw(path: Path, objective: Objective, batch: Dict[str, torch.Tensor], targe
     training = objective.training
     objective.eval()
     seen = unnormalised(images, view.mean, view.std)
-    hidden = masked.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
+    hidden = spread(masked)
     rows: List[torch.Tensor] = [seen, torch.where(hidden, torch.full_like(seen, GREY), seen)]
     if isinstance(objective, Pixel):
         predicted = unnormalised(reconstructed(objective, images, masked), view.mean, view.std)
@@ -50,8 +50,7 @@ def draw(path: Path, objective: Objective, batch: Dict[str, torch.Tensor], targe
 
 def reconstructed(objective: Pixel, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Predicted pixels, with the mean and deviation that the objective takes away."""
-    tokens = rearrange(images.float(), 'b c (h y) (w x) -> b (h w) (y x c)', y=STRIDE, x=STRIDE)
-    variance, mean = torch.var_mean(tokens, dim=-1, keepdim=True)
+    variance, mean = torch.var_mean(pixels(images), dim=-1, keepdim=True)
     prediction = objective.predict(images, masked).float() * variance.sqrt() + mean
     return rearrange(
         prediction, 'b (h w) (y x c) -> b c (h y) (w x)', h=masked.shape[1], y=STRIDE, x=STRIDE)
@@ -67,8 +66,12 @@ def similarity_map(
     prediction = objective.predict(images, masked)
     prediction = prediction[0] if isinstance(prediction, tuple) else prediction
     similarity = torch.nn.functional.cosine_similarity(prediction.float(), target.float(), dim=-1)
-    grey = similarity.reshape(masked.shape).repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)
-    return grey[:, None].expand(-1, 3, -1, -1)
+    return spread(similarity.reshape(masked.shape)).expand(-1, 3, -1, -1)
+
+
+def spread(tokens: torch.Tensor) -> torch.Tensor:
+    """One value per token (B, h, w) -> one per pixel (B, 1, H, W)."""
+    return tokens.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
 
 
 def unnormalised(images: torch.Tensor, mean: Tuple[float, ...], std: Tuple[float, ...]) -> torch.Tensor:

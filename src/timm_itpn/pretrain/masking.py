@@ -1,4 +1,4 @@
-"""Which tokens are masked. All of it is for one image or for many at once, on the CPU, from a generator of its own."""
+"""Which tokens of an image are masked; on the CPU, from a generator of its own."""
 import math
 from typing import Callable, Dict, Tuple
 

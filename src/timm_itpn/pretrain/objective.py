@@ -71,4 +71,4 @@ class Objective(nn.Module):
         Returns:
             'loss', and its parts if it has several: scalars, float32.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every objective has its own

@@ -19,9 +19,9 @@ from .clip import init_linear
 from .decoders import LinearLevels
 from .objective import Objective
 from .positions import sincos_positions
-from .student import check_no_grid, keep_indices, levels_of, split_patches, visible_maps
+from .student import check_no_grid, keep_indices, levels_of, split_patches, stage_maps, visible_maps
 
-__all__ = ['Mfm', 'Pixel', 'normalised_pixels']
+__all__ = ['Mfm', 'Pixel', 'normalised_pixels', 'pixels']
 
 STRIDE = 16
 VARIANCE_EPS = 1e-6
@@ -172,11 +172,7 @@ class Mfm(Pixel):
     def targets(self, images: torch.Tensor) -> List[torch.Tensor]:
         """Features of the average, (B, N, dim), (B, N, 2 * dim) and (B, N, 4 * dim), coarse first."""
         teacher = self.average.module
-        x = teacher.patch_embed(images)
-        maps = []
-        for stage in teacher.stages:
-            x = stage(x)
-            maps.append(x)
+        maps = stage_maps(teacher, teacher.patch_embed(images))
         targets = [split_patches(level, 2 ** i).flatten(2) for i, level in enumerate(maps[::-1])]
         return [F.layer_norm(target.float(), target.shape[-1:]) for target in targets]
 
@@ -207,9 +203,14 @@ FEATURE_LOSSES = {
 }
 
 
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) -> (B, N, 256 * C), float32: the pixels of each token, in (y, x, channel) order."""
+    return rearrange(images.float(), 'b c (h y) (w x) -> b (h w) (y x c)', y=STRIDE, x=STRIDE)
+
+
 def normalised_pixels(images: torch.Tensor) -> torch.Tensor:
     """Images (B, C, H, W) -> (B, N, 256 * C): pixels of each token less their mean, by their standard deviation."""
-    x = rearrange(images.float(), 'b c (h y) (w x) -> b (h w) (y x c)', y=STRIDE, x=STRIDE)
+    x = pixels(images)
     variance, mean = torch.var_mean(x, dim=-1, keepdim=True)
     return (x - mean) / (variance + VARIANCE_EPS).sqrt()
 

@@ -10,7 +10,7 @@ from ..models.base import BaseITPN
 
 __all__ = [
     'LEVELS', 'STEM', 'check_no_grid', 'check_student', 'freeze', 'gather_tokens', 'keep_indices', 'levels_of',
-    'run_blocks', 'scale_gradient', 'split_patches', 'visible_maps']
+    'run_blocks', 'scale_gradient', 'split_patches', 'stage_maps', 'visible_maps']
 
 LEVELS = (0, 1, 2)  # of the pyramid, strides 4, 8, 16
 STEM = 4  # stem positions along a side of a patch
@@ -70,6 +70,15 @@ def run_blocks(backbone: BaseITPN, x: torch.Tensor, height: int, width: int, fir
     for block in stage.blocks[first:last]:
         x = checkpoint(block, x, height, width) if stage.grad_checkpointing else block(x, height, width)
     return x
+
+
+def stage_maps(backbone: BaseITPN, x: torch.Tensor) -> List[torch.Tensor]:
+    """Maps of the three stages for all tokens, from the stem's (B, H / 4, W / 4, dim / 4)."""
+    maps = []
+    for stage in backbone.stages:
+        x = stage(x)
+        maps.append(x)
+    return maps
 
 
 def visible_maps(backbone: BaseITPN, images: torch.Tensor, visible: torch.Tensor) -> List[torch.Tensor]:

@@ -33,7 +33,6 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module, grid_size: Tuple[int, int]):
         super().__init__()
         self.model = freeze(model)
-        self.grid_size = grid_size
         self.num_prefix_tokens = getattr(model, 'num_prefix_tokens', 0)
         self.projection = projection_of(model)
         self.dim = self.projection.out_features if isinstance(self.projection, nn.Linear) else model.num_features
@@ -64,7 +63,6 @@ def create_teacher(
         name: str,
         grid_size: Tuple[int, int],
         img_size: Optional[int] = None,
-        pretrained: bool = True,
         checkpoint_path: str = '',
 ) -> Teacher:
     """Create a teacher of any timm name whose tokens have the student's grid.
@@ -73,8 +71,7 @@ def create_teacher(
         name: timm's name of the model.
         grid_size: Tokens (height, width) of the student.
         img_size: Side of its images in pixels; None for that which gives the student's grid.
-        pretrained: Load its published weights.
-        checkpoint_path: File to load instead.
+        checkpoint_path: File of its weights, '' for the published ones.
 
     Raises:
         ValueError: Its grid is another; the message names the size to use.
@@ -82,7 +79,7 @@ def create_teacher(
     stride = stride_of(name)
     size = to_2tuple(img_size) if img_size else (grid_size[0] * stride, grid_size[1] * stride)
     kwargs: Dict[str, Any] = dict(pretrained_cfg_overlay=dict(file=checkpoint_path)) if checkpoint_path else {}
-    model = timm.create_model(name, pretrained=pretrained or bool(checkpoint_path), img_size=size, **kwargs)
+    model = timm.create_model(name, pretrained=True, img_size=size, **kwargs)
     return Teacher(model, grid_size)
 
 
