@@ -1,9 +1,10 @@
-"""The table of what acceleration costs in accuracy."""
+"""The tables of the experiments."""
 from pathlib import Path
 
 import pytest
 
 from timm_itpn.bench import evidence
+from timm_itpn.cli.evidence import STUDIES
 
 FACTS = {
     'machine': 'A CPU', 'cpu': 'A CPU', 'gpu': None, 'cores': 4, 'threads': 2, 'python': '3.11.7', 'torch': '2.15.0',
@@ -21,7 +22,7 @@ def test_table_has_means_over_seeds_and_what_is_lost():
         row('off', False, 1, 92., 54.), row('full', False, 1, 84., 42.),
         row('off', True, 1, 94., 62.), row('full', True, 1, 93.5, 61.),
     ]
-    assert evidence.markdown_table(rows) == """\
+    assert evidence.markdown('acceleration', rows) == """\
 A CPU, threads: 2, cores: 4; python 3.11.7, torch 2.15.0, timm 1.0.31, timm_itpn 0.1.0; 2026-01-02:
 
 | setting | top-1 as it is | mIoU as it is | top-1 tuned | against off | mIoU tuned | against off | seeds |
@@ -33,15 +34,20 @@ A CPU, threads: 2, cores: 4; python 3.11.7, torch 2.15.0, timm 1.0.31, timm_itpn
 
 def test_only_the_same_seeds_are_compared():
     rows = [row('off', True, 0, 90., 50.), row('off', True, 1, 94., 50.), row('one', True, 0, 89., 50.)]
-    assert '| one |  |  | 89.00 | -1.00 |' in evidence.markdown_table(rows)
+    assert '| one |  |  | 89.00 | -1.00 |' in evidence.markdown('acceleration', rows)
 
 
-def test_readme_quotes_the_committed_rows():
+@pytest.mark.parametrize('name', evidence.STUDIES)
+def test_readme_quotes_the_committed_rows(name):
     readme = (Path(__file__).parents[2] / 'README.md').read_text()
-    assert evidence.markdown_table(evidence.evidence()) in readme
+    assert evidence.markdown(name, evidence.committed(name)) in readme
+
+
+def test_command_knows_the_studies():
+    assert STUDIES == tuple(evidence.STUDIES)
 
 
 def test_missing_rows_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, 'EVIDENCE', tmp_path / 'token_quality.jsonl')
+    monkeypatch.setattr(evidence, 'FOLDER', tmp_path)
     with pytest.raises(RuntimeError, match='^no measured rows come with this version'):
-        evidence.evidence()
+        evidence.committed('acceleration')

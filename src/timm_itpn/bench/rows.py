@@ -8,8 +8,8 @@ from typing import Any, Dict, Iterable, List, Sequence, Tuple
 from .cases import Case
 
 __all__ = [
-    'HEADER', 'case_of', 'cells', 'heading', 'is_ours', 'markdown_table', 'measured', 'read', 'record', 'same_function',
-    'setting',
+    'HEADER', 'case_of', 'cells', 'heading', 'is_ours', 'lines_as_markdown', 'markdown_table', 'measured', 'read',
+    'record', 'same_function', 'setting',
 ]
 
 HEADER = (
@@ -78,16 +78,16 @@ def markdown_table(rows: Iterable[Row]) -> str:
     """
     parts = []
     for where, group in groupby(sorted(rows, key=setting), key=setting):
-        lines = [f'{where}:', '', markdown_line(('case', *MARKDOWN)), markdown_line(['---'] * (len(MARKDOWN) + 1))]
-        for case, rows_of_case in groupby(group, key=case_of):
-            for i, row in enumerate(rows_of_case):
-                lines.append(markdown_line(('' if i else str(case), *cells(row, MARKDOWN))))
-        parts.append('\n'.join(lines))
+        lines = [
+            ('' if i else str(case), *cells(row, MARKDOWN))
+            for case, rows_of_case in groupby(group, key=case_of) for i, row in enumerate(rows_of_case)]
+        parts.append(f'{where}:\n\n{lines_as_markdown(("case", *MARKDOWN), lines)}')
     return '\n\n'.join(parts)
 
 
-def markdown_line(texts: Sequence[str]) -> str:
-    return f'| {" | ".join(texts)} |'
+def lines_as_markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of texts."""
+    return '\n'.join(f'| {" | ".join(texts)} |' for texts in (header, ['---'] * len(header), *lines))
 
 
 def measured() -> List[Row]:

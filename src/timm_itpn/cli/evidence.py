@@ -1,4 +1,4 @@
-"""`timm-itpn evidence`: run the experiment that shows what token gathering and migration cost in accuracy."""
+"""`timm-itpn evidence`: run an experiment on digits; it shows what acceleration costs in accuracy."""
 import argparse
 import importlib.util
 import json
@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 REQUIRES = ('sklearn',)
+STUDIES = ('acceleration',)
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser('evidence', help='measure what token gathering and migration cost in accuracy')
+    parser = subparsers.add_parser('evidence', help='measure what acceleration costs in accuracy')
+    parser.add_argument('study', choices=STUDIES, help='the experiment, on digits')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
     parser.add_argument('--record', type=Path, metavar='FILE.jsonl', help='new file for the rows, as JSON lines')
     parser.add_argument(
@@ -18,10 +20,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bench.evidence import evidence, markdown_table
+    from ..bench import evidence
 
     if args.measured:
-        print(markdown_table(evidence()))
+        print(evidence.markdown(args.study, evidence.committed(args.study)))
         return
     missing = [name for name in REQUIRES if importlib.util.find_spec(name) is None]
     if missing:
@@ -35,11 +37,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f'{args.record} cannot be written: there is no folder {args.record.parent}')
 
     from ..bench.machine import facts
-    from ..bench.token_quality import study
     from ..weights.files import replaced
 
-    rows = [{**row, **facts('cpu')} for row in study(args.seeds)]
+    rows = [{**row, **facts('cpu')} for row in evidence.STUDIES[args.study].study(args.seeds)]
     if args.record:
         with replaced(args.record) as part:
             part.write_text(''.join(f'{json.dumps(row)}\n' for row in rows))
-    print(markdown_table(rows))
+    print(evidence.markdown(args.study, rows))

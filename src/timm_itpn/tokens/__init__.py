@@ -2,7 +2,7 @@
 
 In some blocks of stage 3 attention is in windows, and a gathering token per window tells the others what is in it; in
 some blocks the tokens that are most like others leave, to return after the last block. What is not known of it was
-decided by experiment, see `bench/token_quality.py`. `schedule.py` says which block does what, `stage.py` runs it.
+decided by experiment, see `bench/acceleration.py`. `schedule.py` says which block does what, `stage.py` runs it.
 """
 import timm.models  # noqa: F401  first: once it has loaded, our models load, which take their parts from files here
 

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from timm_itpn.bench import token_quality
-from timm_itpn.bench.canvases import Canvases, draw, load_digits
-from timm_itpn.bench.token_quality import FORMS, SETTINGS, SWEEP, Setting, TwoTasks, leave_empty, study
+from timm_itpn.bench import acceleration
+from timm_itpn.bench.acceleration import FORMS, SETTINGS, SWEEP, Setting, create, leave_empty, study
+from timm_itpn.bench.canvases import draw
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -12,9 +12,9 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.fixture
 def short(monkeypatch):
     for name in ('SMALL_UPDATES', 'UPDATES', 'TUNING_UPDATES'):
-        monkeypatch.setattr(token_quality, name, 1)
-    monkeypatch.setattr(token_quality, 'BATCH', 2)
-    monkeypatch.setattr(token_quality, 'draw', lambda *args, num, **kwargs: draw(*args, num=6, **kwargs))
+        monkeypatch.setattr(acceleration, name, 1)
+    monkeypatch.setattr(acceleration, 'BATCH', 2)
+    monkeypatch.setattr(acceleration, 'draw', lambda *args, num, **kwargs: draw(*args, num=6, **kwargs))
 
 
 def test_study_measures_all_settings_before_and_after_tuning(short):
@@ -28,28 +28,13 @@ def test_study_measures_all_settings_before_and_after_tuning(short):
         assert 0 <= row['top1'] <= 100 and 0 <= row['miou'] <= 100
 
 
-def test_scores_of_a_network_that_knows_everything(monkeypatch):
-    canvases = draw(*load_digits(test=True), num=10, side=64, copies=1, seed=0)
-
-    class Oracle(torch.nn.Module):
-        model = TwoTasks(SETTINGS[0]).model
-
-        def forward(self, images):
-            return torch.eye(10)[canvases.labels], torch.eye(12)[canvases.token_labels]
-
-    assert token_quality.test(Oracle(), canvases) == {'top1': 100., 'miou': 100.}
-    wrong = Canvases(canvases.images, (canvases.labels + 1) % 10, 1 - canvases.token_labels.clamp(max=1))
-    scores = token_quality.test(Oracle(), wrong)
-    assert scores['top1'] == 0. and scores['miou'] < 5
-
-
 def test_controls_do_what_they_say():
-    x = torch.randn(2, 3, token_quality.SIDE, token_quality.SIDE)
+    x = torch.randn(2, 3, acceleration.SIDE, acceleration.SIDE)
     kwargs = dict(gather_window=8, migrate={0: 0.25})
     stages = {}
     for name, change in (('as it is', lambda model: None), ('empty', leave_empty)):
         torch.manual_seed(0)
-        stages[name] = TwoTasks(Setting(name, kwargs, change)).eval().model
+        stages[name] = create(Setting(name, kwargs, change)).eval().model
     with torch.no_grad():
         maps = stages['empty'].stages[:2](stages['empty'].patch_embed(x))
         (full, places), (holes, _) = (model.stages[2].run(maps) for model in stages.values())

@@ -1,8 +1,6 @@
 """What token gathering and migration cost in accuracy: a small Fast-iTPN on digits that are drawn onto canvases.
 
-One model has two tasks: the digit of a canvas (classifier), and for each token which photograph it is of, or which
-digit (a linear layer on the pyramid's level at stride 16). It is trained without acceleration, on small canvases first,
-then measured with it, as it is and after fine-tuning with it.
+It is trained without acceleration, on small canvases first, then measured with it, as it is and after fine-tuning.
 """
 import sys
 from functools import partial
@@ -10,34 +8,32 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tu
 
 import timm
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from timm.utils import random_seed
 
 from ..tokens.block import MigrationBlock
 from ..tokens.migration import replenish
-from .canvases import NUM_CLASSES, NUM_TEXTURES, Canvases, draw, load_digits
+from .canvases import NUM_CLASSES, Canvases, draw, load_digits
+from .rows import lines_as_markdown
+from .two_tasks import TwoTasks, mean, percent, test, train
 
-__all__ = ['FORMS', 'SETTINGS', 'SWEEP', 'Setting', 'study']
+__all__ = ['FORMS', 'SETTINGS', 'SWEEP', 'Setting', 'build', 'markdown_table', 'study']
 
 Row = Dict[str, Any]
 
+HEADER = (
+    'setting', 'top-1 as it is', 'mIoU as it is', 'top-1 tuned', 'against off', 'mIoU tuned', 'against off', 'seeds')
+OFF = 'off'  # what the others are compared with
+
 SIDE = 256  # pixels, 16 x 16 tokens
 WINDOW = 8
-PYRAMID_DIM = 64
 SMALL_SIDE = 64
 SMALL_UPDATES, SMALL_LR = 3000, 2e-3
 UPDATES, LR = 120, 1e-3
 TUNING_UPDATES, TUNING_LR = 60, 5e-4
 MODEL = dict(
     embed_dim=64, depths=(1, 1, 6), num_heads=2, img_size=SIDE, num_classes=NUM_CLASSES, head_init_scale=1.,
-    pyramid=True, pyramid_dim=PYRAMID_DIM)
-NUM_TOKEN_CLASSES = NUM_TEXTURES + NUM_CLASSES
+    pyramid=True, pyramid_dim=64)
 BATCH = 32
-TEXTURE_WEIGHT = 0.1  # in the loss
-WARMUP = 0.1  # share of the updates
 TEST_CANVASES, SWEEP_CANVASES = 9, 3  # per digit; fewer for the sweep
 
 
@@ -52,20 +48,6 @@ class Setting(NamedTuple):
     name: str
     kwargs: Dict[str, Any] = {}
     change: Callable[[Any], None] = lambda model: None
-
-
-class TwoTasks(nn.Module):
-    """Model with a linear layer for tokens. (B, 3, H, W) -> (B, classes), (B, H / 16, W / 16, token classes)."""
-
-    def __init__(self, setting: Setting):
-        super().__init__()
-        self.model: Any = timm.create_model('fast_itpn_tiny', **{**MODEL, **setting.kwargs})
-        self.tokens = nn.Linear(PYRAMID_DIM, NUM_TOKEN_CLASSES)
-        setting.change(self.model)
-
-    def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        x, (level,) = self.model.forward_intermediates(images, indices=[2], output_fmt='NHWC')
-        return self.model.forward_head(x), self.tokens(level)
 
 
 def compare_by(features: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
@@ -127,7 +109,7 @@ WINDOWS: Dict[str, Any] = dict(gather_window=WINDOW)
 TOKENS: Dict[str, Any] = dict(gather_window=WINDOW, gather_form='token')
 
 SETTINGS = (  # measured as they are and after fine-tuning, with every seed
-    Setting('off'),
+    Setting(OFF),
     Setting('light', LIGHT),
     Setting('full', FULL),
     Setting('full, random tokens leave', FULL, compare_by(at_random)),
@@ -153,63 +135,6 @@ SWEEP = (  # as they are, with the first seed
 )
 
 
-def normalised(images: torch.Tensor, model: Any) -> torch.Tensor:
-    """uint8 to what the model takes."""
-    cfg = model.pretrained_cfg
-    mean, std = (torch.tensor(cfg[key]).reshape(3, 1, 1) for key in ('mean', 'std'))
-    return (images / 255 - mean) / std
-
-
-def batches(data: Canvases, num: int, seed: int) -> Iterator[Canvases]:
-    """`num` random batches."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(data.labels), generator=generator)
-                       for _ in range(1 + num * BATCH // len(data.labels))])
-    for i in range(num):
-        indices = order[i * BATCH:(i + 1) * BATCH]
-        yield Canvases(*(part[indices] for part in data))
-
-
-def train(network: TwoTasks, data: Canvases, num_updates: int, lr: float, seed: int) -> None:
-    """Train both tasks with AdamW and a cosine schedule."""
-    random_seed(seed)
-    optimizer = create_optimizer_v2(network, opt='adamw', lr=lr, weight_decay=0.05)
-    scheduler = CosineLRScheduler(
-        optimizer, num_updates, lr_min=lr / 100, warmup_t=int(WARMUP * num_updates), warmup_lr_init=lr / 100,
-        warmup_prefix=False, t_in_epochs=False)
-    weight = torch.tensor(NUM_TEXTURES * [TEXTURE_WEIGHT] + NUM_CLASSES * [1.])  # nine of ten tokens are texture
-    network.train()
-    for i, batch in enumerate(batches(data, num_updates, seed)):
-        scheduler.step_update(i)
-        logits, token_logits = network(normalised(batch.images, network.model))
-        loss = F.cross_entropy(logits, batch.labels)
-        loss = loss + F.cross_entropy(token_logits.flatten(0, 2), batch.token_labels.flatten(), weight)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-@torch.inference_mode()
-def test(network: Any, data: Canvases) -> Dict[str, float]:
-    """Accuracy of both tasks, in percent.
-
-    Returns:
-        top1: Canvases whose digit is right.
-        miou: Intersection over union of tokens, mean over the textures and digits that occur.
-    """
-    network.eval()
-    random_seed(0)
-    right, counts = 0, torch.zeros(NUM_TOKEN_CLASSES ** 2)
-    for images, labels, token_labels in zip(*(part.split(2 * BATCH) for part in data)):
-        logits, token_logits = network(normalised(images, network.model))
-        right += int((logits.argmax(dim=1) == labels).sum())
-        pairs = token_labels * NUM_TOKEN_CLASSES + token_logits.argmax(dim=3)
-        counts += torch.bincount(pairs.flatten(), minlength=len(counts))
-    counts = counts.reshape(NUM_TOKEN_CLASSES, NUM_TOKEN_CLASSES)
-    overlap = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
-    return {'top1': 100 * right / len(data.labels), 'miou': 100 * overlap.nanmean().item()}
-
-
 def study(seeds: Sequence[int]) -> Iterator[Row]:
     """Train, measure, fine-tune and measure again.
 
@@ -233,23 +158,29 @@ def study(seeds: Sequence[int]) -> Iterator[Row]:
             yield measured(setting, False, seed, build(setting, state), data)
         for setting in tuned:
             network = build(setting, state)
-            train(network, train_set, TUNING_UPDATES, TUNING_LR, seed)
+            train(network, train_set, TUNING_UPDATES, BATCH, TUNING_LR, seed)
             yield measured(setting, True, seed, network, test_set)
 
 
 def train_off(small: Canvases, train_set: Canvases, seed: int) -> Dict[str, torch.Tensor]:
     """State of a network that is trained without acceleration, on small canvases first."""
     random_seed(seed)
-    network = TwoTasks(SETTINGS[0])
+    network = create(SETTINGS[0])
     network.model.set_input_size(SMALL_SIDE)
-    train(network, small, SMALL_UPDATES, SMALL_LR, seed)
+    train(network, small, SMALL_UPDATES, BATCH, SMALL_LR, seed)
     network.model.set_input_size(SIDE)
-    train(network, train_set, UPDATES, LR, seed)
+    train(network, train_set, UPDATES, BATCH, LR, seed)
     return network.state_dict()
 
 
+def create(setting: Setting) -> TwoTasks:
+    model = timm.create_model('fast_itpn_tiny', **{**MODEL, **setting.kwargs})
+    setting.change(model)
+    return TwoTasks(model)
+
+
 def build(setting: Setting, state: Dict[str, torch.Tensor]) -> TwoTasks:
-    network = TwoTasks(setting)
+    network = create(setting)
     network.load_state_dict(state)
     return network
 
@@ -258,3 +189,18 @@ def measured(setting: Setting, tuned: bool, seed: int, network: TwoTasks, test_s
     row = {'setting': setting.name, 'tuned': tuned, 'seed': seed, **test(network, test_set)}
     print(row, file=sys.stderr, flush=True)
     return row
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Means over seeds in percent, one line per setting in the order of the rows."""
+    lines = []
+    for name in dict.fromkeys(row['setting'] for row in rows):
+        of_name = [row for row in rows if row['setting'] == name]
+        seeds = {row['seed'] for row in of_name}
+        off = [row for row in rows if row['setting'] == OFF and row['seed'] in seeds]
+        texts = [name, *(percent(mean(of_name, value, tuned=False)) for value in ('top1', 'miou'))]
+        for value in ('top1', 'miou'):
+            here, there = (mean(group, value, tuned=True) for group in (of_name, off))
+            texts += [percent(here), '' if here is None or there is None or name == OFF else f'{here - there:+.2f}']
+        lines.append((*texts, str(len(seeds))))
+    return lines_as_markdown(HEADER, lines)
