@@ -4,7 +4,7 @@ from importlib import resources
 from typing import Any, Dict, List, Sequence
 
 from . import acceleration
-from .rows import setting
+from .rows import committed_text, setting
 
 __all__ = ['STUDIES', 'committed', 'markdown']
 
@@ -20,10 +20,7 @@ def committed(name: str) -> List[Row]:
     Raises:
         RuntimeError: There are none.
     """
-    file = FOLDER / f'{name}.jsonl'
-    if not file.is_file():
-        raise RuntimeError(f'no measured rows come with this version: there is no {file}')
-    return [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+    return [json.loads(line) for line in committed_text(FOLDER / f'{name}.jsonl').splitlines()]
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:

@@ -8,8 +8,8 @@ from typing import Any, Dict, Iterable, List, Sequence, Tuple
 from .cases import Case
 
 __all__ = [
-    'HEADER', 'case_of', 'cells', 'heading', 'is_ours', 'lines_as_markdown', 'markdown_table', 'measured', 'read',
-    'record', 'same_function', 'setting',
+    'HEADER', 'case_of', 'cells', 'committed_text', 'heading', 'is_ours', 'lines_as_markdown', 'markdown_table',
+    'measured', 'read', 'record', 'same_function', 'setting',
 ]
 
 HEADER = (
@@ -96,9 +96,21 @@ def measured() -> List[Row]:
     Raises:
         RuntimeError: There are none.
     """
-    if not MEASURED.is_file():
-        raise RuntimeError(f'no measured rows come with this version: there is no {MEASURED}')
-    return parse(MEASURED.read_text(encoding='utf-8'), str(MEASURED))
+    return parse(committed_text(MEASURED), str(MEASURED))
+
+
+def committed_text(file: Any) -> str:
+    """Text of a file of rows that comes with the package.
+
+    Args:
+        file: A path, or a resource.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    if not file.is_file():
+        raise RuntimeError(f'no measured rows come with this version: there is no {file}')
+    return str(file.read_text(encoding='utf-8'))
 
 
 def read(path: Path) -> List[Row]:
