@@ -3,9 +3,9 @@ from typing import Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..ops.attention import IMPLEMENTATIONS, choose
+from .linear import apply_linear, linear
 
 __all__ = ['Attention']
 
@@ -74,10 +74,10 @@ class Attention(nn.Module):
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
         if self.q_bias is None:
-            qkv = self.qkv(x)
+            qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
         else:
             k_bias = self.k_bias.type_as(self.q_bias)  # mixed precision of FSDP2 casts parameters, not buffers
-            qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
+            qkv = linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
         return qkv.unflatten(-1, (3, self.num_heads, -1))
 
     def attend(
@@ -89,7 +89,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Queries (B, num_heads, N, head_dim), keys and values (B, num_heads, M, head_dim) -> (B, N, dim)."""
         x = self.attention(q, k, v, bias, self.attn_drop if self.training else 0.)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        x = x.transpose(1, 2).flatten(2)  # (B, num_heads, N, head_dim) -> (B, N, dim)
+        x = self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x)
+        return self.proj_drop(x)
 
     def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""

@@ -3,12 +3,12 @@ from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm, LayerScale
 
 from ..ops.attention import IMPLEMENTATIONS
 from .attention import Attention
 from .fused import FusedAttentionBlock, FusedMlp
-from .mlp import GatedMlp
+from .mlp import GatedMlp, Mlp
 from .rel_pos_bias import RelPosBias
 
 __all__ = ['AttentionBlock', 'MlpBlock']

@@ -1,14 +1,15 @@
-"""Gated MLP of Fast-iTPN's stage 3."""
-from typing import Tuple, Type
+"""MLPs of the blocks."""
+from typing import Tuple
 
+import timm.layers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import GluMlp
 
 from .eager import is_eager
+from .linear import apply_linear, is_plain, linear
 
-__all__ = ['GatedMlp']
+__all__ = ['GatedMlp', 'Mlp']
 
 
 class GatedProduct(torch.autograd.Function):
@@ -32,13 +33,22 @@ class GatedProduct(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)
 
 
-def is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
-    """True for exactly that class without hooks: what it computes may then be computed elsewhere."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is cls and not any(hooks)
+class Mlp(timm.layers.Mlp):
+    """timm's `Mlp`: fc2(norm(act(fc1))). (..., dim) -> (..., dim).
+
+    Args:
+        args: As for timm's.
+        kwargs: As for timm's, without `use_conv`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(x) if torch.jit.is_scripting() else apply_linear(self.fc1, x)
+        x = self.norm(self.drop1(self.act(x)))
+        x = self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x)
+        return self.drop2(x)
 
 
-class GatedMlp(GluMlp):
+class GatedMlp(timm.layers.GluMlp):
     """timm's `GluMlp` with the gate first: fc2(norm(act(gate) * value)). (..., dim) -> (..., dim).
 
     Gate and value are one layer, `fc1`, and one product on most devices. In float32 on the CPU they are two: MKL was up
@@ -61,7 +71,7 @@ class GatedMlp(GluMlp):
         """(..., dim) -> (..., hidden_dim), by the device."""
         if self._is_split(x):
             weights, biases = self.fc1.weight.chunk(2), self.fc1.bias.chunk(2)
-            gate, value = F.linear(x, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
+            gate, value = linear(x, weights[0], biases[0]), linear(x, weights[1], biases[1])
         else:
             gate, value = self.fc1(x).chunk(2, dim=-1)
         if torch.is_grad_enabled() and is_plain(self.act, nn.SiLU):  # calling it takes 0.3 ms
@@ -77,4 +87,5 @@ class GatedMlp(GluMlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.drop1(self.gated(x)))
-        return self.drop2(self.fc2(x))
+        x = self.fc2(x) if torch.jit.is_scripting() else apply_linear(self.fc2, x)
+        return self.drop2(x)

@@ -11,6 +11,7 @@ from timm.layers import LayerNorm
 from timm.models import checkpoint, checkpoint_seq
 
 from .blocks import MlpBlock
+from .linear import apply_linear
 from .parts import in_parts
 from .patch_embed import ConvPatchSplit
 
@@ -62,7 +63,7 @@ class PyramidLevel(nn.Module):
     def forward(self, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Stage features (B, H, W, in_dim) and the level above (B, H/2, W/2, above_dim) -> (B, H, W, dim)."""
         if self.align is not None:
-            x = self.align(x)
+            x = self.align(x) if torch.jit.is_scripting() else apply_linear(self.align, x)
         if self.split is not None:
             x = x + self.split(above)
         if self.blocks is not None:

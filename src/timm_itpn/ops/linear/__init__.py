@@ -1,4 +1,4 @@
-"""Linear layer with what follows it, for inference: one contract, several implementations.
+"""Linear layer with what follows it: one contract, several implementations.
 
 The contract, which every implementation in `IMPLEMENTATIONS` keeps:
 
@@ -11,38 +11,42 @@ The contract, which every implementation in `IMPLEMENTATIONS` keeps:
     act: a key of `ACTIVATIONS`.
     residual: None, or of the shape of the output.
 
-There are no gradients here; training runs the layers as they are written down.
+Those in `TRAINABLE` take the weight as it is for the packed one, and have gradients.
 """
 from types import ModuleType
-from typing import Dict
+from typing import Dict, Iterable
 
 import torch
 
-from . import onednn, reference
+from . import onednn, onednn_grad, reference
 
-__all__ = ['ACTIVATIONS', 'IMPLEMENTATIONS', 'choose']
+__all__ = ['ACTIVATIONS', 'IMPLEMENTATIONS', 'TRAINABLE', 'choose']
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 IMPLEMENTATIONS: Dict[str, ModuleType] = {
     'onednn': onednn,
+    'onednn_grad': onednn_grad,
     'reference': reference,
 }
 
+TRAINABLE = ('onednn_grad', 'reference')
 
-def choose(name: str, weight: torch.Tensor) -> str:
+
+def choose(name: str, weight: torch.Tensor, among: Iterable[str] = tuple(IMPLEMENTATIONS)) -> str:
     """Return the name of the implementation for a weight.
 
     Args:
-        name: A key of `IMPLEMENTATIONS`, or 'auto' for the first one in the table that can run.
+        name: A key of `IMPLEMENTATIONS`, or 'auto' for the first one of `among` that can run.
         weight: (out_features, in_features); its device and type decide.
+        among: Keys of `IMPLEMENTATIONS`, in the order in which 'auto' takes them.
 
     Raises:
         ValueError: `name` is not in the table.
         RuntimeError: The implementation asked for cannot run; the message gives its reason.
     """
     if name == 'auto':
-        return next(n for n, implementation in IMPLEMENTATIONS.items() if implementation.why_not(weight) is None)
+        return next(n for n in among if IMPLEMENTATIONS[n].why_not(weight) is None)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f'linear {name!r} is unknown, choose one of: auto, {", ".join(IMPLEMENTATIONS)}')
     reason = IMPLEMENTATIONS[name].why_not(weight)
