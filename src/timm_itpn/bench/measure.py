@@ -1,7 +1,9 @@
 """Measure one case: everyone in turn, and one row for each."""
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from multiprocessing import get_context
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -18,7 +20,7 @@ from .memory import peak_bytes
 from .rows import same_function
 from .timing import EventWatch, WallWatch, alternate, median_ratio, quantile, spread
 
-__all__ = ['measure']
+__all__ = ['measure', 'measure_alone']
 
 MIB = 2 ** 20
 GRAPH_MODES = ('reduce-overhead', 'max-autotune')  # of torch.compile: CUDA graphs keep their memory
@@ -69,6 +71,12 @@ def measure(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dic
     if rivals.compile:
         torch.compiler.reset()  # it holds the models
     return list(rows.values())
+
+
+def measure_alone(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dict[str, Any]]:
+    """As `measure`, in a process of its own, which has no memory that another case used before."""
+    with ProcessPoolExecutor(1, get_context('spawn'), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.submit(measure, case, rivals, rounds, device).result()
 
 
 def say(text: str) -> None:

@@ -29,7 +29,8 @@ def add_parser(subparsers: Any) -> None:
     how.add_argument('--warmup', type=int, metavar='N', help='rounds before them (default: by device)')
     how.add_argument('--threads', type=int, metavar='N', help='CPU threads (default: as PyTorch has it)')
     how.add_argument(
-        '--suite', choices=SUITE_NAMES, help='a fixed list of cases and rivals, in place of all the options above')
+        '--suite', choices=SUITE_NAMES,
+        help='a fixed list of cases and rivals, in place of all the options above, each in a process of its own')
     out = parser.add_argument_group('output')
     out.add_argument('--json', action='store_true', help='print JSON lines, one for each case and contestant')
     out.add_argument('--plot', type=Path, metavar='FILE.png', help='draw a chart too')
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..bench.cases import check
-    from ..bench.measure import TOLERANCES, measure
+    from ..bench.measure import TOLERANCES, measure, measure_alone
 
     for case, rivals, rounds in work:
         check(case, rivals, rounds, device)
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     rows: List[Dict[str, Any]] = []
     for case, rivals, rounds in work:
-        rows_of_case = measure(case, rivals, rounds, device)
+        rows_of_case = (measure_alone if args.suite else measure)(case, rivals, rounds, device)
         rows += rows_of_case
         show(rows_of_case, args.json)
         if args.record:
