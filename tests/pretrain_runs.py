@@ -1,4 +1,6 @@
 """Small runs of pre-training."""
+import json
+
 import numpy as np
 import torch
 from PIL import Image
@@ -44,6 +46,10 @@ def run(*args, **kwargs):
 
 def weights(output):
     return load_file(output / 'pretrained.safetensors')
+
+
+def log_lines(output):
+    return [json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()]
 
 
 def assert_same(ours, theirs):

@@ -34,3 +34,16 @@ def test_the_seed_decides():
     first, again, other = (draw(digits, labels, num=2, side=64, copies=1, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first.images, other.images)
+
+
+def test_plain_ground_has_one_colour_and_labels_may_be_fine():
+    digits, labels = load_digits(test=True)
+    canvases = draw(digits, labels, num=20, side=64, copies=1, seed=0, sizes=(56, 65), stride=4, plain=True)
+    assert canvases.token_labels.shape == (20, 16, 16)
+    for image, label, here in zip(canvases.images, canvases.labels, canvases.token_labels):
+        assert set(here.unique().tolist()) == {0, 2 + int(label)}
+        brightness = image.float().mean(dim=0)
+        ground = brightness.min()
+        assert (brightness == ground).float().mean() > 0.2
+        ink = here == 2 + label
+        assert F.avg_pool2d(brightness[None], 4)[0][ink].mean() > 1.2 * ground

@@ -51,6 +51,14 @@ def test_pyramid_has_no_peers():
         check(CASE._replace(pyramid=True), Rivals(peers=('test_vit',)), Rounds(), 'cpu')
 
 
+@pytest.mark.parametrize('changes', [dict(mode='forward'), dict(pyramid=False), dict(size='32x48')])
+def test_step_of_pre_training_is_with_pyramid_and_on_squares(changes):
+    case = CASE._replace(mode='train', pyramid=True)
+    check(case, Rivals(objective='clip'), Rounds(), 'cpu')
+    with pytest.raises(ValueError, match='^a step of pre-training is one of training, on squares and with the pyramid'):
+        check(case._replace(**changes), Rivals(objective='clip'), Rounds(), 'cpu')
+
+
 def test_accelerations_are_those_of_the_models():
     assert ACCELERATIONS == tuple(schedule.ACCELERATIONS)
     with pytest.raises(ValueError, match="^acceleration 'more' is unknown, choose one of: light, full$"):

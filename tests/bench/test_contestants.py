@@ -182,3 +182,19 @@ def test_file_with_an_error_is_named(tmp_path):
     (tmp_path / 'broken.py').write_text('1 / 0')
     with pytest.raises(ValueError, match='broken.py cannot be run: ZeroDivisionError: division by zero$'):
         build_against(f'{tmp_path / "broken.py"}:build', 32)
+
+
+@pytest.mark.parametrize('model, objective', [
+    ('fast_itpn_tiny', 'clip'), ('itpn_base', 'clip-distill'), ('fast_itpn_tiny', 'pixel'), ('fast_itpn_tiny', 'mfm')])
+def test_step_of_pre_training_is_that_of_the_objective(model, objective):
+    case = PYRAMID._replace(model=model, size=64, mode='train')
+    step = build(case, Rivals(objective=objective), 'cpu')[1]
+    assert step.name == f'ours pre-training ({objective})' and step.kind is Kind.OTHER and step.model.training
+    images = torch.randn(2, 3, 64, 64)
+    (loss,) = step.run(images)
+    masked, target = step.model.masked, step.model.target
+    assert masked.shape == (2, 4, 4) and masked.any() and not masked.all()
+    assert loss.shape == () and (target is not None) == objective.startswith('clip')
+    loss.backward()
+    missing = [name for name, p in step.model.objective.backbone.named_parameters() if p.grad is None]
+    assert all(name.startswith('stages.2.pos_embed') for name in missing), missing

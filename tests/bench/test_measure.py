@@ -89,6 +89,12 @@ def test_rows_of_a_pyramid(dtype):
     assert baseline['kernels'] == ['maths']
 
 
+def test_step_of_pre_training_has_its_operations_and_a_ratio():
+    case = Case('fast_itpn_tiny', 64, 1, mode='train', pyramid=True)
+    ours, step = measure(case, Rivals(objective='clip'), QUICK, 'cpu')
+    assert step['gflop_per_image'] > ours['gflop_per_image'] and step['ratio'] > 0 and step['output_error'] is None
+
+
 def test_training_of_a_pyramid_counts_gradients():
     rivals = Rivals(baseline=True, accelerations=('full',))
     case = Case('fast_itpn_tiny', 64, 1, mode='train', pyramid=True)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from pretrain_runs import MFM, assert_same, command, weights, write_images
+from pretrain_runs import MFM, assert_same, command, log_lines, weights, write_images
 
 PATIENCE_S = 240
 
@@ -44,7 +44,7 @@ def kill_at(process, output, lines):
 
 
 def losses(output):
-    return [json.loads(line)['loss'] for line in (output / 'log.jsonl').read_text().splitlines()]
+    return [line['loss'] for line in log_lines(output)]
 
 
 @pytest.fixture(scope='module')

@@ -1,10 +1,10 @@
 """Whole runs, on a few small images."""
-import json
 
 import pytest
 import timm
 import torch
-from pretrain_runs import MFM, MODEL_KWARGS, PIXEL, TEACHER, assert_same, run, teacher_file, weights, write_images
+from pretrain_runs import (
+    MFM, MODEL_KWARGS, PIXEL, TEACHER, assert_same, log_lines, run, teacher_file, weights, write_images)
 
 from timm_itpn.pretrain import checkpoints
 from timm_itpn.pretrain.run import Run
@@ -60,8 +60,8 @@ def test_interrupted_run_ends_with_the_same_weights(name, data, teacher, tmp_pat
     result = run(data, tmp_path / 'killed', *more, '--resume', 'auto', **kwargs)
     assert result['num_updates'] == 8
     assert_same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
-    lines = [(tmp_path / folder / 'log.jsonl').read_text().splitlines() for folder in ('whole', 'killed')]
-    losses = [[(json.loads(line)['num_updates'], json.loads(line)['loss']) for line in part] for part in lines]
+    losses = [
+        [(line['num_updates'], line['loss']) for line in log_lines(tmp_path / folder)] for folder in ('whole', 'killed')]
     assert losses[0] == losses[1] and [num for num, _ in losses[0]] == list(range(1, 9))
 
 
@@ -86,7 +86,7 @@ def test_options_compute_nearly_the_same(name, more, data, teacher, tmp_path):
     lines = []
     for folder, extra in (('plain', ()), ('option', more)):
         run(data, tmp_path / folder, '--drop-path', '0.3', '--epochs', '2', *extra, **kwargs)
-        lines.append([json.loads(line) for line in (tmp_path / folder / 'log.jsonl').read_text().splitlines()])
+        lines.append(log_lines(tmp_path / folder))
     for plain, option in zip(*lines):
         assert option['loss'] == pytest.approx(plain['loss'], abs=0.02 if '--amp' in more else 1e-5)
 
@@ -99,6 +99,8 @@ def test_accumulated_gradients_are_those_of_a_large_batch(data, tmp_path):
     large, small = weights(tmp_path / 'large'), weights(tmp_path / 'small')
     for key in large:
         torch.testing.assert_close(small[key], large[key], rtol=1e-4, atol=1e-6)
+    losses = [[line['loss'] for line in log_lines(tmp_path / name)] for name in ('small', 'large')]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize('name', ['clip', 'clip-distill', 'pixel', 'mfm'])
@@ -134,7 +136,7 @@ def test_files_of_a_run(data, tmp_path):
 
 def test_runs_learn(data, tmp_path):
     run(data, tmp_path / 'run', '--epochs', '40', '--hflip', '0', '--scale', '1', '1')
-    lines = [json.loads(line) for line in (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()]
+    lines = log_lines(tmp_path / 'run')
     assert lines[-1]['loss'] < 0.97 * lines[0]['loss']
 
 

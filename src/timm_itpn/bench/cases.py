@@ -64,6 +64,7 @@ class Rivals(NamedTuple):
         against: FILE:FUNCTION that builds any other module, '' for none.
         accelerations: The model with the same weights and token gathering and migration, by name; what `fuse` and
             `compile` make of them too.
+        objective: A step of pre-training with this objective, without its teacher, '' for none.
     """
     baseline: bool = False
     fuse: bool = False
@@ -71,6 +72,7 @@ class Rivals(NamedTuple):
     peers: Tuple[str, ...] = ()
     against: str = ''
     accelerations: Tuple[str, ...] = ()
+    objective: str = ''
 
 
 class Rounds(NamedTuple):
@@ -131,6 +133,9 @@ def check(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> None:
     for acceleration in rivals.accelerations:
         if acceleration not in ACCELERATIONS:
             raise ValueError(f'acceleration {acceleration!r} is unknown, choose one of: {", ".join(ACCELERATIONS)}')
+    if rivals.objective and (case.mode != 'train' or not case.pyramid or not isinstance(case.size, int)):
+        raise ValueError('a step of pre-training is one of training, on squares and with the pyramid: use --objective '
+                         'with --mode train --pyramid and one number for the size')
     if case.pyramid and rivals.peers:
         raise ValueError('the peers are classifiers, which a pyramid cannot be compared with: leave out one of the two')
     if rounds.repeats and rounds.repeats < MIN_REPEATS:

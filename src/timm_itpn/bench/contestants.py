@@ -16,6 +16,8 @@ from ..layers.attention import Attention
 from ..models._timm import FeatureGetterNet
 from ..models.fast_itpn import FastITPN
 from ..models.fusion import fuse
+from ..pretrain.masking import MASKINGS
+from ..pretrain.objectives import OBJECTIVES, create_objective, create_student
 from ..weights.layout import PYRAMID, native_depths, native_to_official
 from .baseline import Baseline
 from .cases import DTYPES, Case, Rivals, Size, height_width
@@ -23,6 +25,7 @@ from .cases import DTYPES, Case, Rivals, Size, height_width
 __all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Contestant', 'Kind', 'build', 'build_ours', 'checkpoint_gradients']
 
 NUM_CLASSES = 1000
+TEACHER_DIM = 512  # of OpenAI's ViT-B
 OURS = 'ours'
 BASELINE = 'baseline'
 
@@ -50,6 +53,34 @@ class Contestant(NamedTuple):
     plain: nn.Module
 
 
+class PretrainingStep(nn.Module):
+    """The loss of an objective for images (B, 3, H, W), as a list of one tensor. Masks and teacher's tokens are fixed.
+
+    Args:
+        case: Model, size and batch.
+        name: Key of `OBJECTIVES`.
+    """
+
+    def __init__(self, case: Case, name: str):
+        super().__init__()
+        side, _ = height_width(case.size)
+        student = create_student(case.model, name, side)
+        teacher_dim = TEACHER_DIM if OBJECTIVES[name].TEACHER else None
+        self.objective = objective = create_objective(name, student, teacher_dim=teacher_dim)
+        generator = torch.Generator().manual_seed(0)
+        masking = MASKINGS[objective.MASKING]
+        masked = [masking(objective.grid_size, objective.num_masked, generator) for _ in range(case.batch)]
+        self.register_buffer('masked', torch.stack(masked))
+        num_tokens = self.masked[0].numel()
+        self.register_buffer('target', torch.randn(case.batch, num_tokens, TEACHER_DIM) if teacher_dim else None)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.objective.backbone.set_grad_checkpointing(enable)
+
+    def forward(self, images: torch.Tensor) -> List[torch.Tensor]:
+        return [self.objective(images, self.masked, self.target)['loss']]
+
+
 def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
     """Build all contestants of a case, ours first.
 
@@ -64,6 +95,8 @@ def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
     others.update({name: build_peer(name, case.size) for name in rivals.peers})
     if rivals.against:
         others[rivals.against] = build_against(rivals.against, case.size)
+    if rivals.objective:
+        others[f'{OURS} pre-training ({rivals.objective})'] = PretrainingStep(case, rivals.objective)
     dtype = getattr(torch, DTYPES[case.dtype][0])
     for model in (ours, *accelerated.values(), *others.values()):
         model.to(device, dtype).train(case.mode == 'train')

@@ -15,6 +15,7 @@ GRAPHS = Rivals(baseline=True, compile='reduce-overhead')
 ACCELERATED = Rivals(accelerations=ACCELERATIONS)
 ACCELERATED_FUSED = Rivals(fuse=True, accelerations=ACCELERATIONS)
 ACCELERATED_ALL = Rivals(baseline=True, fuse=True, accelerations=ACCELERATIONS)
+PRETRAINING = Rivals(objective='clip')
 COMPILED_PEERS = Rivals(baseline=True, fuse=True, compile='max-autotune', peers=PEERS)
 
 SUITES: Dict[str, List[Tuple[Case, Rivals, Rounds]]] = {
@@ -27,6 +28,7 @@ SUITES: Dict[str, List[Tuple[Case, Rivals, Rounds]]] = {
         (Case(BASE, 1024, 1, 'bfloat16', 'forward'), FUSED, Rounds(3, 1)),
         (Case(BASE, 224, 8, 'float32', 'train'), PLAIN, Rounds(7, 1)),
         (Case(BASE, 512, 2, 'float32', 'train'), PLAIN, Rounds(5, 1)),
+        (Case(BASE, 224, 8, 'float32', 'train', pyramid=True), PRETRAINING, Rounds(7, 1)),
         (Case(BASE, 224, 1, 'float32', 'latency'), FUSED, Rounds(15, 1)),
         (Case(TINY, 224, 8, 'float32', 'forward'), FUSED, Rounds(9, 1)),
         (Case(TINY, 224, 1, 'float32', 'latency'), FUSED, Rounds(15, 1)),
@@ -42,6 +44,7 @@ SUITES: Dict[str, List[Tuple[Case, Rivals, Rounds]]] = {
         (Case(BASE, 1024, 4, 'bfloat16', 'forward'), COMPILED, Rounds(20, 5)),
         (Case(BASE, 224, 128, 'amp_bfloat16', 'train'), COMPILED_TRAIN, Rounds(20, 5)),
         (Case(BASE, 512, 16, 'amp_bfloat16', 'train'), PLAIN, Rounds(20, 5)),
+        (Case(BASE, 224, 128, 'amp_bfloat16', 'train', pyramid=True), PRETRAINING, Rounds(20, 5)),
         (Case(BASE, 224, 1, 'float16', 'latency'), GRAPHS, Rounds(50, 10)),
         (Case(BASE, 224, 128, 'float32', 'forward'), FUSED, Rounds(10, 3)),
         (Case(TINY, 224, 128, 'bfloat16', 'forward'), FUSED, Rounds(30, 5)),

@@ -20,19 +20,21 @@ TEST_BATCH = 64
 
 
 class TwoTasks(nn.Module):
-    """Model with a linear layer for tokens. (B, 3, H, W) -> (B, classes), (B, H / 16, W / 16, token classes).
+    """Model with a linear layer for tokens. (B, 3, H, W) -> (B, classes), (B, H / stride, W / stride, token classes).
 
     Args:
         model: Any model of this package, with pyramid and classifier.
+        level: Of the pyramid, which tells the classes of tokens: 0, 1, 2 for strides 4, 8, 16.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, level: int = 2):
         super().__init__()
         self.model = model
-        self.tokens = nn.Linear(model.pyramid.levels[2].align.out_features, NUM_TOKEN_CLASSES)
+        self.level = level
+        self.tokens = nn.Linear(model.pyramid.levels[level].align.out_features, NUM_TOKEN_CLASSES)
 
     def forward(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        x, (level,) = self.model.forward_intermediates(images, indices=[2], output_fmt='NHWC')
+        x, (level,) = self.model.forward_intermediates(images, indices=[self.level], output_fmt='NHWC')
         return self.model.forward_head(x), self.tokens(level)
 
 

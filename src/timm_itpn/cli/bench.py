@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-# these two import no torch
+# these import no torch
 from ..bench.cases import ACCELERATIONS, COMPILE_MODES, DTYPES, MODES, PEERS, Case, Rivals, Rounds, parse_size
 from ..bench.rows import HEADER, cells, heading, markdown_table, measured, read, record, setting
+from ..pretrain.arguments import OBJECTIVE_NAMES
 from .table import columns
 
 SUITE_NAMES = ('cpu', 'gpu')
@@ -67,6 +68,9 @@ def add_rivals(group: Any) -> None:
     group.add_argument(
         '--acceleration', nargs='+', choices=ACCELERATIONS,
         help='the model with token gathering and migration, and the same weights; other outputs by design')
+    group.add_argument(
+        '--objective', choices=OBJECTIVE_NAMES,
+        help='a step of pre-training with this objective, without its teacher; for --mode train --pyramid')
     group.add_argument(
         '--compile', nargs='?', const='default', choices=COMPILE_MODES, metavar='MODE',
         help=f'the model under torch.compile, in one of the modes {", ".join(COMPILE_MODES)}')
@@ -132,7 +136,7 @@ def suite(args: argparse.Namespace) -> Tuple[Work, str]:
 
     fixed = (
         'model', 'size', 'batch', 'dtype', 'mode', 'grad_checkpointing', 'baseline', 'fuse', 'compile', 'peers',
-        'against', 'pyramid', 'acceleration', 'repeats', 'warmup', 'device')
+        'against', 'pyramid', 'acceleration', 'objective', 'repeats', 'warmup', 'device')
     given = [f'--{name.replace("_", "-")}' for name in fixed if getattr(args, name) not in (None, False)]
     if given:
         raise ValueError(f'a suite is fixed: leave out {", ".join(given)}')
@@ -148,6 +152,7 @@ def asked_for(args: argparse.Namespace) -> Iterator[Tuple[Case, Rivals, Rounds]]
         peers=() if args.peers is None else tuple(args.peers) or PEERS,
         against=args.against or '',
         accelerations=tuple(args.acceleration or ()),
+        objective=args.objective or '',
     )
     for name, value in (('repeats', args.repeats), ('warmup', args.warmup)):
         if value == 0:

@@ -8,7 +8,7 @@ from typing import Any, Dict, Optional
 from timm.utils import trim_summary, update_summary
 from tqdm import tqdm
 
-__all__ = ['Log']
+__all__ = ['Log', 'check_tensorboard']
 
 LINES = 'log.jsonl'
 TABLE = 'summary.csv'
@@ -23,18 +23,13 @@ class Log:
         done: Updates that are done already; later lines, of a run that was interrupted, are removed.
         epoch: Epochs that are done already.
         writes: This is the first process.
-        tensorboard: Also write for TensorBoard.
-
-    Raises:
-        RuntimeError: TensorBoard is asked for and not installed.
+        tensorboard: Also write for TensorBoard; see `check_tensorboard`.
     """
 
     def __init__(self, folder: Path, total: int, done: int, epoch: int, writes: bool, tensorboard: bool = False):
         self.folder = folder
         self.writes = writes
         self.writer: Optional[Any] = None
-        if tensorboard and importlib.util.find_spec('tensorboard') is None:
-            raise RuntimeError("--log-tensorboard needs tensorboard: pip install 'timm-itpn[tensorboard]'")
         self.progress = tqdm(
             total=total, initial=done, unit='update', mininterval=1, file=sys.stderr, disable=not writes)
         if not writes:
@@ -69,6 +64,12 @@ class Log:
         self.progress.close()
         if self.writer is not None:
             self.writer.close()
+
+
+def check_tensorboard() -> None:
+    """Raise RuntimeError if TensorBoard is not installed."""
+    if importlib.util.find_spec('tensorboard') is None:
+        raise RuntimeError("--log-tensorboard needs tensorboard: pip install 'timm-itpn[tensorboard]'")
 
 
 def trim_lines(path: Path, num_updates: int) -> None:

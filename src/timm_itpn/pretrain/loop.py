@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from ..weights.files import replaced
 from ..weights.layout import native_to_official
 from .checkpoints import Checkpoints, load
 from .figures import draw
-from .log import Log
+from .log import Log, check_tensorboard
 from .run import Run
 from .sharding import model_state
 from .weights import to_native
@@ -46,6 +46,8 @@ def pretrain(args: argparse.Namespace) -> Dict[str, Any]:
 
 
 def _pretrain(args: argparse.Namespace) -> Dict[str, Any]:
+    if args.log_tensorboard:
+        check_tensorboard()
     checkpoints = Checkpoints(args.output, args.checkpoint_hist)
     path = resumed_path(args, checkpoints)
     run = Run(args)
@@ -67,6 +69,7 @@ def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> None:
     args = run.args
     images = args.batch_size * args.grad_accum_steps * args.world_size
     meters: Dict[str, AverageMeter] = {}
+    parts: List[Dict[str, torch.Tensor]] = []  # losses of the batches of an update
     start, waited = time.perf_counter(), 0.
     run.task.train()
     batches = run.batches()
@@ -77,19 +80,20 @@ def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> None:
         if batch is None:
             break
         last, before = batch, run.num_updates
-        losses = run.step(batch)
-        for name, value in losses.items():
-            meters.setdefault(name, AverageMeter()).update(value.item())
+        parts.append(run.step(batch))
         if run.num_updates == before:
             continue
+        losses = {name: torch.stack([part[name] for part in parts]).mean().item() for name in parts[0]}
+        parts = []
+        for name, value in losses.items():
+            meters.setdefault(name, AverageMeter()).update(value)
         seconds = time.perf_counter() - start
         start = time.perf_counter()
-        log.update(images / seconds, epoch=run.epoch, loss=f'{meters["loss"].val:.4f}')
+        log.update(images / seconds, epoch=run.epoch, loss=f'{losses["loss"]:.4f}')
         if run.num_updates % args.log_interval == 0:
-            values = averaged({name: meter.val for name, meter in meters.items()}, args)
             log.line(run.num_updates, {
-                'epoch': run.epoch, 'lr': run.lr, **values, 'images_per_s': images / seconds, 'waited_s': waited,
-                'skipped': run.skipped})
+                'epoch': run.epoch, 'lr': run.lr, **averaged(losses, args), 'images_per_s': images / seconds,
+                'waited_s': waited, 'skipped': run.skipped})
         ends = run.batch // args.grad_accum_steps == run.updates_per_epoch
         if args.recovery_interval and run.num_updates % args.recovery_interval == 0 and not ends and run.sampler:
             save(run, checkpoints)
