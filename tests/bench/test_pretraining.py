@@ -16,6 +16,7 @@ def short(monkeypatch):
     for name in ('BATCH', 'TUNING_BATCH'):
         monkeypatch.setattr(pretraining, name, 2)
     monkeypatch.setattr(pretraining, 'draw', lambda *args, num, **kwargs: draw(*args, num=6, **kwargs))
+    monkeypatch.setattr(pretraining, 'in_processes', lambda function, items, **kwargs: map(function, items))
 
 
 def test_study_measures_all_starts(short):

@@ -1,10 +1,19 @@
 """Whole runs, on a few small images."""
-
 import pytest
 import timm
 import torch
 from pretrain_runs import (
-    MFM, MODEL_KWARGS, PIXEL, TEACHER, assert_same, log_lines, run, teacher_file, weights, write_images)
+    MFM,
+    MODEL_KWARGS,
+    PIXEL,
+    TEACHER,
+    assert_same,
+    log_lines,
+    run,
+    teacher_file,
+    weights,
+    write_images,
+)
 
 from timm_itpn.pretrain import checkpoints
 from timm_itpn.pretrain.run import Run
@@ -60,8 +69,8 @@ def test_interrupted_run_ends_with_the_same_weights(name, data, teacher, tmp_pat
     result = run(data, tmp_path / 'killed', *more, '--resume', 'auto', **kwargs)
     assert result['num_updates'] == 8
     assert_same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
-    losses = [
-        [(line['num_updates'], line['loss']) for line in log_lines(tmp_path / folder)] for folder in ('whole', 'killed')]
+    lines = [log_lines(tmp_path / folder) for folder in ('whole', 'killed')]
+    losses = [[(line['num_updates'], line['loss']) for line in part] for part in lines]
     assert losses[0] == losses[1] and [num for num, _ in losses[0]] == list(range(1, 9))
 
 

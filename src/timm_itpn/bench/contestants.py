@@ -69,10 +69,11 @@ class PretrainingStep(nn.Module):
         self.objective = objective = create_objective(name, student, teacher_dim=teacher_dim)
         generator = torch.Generator().manual_seed(0)
         masking = MASKINGS[objective.MASKING]
-        masked = [masking(objective.grid_size, objective.num_masked, generator) for _ in range(case.batch)]
-        self.register_buffer('masked', torch.stack(masked))
-        num_tokens = self.masked[0].numel()
-        self.register_buffer('target', torch.randn(case.batch, num_tokens, TEACHER_DIM) if teacher_dim else None)
+        masked = torch.stack([
+            masking(objective.grid_size, objective.num_masked, generator) for _ in range(case.batch)])
+        self.register_buffer('masked', masked)
+        target = torch.randn(case.batch, masked[0].numel(), TEACHER_DIM, generator=generator)
+        self.register_buffer('target', target if teacher_dim else None)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.objective.backbone.set_grad_checkpointing(enable)

@@ -3,14 +3,14 @@ import json
 from importlib import resources
 from typing import Any, Dict, List, Sequence
 
-from . import acceleration
+from . import acceleration, pretraining
 from .rows import committed_text, setting
 
 __all__ = ['STUDIES', 'committed', 'markdown']
 
 Row = Dict[str, Any]
 
-STUDIES: Dict[str, Any] = {'acceleration': acceleration}
+STUDIES: Dict[str, Any] = {'acceleration': acceleration, 'pretraining': pretraining}
 FOLDER = resources.files('timm_itpn.bench')
 
 

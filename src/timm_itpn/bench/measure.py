@@ -1,9 +1,8 @@
 """Measure one case: everyone in turn, and one row for each."""
 import statistics
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from multiprocessing import get_context
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
@@ -17,6 +16,7 @@ from .contestants import BASELINE, NUM_CLASSES, OURS, Contestant, Kind, build, c
 from .flops import as_list, count_flops, count_products, training_loss
 from .machine import facts
 from .memory import peak_bytes
+from .processes import in_processes
 from .rows import same_function
 from .timing import EventWatch, WallWatch, alternate, median_ratio, quantile, spread
 
@@ -75,8 +75,9 @@ def measure(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dic
 
 def measure_alone(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dict[str, Any]]:
     """As `measure`, in a process of its own, which has no memory that another case used before."""
-    with ProcessPoolExecutor(1, get_context('spawn'), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
-        return pool.submit(measure, case, rivals, rounds, device).result()
+    run = partial(measure, case, rivals, rounds)
+    rows, = in_processes(run, [device], processes=1, threads=torch.get_num_threads())
+    return list(rows)
 
 
 def say(text: str) -> None:

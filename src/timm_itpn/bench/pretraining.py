@@ -3,8 +3,9 @@
 The tasks are the digit, by the classifier, and the digit at each position of the pyramid's finest level. All networks
 see the same labels in the same order; only their weights at the start differ.
 """
+import os
 import sys
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
@@ -14,6 +15,7 @@ from timm.utils import dispatch_clip_grad, random_seed
 from ..pretrain.masking import random_masking
 from ..pretrain.objectives import create_objective, create_student
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
+from .processes import in_processes
 from .rows import lines_as_markdown
 from .two_tasks import TwoTasks, batches, mean, normalised, percent, schedule, test, train
 
@@ -62,31 +64,37 @@ STARTS = (
 
 
 def study(seeds: Sequence[int]) -> Iterator[Row]:
-    """Pre-train, fine-tune with few labels, and measure.
+    """Pre-train, fine-tune with few labels, and measure; as many seeds at a time as there are cores.
 
     Args:
         seeds: Of weights, order and masks; the data are the same for all.
 
     Yields:
-        A row for each start and number of labels.
+        A row for each seed, start and number of labels.
     """
+    for rows in in_processes(study_seed, seeds, processes=min(len(seeds), os.cpu_count() or 1), threads=1):
+        yield from rows
+
+
+def study_seed(seed: int) -> List[Row]:
+    """The rows of one seed."""
     digits, labels = load_digits(test=False)
     unlabelled = draw(digits, labels, num=DRAWINGS * len(labels), seed=1, **CANVAS)
     test_digits, test_labels = load_digits(test=True)
     test_set = draw(test_digits, test_labels, num=TEST_DRAWINGS * len(test_labels), seed=4, **CANVAS)
     train_sets = {num: labelled(digits, labels, num) for num in LABELS}
-    for seed in seeds:
-        states: Dict[str, StateDict] = {}
-        for start in STARTS:
-            way = f'{start.objective} {start.kwargs}'  # starts share what is pre-trained alike
-            if start.objective and way not in states:
-                states[way] = pretrain(start, unlabelled, seed)
-            for num, train_set in train_sets.items():
-                network = build(start, states.get(way, {}), seed)
-                train(network, train_set, TUNING_UPDATES, TUNING_BATCH, TUNING_LR, seed)
-                row = {'start': start.name, 'labels': num, 'seed': seed, **test(network, test_set)}
-                print(row, file=sys.stderr, flush=True)
-                yield row
+    states: Dict[str, StateDict] = {}
+    rows: List[Row] = []
+    for start in STARTS:
+        way = f'{start.objective} {start.kwargs}'  # starts share what is pre-trained alike
+        if start.objective and way not in states:
+            states[way] = pretrain(start, unlabelled, seed)
+        for num, train_set in train_sets.items():
+            network = build(start, states.get(way, {}), seed)
+            train(network, train_set, TUNING_UPDATES, TUNING_BATCH, TUNING_LR, seed)
+            rows.append({'start': start.name, 'labels': num, 'seed': seed, **test(network, test_set)})
+            print(rows[-1], file=sys.stderr, flush=True)
+    return rows
 
 
 def labelled(digits: torch.Tensor, labels: torch.Tensor, num: int) -> Canvases:

@@ -1,4 +1,4 @@
-"""`timm-itpn evidence`: run an experiment on digits; it shows what acceleration costs in accuracy."""
+"""`timm-itpn evidence`: run an experiment on digits; what acceleration costs in accuracy, what pre-training gives."""
 import argparse
 import importlib.util
 import json
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 REQUIRES = ('sklearn',)
-STUDIES = ('acceleration',)
+STUDIES = ('acceleration', 'pretraining')
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser('evidence', help='measure what acceleration costs in accuracy')
+    parser = subparsers.add_parser('evidence', help='measure what acceleration costs, and pre-training gives')
     parser.add_argument('study', choices=STUDIES, help='the experiment, on digits')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
     parser.add_argument('--record', type=Path, metavar='FILE.jsonl', help='new file for the rows, as JSON lines')

@@ -1,0 +1,21 @@
+"""Work in processes of their own."""
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, Callable, Iterable, Iterator
+
+import torch
+
+__all__ = ['in_processes']
+
+
+def in_processes(function: Callable[..., Any], items: Iterable[Any], processes: int, threads: int) -> Iterator[Any]:
+    """Call a function of a module for each item, as `map` does.
+
+    Args:
+        function: What is called.
+        items: Its arguments.
+        processes: That run at a time.
+        threads: Of PyTorch, in each.
+    """
+    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (threads,)) as pool:
+        yield from pool.map(function, items)
