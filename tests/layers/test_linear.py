@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from small import Adapter
 
 from timm_itpn.layers.linear import apply_linear, linear
 from timm_itpn.layers.mlp import GatedMlp
@@ -49,14 +50,6 @@ def test_other_types_and_autocast_are_left_to_pytorch(calls, layer):
 
 
 def test_what_stands_in_for_the_layer_is_called(calls, layer):
-    class Adapter(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-
-        def forward(self, x):
-            return self.layer(x) + 1.
-
     hooked = copy.deepcopy(layer)
     hooked.register_forward_hook(lambda module, args, output: output + 1.)
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, torch.qint8)[0]

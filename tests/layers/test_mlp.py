@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from small import Adapter
 from timm.layers import GluMlp
 
 from timm_itpn.layers.mlp import GatedMlp, GatedProduct
@@ -45,17 +46,6 @@ def test_float32_on_the_cpu_is_split():
     assert ours._is_split(x) and not ours._is_split(x.bfloat16()) and not ours._is_split(x.to('meta'))
     with torch.autocast('cpu', torch.bfloat16):
         assert not ours._is_split(x)
-
-
-class Adapter(nn.Module):
-    """A layer with an addition, as those who fine-tune put in the place of a Linear layer."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-
-    def forward(self, x):
-        return self.layer(x) + 1.
 
 
 def test_what_stands_in_for_the_first_layer_is_used():
