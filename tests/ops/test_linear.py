@@ -1,4 +1,7 @@
 """Every implementation of the linear layer against float64, and the rules for choosing one."""
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +96,15 @@ def test_product_of_onednn_computes_only_the_gradients_that_are_wanted():
         onednn_grad.forward(x, weight, None).sum().backward()
     assert weight.grad is not None
     assert counter.get_total_flops() == 2 * 2 * x.numel() * OUT  # forward, and the gradient of the weight
+
+
+def test_builds_without_onednn_import_it_and_do_without(monkeypatch):
+    monkeypatch.setattr(torch.ops, 'mkldnn', SimpleNamespace())
+    importlib.reload(onednn_grad)
+    assert onednn_grad.OPERATOR is None
+    assert choose('auto', torch.zeros(8, 8), TRAINABLE) == 'reference'
+    monkeypatch.undo()
+    importlib.reload(onednn_grad)  # the formula is known, and not registered twice
 
 
 @pytest.mark.parametrize('shape', [(IN,), (0, IN), (2, 0, IN), (2, 3, 50, IN)])

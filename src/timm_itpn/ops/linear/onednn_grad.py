@@ -9,7 +9,7 @@ from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import onednn, reference
 
@@ -53,9 +53,13 @@ class Product(torch.autograd.Function):
         return torch.func.vmap(F.linear, in_dims)(*inputs), 0
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
 def count_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: torch.Size, **kwargs: Any) -> int:
     return 2 * out_shape.numel() * x_shape[-1]
+
+
+OPERATOR = getattr(torch.ops.mkldnn, '_linear_pointwise', None)  # not in every build of PyTorch
+if OPERATOR is not None and OPERATOR not in flop_registry:
+    register_flop_formula(OPERATOR)(count_flops)  # or `FlopCounterMode` would not see these products
 
 
 def why_not(weight: torch.Tensor) -> Optional[str]:
