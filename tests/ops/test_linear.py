@@ -88,6 +88,18 @@ def test_product_of_onednn_goes_through_function_transforms():
         mapped = torch.func.vmap(lambda weight: onednn_grad.forward(x, weight, bias))(torch.stack([weight, -weight]))
     torch.testing.assert_close(mapped[1], F.linear(x, -weight, bias))
     torch.testing.assert_close(*[torch.func.jvp(f, (x[0], weight, bias), (x[1], weight, bias)) for f in both])
+    without_bias = [torch.func.jvp(lambda x, f=f: f(x, weight, None), (x[0],), (x[1],)) for f in both]
+    torch.testing.assert_close(*without_bias)
+
+
+@pytest.mark.parametrize('x', [torch.zeros(1000, IN, dtype=torch.bfloat16), torch.zeros(1000, IN + 1)])
+def test_input_that_does_not_fit_is_told_as_pytorch_does(x):
+    messages = []
+    for forward in (F.linear, onednn_grad.forward):
+        with pytest.raises(RuntimeError) as error:
+            forward(x, torch.zeros(OUT, IN), None)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 def test_product_of_onednn_computes_only_the_gradients_that_are_wanted():

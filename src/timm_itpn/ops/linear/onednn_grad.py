@@ -27,10 +27,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x, weight, bias = inputs
-        ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(*inputs[:2])
+        ctx.save_for_forward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Gradients:
@@ -45,8 +43,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dx: torch.Tensor, dweight: torch.Tensor, dbias: Optional[torch.Tensor]) -> torch.Tensor:
         x, weight = ctx.saved_tensors
-        out = Product.apply(dx, weight, dbias if ctx.has_bias else None)
-        return out + Product.apply(x, dweight, None)
+        return Product.apply(dx, weight, dbias) + Product.apply(x, dweight, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: Tuple[Optional[int], ...], *inputs: torch.Tensor) -> Tuple[torch.Tensor, int]:
@@ -90,10 +87,10 @@ def forward(
         act: str = 'none',
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    if x.numel() * len(packed) < SMALL:
+    fits = x.dtype == packed.dtype and x.shape[-1] == packed.shape[1]  # if not, PyTorch's error says why
+    if not fits or x.numel() * len(packed) < SMALL:
         return reference.forward(x, packed, bias, act, residual)
     with_gradients = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
     product = Product.apply if with_gradients else Product.forward  # apply() alone takes 20 us
     y = product(x.reshape(-1, x.shape[-1]), packed, bias)  # (..., C) -> (M, C) -> (M, D)
-    y = reference.ACTIVATIONS[act](y.reshape(*x.shape[:-1], len(packed)))
-    return y if residual is None else residual + y
+    return reference.finish(y.reshape(*x.shape[:-1], len(packed)), act, residual)

@@ -26,5 +26,10 @@ def forward(
         act: str = 'none',
         residual: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    x = ACTIVATIONS[act](F.linear(x, packed, bias))
+    return finish(F.linear(x, packed, bias), act, residual)
+
+
+def finish(x: torch.Tensor, act: str, residual: Optional[torch.Tensor]) -> torch.Tensor:
+    """What follows the product."""
+    x = ACTIVATIONS[act](x)
     return x if residual is None else residual + x
