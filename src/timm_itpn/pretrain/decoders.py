@@ -9,9 +9,9 @@ import torch.nn as nn
 from einops import rearrange
 from timm.layers import LayerNorm
 
-__all__ = ['ConvLevels', 'LinearLevels']
+from .student import LEVELS
 
-NUM_LEVELS = 3
+__all__ = ['ConvLevels', 'LinearLevels']
 
 
 class ConvLevels(nn.ModuleList):
@@ -25,7 +25,7 @@ class ConvLevels(nn.ModuleList):
     def __init__(self, dim: int, out_dim: int):
         super().__init__([
             nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, out_dim, kernel_size=2 ** i, stride=2 ** i))
-            for i in range(NUM_LEVELS)])
+            for i in range(len(LEVELS))])
 
     def forward(self, levels: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """Maps (B, H, W, dim) of the levels, from fine to coarse -> one (B, h * w, out_dim) for each, coarse first."""
@@ -46,7 +46,7 @@ class LinearLevels(nn.ModuleList):
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__([
-            nn.Sequential(LayerNorm(dim), nn.Linear(dim, out_dim // 4 ** i)) for i in range(NUM_LEVELS)])
+            nn.Sequential(LayerNorm(dim), nn.Linear(dim, out_dim // 4 ** i)) for i in range(len(LEVELS))])
 
     def forward(self, levels: Sequence[torch.Tensor]) -> List[torch.Tensor]:
         """As `ConvLevels`."""
