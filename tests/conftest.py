@@ -2,8 +2,8 @@
 import os
 import tempfile
 
-import hub_server
 import pytest
+from support import hub_server
 
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers share the cores

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from small import FAMILIES, PYRAMIDS, images, small_model
+from support.small import FAMILIES, PYRAMIDS, images, small_model
 from torch._dynamo.testing import CompileCounterWithBackend
 
 SIZES = [(64, 64), (96, 48), (48, 112), (80, 80)]  # the first is that of the position embeddings

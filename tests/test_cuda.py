@@ -3,12 +3,12 @@ import copy
 import itertools
 from contextlib import contextmanager, nullcontext
 
-import golden
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from small import FAMILIES, PYRAMIDS, images, small_model
+from support import golden
+from support.small import FAMILIES, PYRAMIDS, images, small_model
 
 from timm_itpn.bench.baseline import Baseline
 from timm_itpn.ops.attention.kernels import record_kernels

@@ -5,9 +5,9 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from hub_server import TOKEN, Fault
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from support.hub_server import TOKEN, Fault
 
 REPO = 'someone/model'
 WEIGHTS = bytes(range(256)) * 1000

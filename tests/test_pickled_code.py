@@ -1,13 +1,12 @@
 """A weight file that would run code when it is unpickled runs none, whichever way it is opened."""
 import json
 
-import drive_server
-import hub_server
 import pytest
 import timm
 import torch
-from explosive import Explosive
 from PIL import Image
+from support import drive_server, hub_server
+from support.explosive import Explosive
 from timm.models import load_checkpoint, load_state_dict
 
 from timm_itpn.cli import main

@@ -5,11 +5,10 @@ The tiny models go by default, the others with `-m slow`: they take about 12 min
 """
 import argparse
 
-import golden
-import hub_server
 import pytest
 import timm
 import torch
+from support import golden, hub_server
 
 from timm_itpn.cli import main
 from timm_itpn.models.names import MODULES

@@ -10,8 +10,9 @@ import importlib.machinery
 import os
 import re
 import sys
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, List, Optional, Sequence
+from typing import Any
 
 from . import warn
 
@@ -50,9 +51,9 @@ class TimmModelsFinder(importlib.abc.MetaPathFinder):
     def find_spec(
             self,
             fullname: str,
-            path: Optional[Sequence[str]],
-            target: Optional[ModuleType] = None,
-    ) -> Optional[importlib.machinery.ModuleSpec]:
+            path: Sequence[str] | None,
+            target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname != 'timm.models':
             return None
         for finder in list(sys.meta_path):
@@ -76,7 +77,7 @@ class ThenRegister(importlib.abc.Loader):
     def __getattr__(self, name: str) -> Any:  # get_source and the like, for those who look before they load
         return getattr(self.loader, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Optional[ModuleType]:
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -89,5 +90,5 @@ class ThenRegister(importlib.abc.Loader):
         register()
 
 
-def _numbers(version: str) -> List[int]:
+def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r'\d+', version)[:3]]

@@ -1,7 +1,7 @@
 """The baseline computes what the official models compute."""
-import golden
 import pytest
 import torch
+from support import golden
 
 from timm_itpn.bench.baseline import Baseline
 from timm_itpn.layers.pyramid import FeaturePyramid

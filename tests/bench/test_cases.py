@@ -1,8 +1,8 @@
 """Cases: sizes as users write them, what a case is called, and what cannot be measured."""
 import pytest
 
+from timm_itpn.acceleration import schedule
 from timm_itpn.bench.cases import ACCELERATIONS, Case, Rivals, Rounds, check, height_width, parse_size
-from timm_itpn.tokens import schedule
 
 CASE = Case('fast_itpn_tiny', 32, 2)
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn as nn
 
+from timm_itpn.acceleration import MigrationStage
 from timm_itpn.bench.cases import Case, Rivals
 from timm_itpn.bench.contestants import Kind, build, build_against, build_ours, build_peer, checkpoint_gradients
-from timm_itpn.tokens import MigrationStage
 
 CASE = Case('fast_itpn_tiny', 32, 2)
 PYRAMID = Case('fast_itpn_tiny', '64x32', 2, pyramid=True)

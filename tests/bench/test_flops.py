@@ -4,7 +4,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from small import PYRAMIDS, small_model
+from support.small import PYRAMIDS, small_model
 
 from timm_itpn.bench.baseline import Baseline
 from timm_itpn.bench.flops import Product, count_flops, count_products, training_loss

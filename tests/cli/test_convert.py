@@ -5,10 +5,10 @@ import signal
 import subprocess
 import sys
 
-import golden
 import pytest
 import timm
 import torch
+from support import golden
 
 from timm_itpn.cli import main
 from timm_itpn.models import conversion

@@ -6,17 +6,17 @@ import json
 import os
 import shlex
 
-import golden
 import pytest
 import safetensors.torch
 import timm
 import torch
-from small import small_model
+from support import golden
+from support.small import small_model
 
 from timm_itpn.cli import inspect as inspect_command
 from timm_itpn.cli import main
 from timm_itpn.models import inspection
-from timm_itpn.models.conversion import convert
+from timm_itpn.tools.convert import convert
 from timm_itpn.weights import contents
 from timm_itpn.weights.records import expected_sha256, record
 from timm_itpn.weights.sources import SOURCES

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import yaml
-from pretrain_runs import command, parse, write_images
+from support.pretrain_runs import command, parse, write_images
 
 from timm_itpn.cli import main
 from timm_itpn.cli.recipe import RECIPES

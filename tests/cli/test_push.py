@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import TOKEN, Fault
-from small import FAMILIES, images, small_model
+from support.hub_server import TOKEN, Fault
+from support.small import FAMILIES, images, small_model
 from timm.models import save_for_hf
 
 from timm_itpn import __version__

@@ -2,13 +2,13 @@
 import sys
 from types import SimpleNamespace
 
-import golden
 import pytest
 import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from support import golden
 
 from timm_itpn.cli import main, show
 

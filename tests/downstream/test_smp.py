@@ -1,11 +1,11 @@
 """Every architecture of segmentation_models_pytorch on our encoders; those that cannot work fail as listed here."""
 import io
 
-import golden
 import pytest
 import timm
 import torch
 from sklearn.datasets import load_sample_images
+from support import golden
 
 smp = pytest.importorskip('segmentation_models_pytorch', reason='segmentation_models_pytorch is not installed')
 

@@ -2,12 +2,12 @@
 import io
 import json
 
-import golden
 import pytest
 import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from support import golden
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from small import Adapter
+from support.small import Adapter
 
 from timm_itpn.layers.linear import apply_linear, linear
 from timm_itpn.layers.mlp import GatedMlp

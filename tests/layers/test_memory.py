@@ -1,7 +1,7 @@
 """What training keeps for the backward pass, per image, against the unfused baseline."""
 import pytest
 import torch
-from small import images, small_model
+from support.small import images, small_model
 
 from timm_itpn.bench.baseline import Baseline
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from small import Adapter
+from support.small import Adapter
 from timm.layers import GluMlp
 
 from timm_itpn.layers.mlp import GatedMlp, GatedProduct

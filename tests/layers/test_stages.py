@@ -1,7 +1,7 @@
 """Stages on the CPU work on a few rows of maps at a time, which nobody should notice."""
 import pytest
 import torch
-from small import images, small_model
+from support.small import images, small_model
 
 import timm_itpn
 from timm_itpn.layers import parts

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from small import FAMILIES, images, small_model
+from support.small import FAMILIES, images, small_model
 from timm.utils.onnx import onnx_export
 
 every_family = pytest.mark.parametrize('name', FAMILIES)

@@ -1,12 +1,12 @@
 """The Fast-iTPN models: their values, and what timm's own suite does not ask of them."""
 import copy
 
-import golden
 import numpy as np
 import pytest
 import timm
 import torch
-from small import drop_path_rates, optimizer_scales
+from support import golden
+from support.small import drop_path_rates, optimizer_scales
 from timm.layers import set_fused_attn
 
 VARIANTS = ('tiny', 'small', 'base', 'large')

@@ -2,12 +2,12 @@
 import copy
 import pickle
 
-import golden
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from small import FAMILIES, PYRAMIDS, images, small_model
+from support import golden
+from support.small import FAMILIES, PYRAMIDS, images, small_model
 from timm.models import reparameterize_model
 
 import timm_itpn

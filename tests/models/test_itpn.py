@@ -1,12 +1,12 @@
 """The iTPN and HiViT models: their values, and what only they have."""
 import copy
 
-import golden
 import numpy as np
 import pytest
 import timm
 import torch
-from small import drop_path_rates, images, optimizer_scales, small_model
+from support import golden
+from support.small import drop_path_rates, images, optimizer_scales, small_model
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2

@@ -1,12 +1,12 @@
 """The feature pyramid as a timm backbone: values, levels, sizes, and files with and without one."""
 import copy
 
-import golden
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from small import PYRAMIDS, images, small_model
+from support import golden
+from support.small import PYRAMIDS, images, small_model
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
 

@@ -5,7 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from pretrain_runs import write_images
+from support.pretrain_runs import write_images
 
 from timm_itpn.pretrain.data import (
     Crop,

@@ -1,7 +1,7 @@
 """Predictions and losses of the official pre-training models, through weights in their layout."""
-import golden
 import pytest
 import torch
+from support import golden
 
 from timm_itpn.pretrain.objectives import create_objective, create_student
 from timm_itpn.pretrain.weights import from_native, to_native

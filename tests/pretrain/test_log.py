@@ -2,7 +2,7 @@
 import importlib.util
 
 import pytest
-from pretrain_runs import log_lines, run, write_images
+from support.pretrain_runs import log_lines, run, write_images
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from pretrain_runs import MFM, assert_same, command, log_lines, weights, write_images
+from support.pretrain_runs import MFM, assert_same, command, log_lines, weights, write_images
 
 PATIENCE_S = 240
 

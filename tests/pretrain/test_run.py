@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from pretrain_runs import (
+from support.pretrain_runs import (
     MFM,
     MODEL_KWARGS,
     PIXEL,

@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from pretrain_runs import TEACHER, teacher_file
+from support.pretrain_runs import TEACHER, teacher_file
 
 from timm_itpn.pretrain.teacher import Teacher, create_teacher
 

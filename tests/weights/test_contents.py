@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from pickles import FORMATS, both_formats, save, write_pickle
+from support.pickles import FORMATS, both_formats, save, write_pickle
 
 from timm_itpn.weights import contents
 from timm_itpn.weights.contents import Opaque, read_contents

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from drive_server import FILE_ID, QUOTA_PAGE, UUID, Drive, Fault, warning_page
 from huggingface_hub import constants
+from support.drive_server import FILE_ID, QUOTA_PAGE, UUID, Drive, Fault, warning_page
 
 from timm_itpn.weights import drive as client
 from timm_itpn.weights.drive_page import Page

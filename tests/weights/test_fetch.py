@@ -9,14 +9,13 @@ import sys
 import time
 from os import kill
 
-import drive_server
-import golden
 import pytest
 import timm
 import torch
-from hub_server import Fault
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors.torch import save
+from support import drive_server, golden
+from support.hub_server import Fault
 
 from timm_itpn.weights import drive, sources
 from timm_itpn.weights.fetch import cached, fetch

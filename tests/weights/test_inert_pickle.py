@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from pickles import FORMATS, both_formats, save, write_pickle
+from support.pickles import FORMATS, both_formats, save, write_pickle
 
 from timm_itpn.weights import contents, inert_pickle
 from timm_itpn.weights.contents import Opaque, read_contents

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import safetensors.torch
 import torch
-from explosive import Explosive
+from support.explosive import Explosive
 
 from timm_itpn.weights.integrity import is_weight_start, sha256_of, why_no_weight_file
 

@@ -1,8 +1,8 @@
 """The key tables of official and native names."""
-import golden
 import pytest
 import timm
 import torch
+from support import golden
 
 from timm_itpn.weights.layout import (
     FAST_ITPN,

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 
-import golden
 import pytest
 import safetensors.torch
 import timm
 import torch
-from explosive import Explosive
-from hub_server import Fault
+from support import golden
+from support.explosive import Explosive
+from support.hub_server import Fault
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_itpn.models.fast_itpn import FastITPN, checkpoint_filter_fn

@@ -1,9 +1,9 @@
 """Weight files of iTPN and HiViT: what the two kinds of pre-training leave out, and other grids."""
-import golden
 import pytest
 import timm
 import torch
-from small import SMALL, images, small_model
+from support import golden
+from support.small import SMALL, images, small_model
 from timm.layers import resize_rel_pos_bias_table
 
 from timm_itpn.weights.layout import ITPN, key_table

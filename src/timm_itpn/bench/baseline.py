@@ -8,7 +8,7 @@ out: the benchmark runs without.
 The pyramid, where there is one, is ours: its stages are maps (B, H, W, C), so those from here are permuted for it, and
 its levels permuted back. Compared are then two backbones under one pyramid.
 """
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -149,19 +149,19 @@ class Baseline(nn.Module):
 
     def __init__(
             self,
-            img_size: Tuple[int, int] = (224, 224),
+            img_size: tuple[int, int] = (224, 224),
             in_chans: int = 3,
             num_classes: int = 1000,
             embed_dim: int = 512,
-            depths: Tuple[int, int, int] = (3, 3, 24),
+            depths: tuple[int, int, int] = (3, 3, 24),
             num_heads: int = 8,
             mlp_ratio: int = 3,
-            pyramid: Optional[FeaturePyramid] = None,
+            pyramid: FeaturePyramid | None = None,
     ):
         super().__init__()
         self.grad_checkpointing = False
         self.patch_embed = Patches(in_chans, embed_dim // 4)
-        blocks: List[nn.Module] = [ConvBlock(embed_dim // 4, mlp_ratio) for _ in range(depths[0])]
+        blocks: list[nn.Module] = [ConvBlock(embed_dim // 4, mlp_ratio) for _ in range(depths[0])]
         blocks += [Merge(embed_dim // 4)]
         blocks += [ConvBlock(embed_dim // 2, mlp_ratio) for _ in range(depths[1])]
         blocks += [Merge(embed_dim // 2)]
@@ -183,7 +183,7 @@ class Baseline(nn.Module):
             for level in levels:
                 level.grad_checkpointing = enable
 
-    def run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList, stages: List[torch.Tensor]) -> torch.Tensor:
+    def run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList, stages: list[torch.Tensor]) -> torch.Tensor:
         """Run blocks one after the other; for a pyramid, what comes to a merge is added to `stages`."""
         for block in blocks:
             if self.pyramid is not None and isinstance(block, Merge):
@@ -191,8 +191,8 @@ class Baseline(nn.Module):
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x
 
-    def forward(self, x: torch.Tensor) -> Union[torch.Tensor, List[torch.Tensor]]:
-        stages: List[torch.Tensor] = []
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        stages: list[torch.Tensor] = []
         x = self.run_blocks(self.patch_embed(x), self.blocks[:self.num_maps], stages)
         grid_size = x.shape[2:]
         x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (B, C, H, W) -> (B, N, C)

@@ -1,6 +1,6 @@
 """What is measured: a model at one size, batch, type and mode, and against whom."""
 import re
-from typing import Dict, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple
 
 __all__ = [
     'ACCELERATIONS', 'COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Case', 'Rivals', 'Rounds', 'Size', 'check',
@@ -15,10 +15,10 @@ COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-
 PEERS = (
     'vit_base_patch16_224', 'eva02_base_patch14_224', 'hiera_base_plus_224', 'swin_base_patch4_window7_224')
 
-Size = Union[int, str]  # side of a square in pixels, or 'HEIGHTxWIDTH'
+Size = int | str  # side of a square in pixels, or 'HEIGHTxWIDTH'
 
 # --dtype -> (type of weights and images, type that autocast computes in, None without autocast)
-DTYPES: Dict[str, Tuple[str, Optional[str]]] = {
+DTYPES: dict[str, tuple[str, str | None]] = {
     'float32': ('float32', None),
     'bfloat16': ('bfloat16', None),
     'float16': ('float16', None),
@@ -69,9 +69,9 @@ class Rivals(NamedTuple):
     baseline: bool = False
     fuse: bool = False
     compile: str = ''
-    peers: Tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
     against: str = ''
-    accelerations: Tuple[str, ...] = ()
+    accelerations: tuple[str, ...] = ()
     objective: str = ''
 
 
@@ -100,7 +100,7 @@ def parse_size(text: str) -> Size:
     return height if height == width else f'{height}x{width}'
 
 
-def height_width(size: Size) -> Tuple[int, int]:
+def height_width(size: Size) -> tuple[int, int]:
     """Height and width of images of a size, in pixels."""
     if isinstance(size, int):
         return size, size

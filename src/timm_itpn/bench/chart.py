@@ -1,10 +1,11 @@
 """A chart of rows: one panel per case, with the ceiling as a line; of several sizes, how the cost grows with them."""
 import importlib.util
 import math
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from textwrap import fill
-from typing import Any, List, Sequence
+from typing import Any
 
 from .cases import STRIDE, height_width
 from .rows import Row, case_of, is_ours, setting
@@ -63,7 +64,7 @@ def draw(rows: Sequence[Row]) -> Any:
     return figure
 
 
-def draw_case(axes: Any, rows: List[Row]) -> None:
+def draw_case(axes: Any, rows: list[Row]) -> None:
     times_ms = [row['ms_per_image'] for row in rows]
     colours = [OURS_COLOUR if is_ours(row) else OTHERS_COLOUR for row in rows]
     bars = axes.barh([row['contestant'] for row in rows], times_ms, color=colours)
@@ -103,7 +104,7 @@ def num_tokens(row: Row) -> int:
 
 def save(figure: Any, path: Path) -> None:
     """Write a figure as PNG, all or nothing."""
-    from ..weights.files import replaced
+    from ..files import replaced
 
     with replaced(path) as part:
         figure.savefig(part, dpi=120, format='png')

@@ -4,8 +4,9 @@ import enum
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -78,11 +79,11 @@ class PretrainingStep(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.objective.backbone.set_grad_checkpointing(enable)
 
-    def forward(self, images: torch.Tensor) -> List[torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [self.objective(images, self.masked, self.target)['loss']]
 
 
-def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
+def build(case: Case, rivals: Rivals, device: str) -> list[Contestant]:
     """Build all contestants of a case, ours first.
 
     Raises:
@@ -90,7 +91,7 @@ def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
     """
     ours = build_ours(case)
     accelerated = {f'{OURS} {name}': build_accelerated(ours, case, name) for name in rivals.accelerations}
-    others: Dict[str, nn.Module] = {}
+    others: dict[str, nn.Module] = {}
     if rivals.baseline:
         others[BASELINE] = build_baseline(ours, case)
     others.update({name: build_peer(name, case.size) for name in rivals.peers})
@@ -115,7 +116,7 @@ def build(case: Case, rivals: Rivals, device: str) -> List[Contestant]:
     return contestants
 
 
-def as_written_and_fused(name: str, model: nn.Module, kind: Kind, with_fused: bool) -> List[Contestant]:
+def as_written_and_fused(name: str, model: nn.Module, kind: Kind, with_fused: bool) -> list[Contestant]:
     """A model, and if asked for its fused copy. Do it last: what fusing does depends on device and type."""
     contestants = [Contestant(name, model, model, kind, plain=model)]
     if with_fused:
@@ -147,9 +148,9 @@ def build_accelerated(ours: nn.Module, case: Case, acceleration: str) -> nn.Modu
     return model
 
 
-def create(case: Case, acceleration: Optional[str] = None) -> nn.Module:
+def create(case: Case, acceleration: str | None = None) -> nn.Module:
     """The model of a case as timm makes it: a classifier, or timm's wrapper that returns the levels of the pyramid."""
-    options: Dict[str, Any] = {'img_size': height_width(case.size), 'acceleration': acceleration}
+    options: dict[str, Any] = {'img_size': height_width(case.size), 'acceleration': acceleration}
     if case.pyramid:
         options.update(features_only=True, pyramid=True)
     else:
@@ -189,7 +190,7 @@ def build_peer(name: str, size: Size) -> nn.Module:
         raise ValueError(f"timm has no model {name!r}: look it up with timm.list_models('*{name.partition('_')[0]}*')")
     cfg = get_pretrained_cfg(name)
     height, width = height_width(size)
-    options: Dict[str, Any] = {'num_classes': NUM_CLASSES}
+    options: dict[str, Any] = {'num_classes': NUM_CLASSES}
     if cfg is not None and cfg.input_size[1:] != (height, width):
         options['img_size'] = height, width
     try:
@@ -242,7 +243,7 @@ def load_file(path: Path) -> Any:
     return module
 
 
-def accepted(function: Callable[..., Any], **offered: Any) -> Dict[str, Any]:
+def accepted(function: Callable[..., Any], **offered: Any) -> dict[str, Any]:
     """Those of the arguments that the function takes by name."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -252,7 +253,7 @@ def accepted(function: Callable[..., Any], **offered: Any) -> Dict[str, Any]:
             if name in parameters and parameters[name].kind in by_name}
 
 
-def checkpoint_gradients(contestants: List[Contestant]) -> None:
+def checkpoint_gradients(contestants: list[Contestant]) -> None:
     """Let all recompute activations in the backward pass."""
     for contestant in contestants:
         enable: Any = getattr(unwrapped(contestant.model), 'set_grad_checkpointing', None)

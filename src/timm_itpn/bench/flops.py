@@ -1,6 +1,7 @@
 """Operations of a model, and the matrix products in it, found by running it on the meta device: shapes without data."""
 from collections import Counter
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -24,7 +25,7 @@ class Product(NamedTuple):
         return 2 * self.rows * self.inner * self.columns
 
 
-def as_list(outputs: Any) -> List[torch.Tensor]:
+def as_list(outputs: Any) -> list[torch.Tensor]:
     """Outputs of a model: the levels of a pyramid, or its one output."""
     return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
 
@@ -62,7 +63,7 @@ def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) 
     return int(counter.get_total_flops())
 
 
-def count_products(model: nn.Module, images: torch.Tensor) -> Dict[Product, int]:
+def count_products(model: nn.Module, images: torch.Tensor) -> dict[Product, int]:
     """Matrix products of the linear and convolution layers in one forward pass, and how often each occurs."""
     with _Products() as products, sdpa_kernel(SDPBackend.MATH):
         _run_on_meta(model, images, False)
@@ -91,7 +92,7 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.found: Counter[Product] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ('mm', 'addmm'):

@@ -3,7 +3,7 @@ import datetime
 import os
 import platform
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import timm
 import torch
@@ -15,7 +15,7 @@ __all__ = ['cpu_name', 'facts']
 CPU_INFO = Path('/proc/cpuinfo')
 
 
-def facts(device: str) -> Dict[str, Any]:
+def facts(device: str) -> dict[str, Any]:
     """Machine, versions and date for a row.
 
     Args:

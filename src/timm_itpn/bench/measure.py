@@ -1,9 +1,10 @@
 """Measure one case: everyone in turn, and one row for each."""
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,7 +31,7 @@ GRAPH_MODES = ('reduce-overhead', 'max-autotune')  # of torch.compile: CUDA grap
 TOLERANCES = {'float32': 1e-3, 'float16': 2e-2, 'bfloat16': 5e-2, 'amp_bfloat16': 5e-2}
 
 
-def measure(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dict[str, Any]]:
+def measure(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> list[dict[str, Any]]:
     """Measure a case.
 
     Args:
@@ -47,7 +48,7 @@ def measure(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dic
     say(f'{case}, {device}: building')
     contestants = build(case, rivals, device)
     images, targets = inputs(case, device)
-    calls: Dict[Any, Callable[[], Any]] = {c.name: workload(c, case, images, targets) for c in contestants}
+    calls: dict[Any, Callable[[], Any]] = {c.name: workload(c, case, images, targets) for c in contestants}
     rows = {c.name: describe(c, case, images) for c in contestants}
     if case.grad_checkpointing:
         checkpoint_gradients(contestants)  # only now: what is computed twice does not count twice
@@ -73,7 +74,7 @@ def measure(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dic
     return list(rows.values())
 
 
-def measure_alone(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> List[Dict[str, Any]]:
+def measure_alone(case: Case, rivals: Rivals, rounds: Rounds, device: str) -> list[dict[str, Any]]:
     """As `measure`, in a process of its own, which has no memory that another case used before."""
     run = partial(measure, case, rivals, rounds)
     rows, = in_processes(run, [device], processes=1, threads=torch.get_num_threads())
@@ -126,7 +127,7 @@ def workload(
     return train if case.mode == 'train' else forward
 
 
-def describe(contestant: Contestant, case: Case, images: torch.Tensor) -> Dict[str, Any]:
+def describe(contestant: Contestant, case: Case, images: torch.Tensor) -> dict[str, Any]:
     """What is known of a contestant without running it."""
     return {
         **case._asdict(),
@@ -137,13 +138,13 @@ def describe(contestant: Contestant, case: Case, images: torch.Tensor) -> Dict[s
     }
 
 
-def attention_of(model: nn.Module) -> Optional[str]:
+def attention_of(model: nn.Module) -> str | None:
     """Implementation that a model of ours has chosen."""
     return next((module.attn_impl for module in model.modules() if isinstance(module, Attention)), None)
 
 
 def check_outputs(
-        contestants: List[Contestant], rows: Dict[str, Dict[str, Any]], case: Case, images: torch.Tensor) -> None:
+        contestants: list[Contestant], rows: dict[str, dict[str, Any]], case: Case, images: torch.Tensor) -> None:
     """Write into each row which attention kernels ran, and how far its outputs are from those of ours.
 
     Compiled models run as they will be timed, and have the kernels of what they were made of.
@@ -168,18 +169,18 @@ def check_outputs(
             say(f'  {contestant.name}: the outputs differ from ours by {error:.2g}, so there is no ratio')
 
 
-def relative_error(outputs: List[torch.Tensor], expected: List[torch.Tensor]) -> float:
+def relative_error(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Root mean square of the difference by that of what is expected; of several outputs the largest, NaN if one is."""
     errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(outputs, expected)]
     return torch.stack(errors).max().sqrt().item()
 
 
-def agrees(row: Dict[str, Any], case: Case) -> bool:
+def agrees(row: dict[str, Any], case: Case) -> bool:
     """True if outputs are as near to ours as they have to be; NaN is not."""
     return not same_function(row) or row['output_error'] <= TOLERANCES[case.dtype]
 
 
-def peak_memory_mib(contestant: Contestant, call: Callable[[], Any], device: str) -> Optional[float]:
+def peak_memory_mib(contestant: Contestant, call: Callable[[], Any], device: str) -> float | None:
     if device == 'cuda' and any(f'({mode})' in contestant.name for mode in GRAPH_MODES):
         return None  # the memory of a graph is there before the call
     return peak_bytes(call, device) / MIB
@@ -192,13 +193,13 @@ def watch(case: Case, device: str) -> Any:
 
 
 def timed(
-        row: Dict[str, Any],
+        row: dict[str, Any],
         case: Case,
-        times_ms: List[float],
-        ours_ms: List[float],
-        baseline_ms: Optional[List[float]],
+        times_ms: list[float],
+        ours_ms: list[float],
+        baseline_ms: list[float] | None,
         ceiling: float,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """The part of a row that follows from the times.
 
     Args:

@@ -1,5 +1,6 @@
 """Peak memory of a call above what was there before: activations, outputs and gradients, but not the weights."""
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 

@@ -1,7 +1,8 @@
 """Work in processes of their own."""
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 

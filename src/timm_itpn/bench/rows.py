@@ -1,9 +1,10 @@
 """Rows of measurements: as tables, and as a file of JSON lines."""
 import json
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple
+from typing import Any
 
 from .cases import Case
 
@@ -21,7 +22,7 @@ MARKDOWN = (  # what is in the Markdown table
 LATER_FIELDS = ('pyramid',)  # of `Case`; older rows lack them
 MEASURED = resources.files('timm_itpn.bench') / 'measured.jsonl'
 
-Row = Dict[str, Any]
+Row = dict[str, Any]
 
 
 def case_of(row: Row) -> Case:
@@ -52,7 +53,7 @@ def setting(row: Row) -> str:
     return f'{where}; {versions}; {row["date"]}'
 
 
-def cells(row: Row, names: Sequence[str] = HEADER) -> Tuple[str, ...]:
+def cells(row: Row, names: Sequence[str] = HEADER) -> tuple[str, ...]:
     """A row of the table under `names`."""
     latency = f' (p95 {row["p95_ms"]:.4g})' if row['mode'] == 'latency' else ''
     texts = {
@@ -90,7 +91,7 @@ def lines_as_markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> 
     return '\n'.join(f'| {" | ".join(texts)} |' for texts in (header, ['---'] * len(header), *lines))
 
 
-def measured() -> List[Row]:
+def measured() -> list[Row]:
     """The rows that come with the package.
 
     Raises:
@@ -113,7 +114,7 @@ def committed_text(file: Any) -> str:
     return str(file.read_text(encoding='utf-8'))
 
 
-def read(path: Path) -> List[Row]:
+def read(path: Path) -> list[Row]:
     """Rows of a file, none if it does not exist.
 
     Raises:
@@ -122,7 +123,7 @@ def read(path: Path) -> List[Row]:
     return parse(path.read_text(encoding='utf-8'), str(path)) if path.exists() else []
 
 
-def parse(text: str, name: str) -> List[Row]:
+def parse(text: str, name: str) -> list[Row]:
     try:
         rows = [json.loads(line) for line in text.splitlines() if line]
         for row in rows:
@@ -140,7 +141,7 @@ def record(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: `path` exists and is no file of rows.
     """
-    from ..weights.files import replaced
+    from ..files import replaced
 
     merged = {key(row): row for row in read(path)}
     merged.update({key(row): row for row in rows})
@@ -148,6 +149,6 @@ def record(path: Path, rows: Sequence[Row]) -> None:
         part.write_text(''.join(f'{json.dumps(row)}\n' for row in merged.values()), encoding='utf-8')
 
 
-def key(row: Row) -> Tuple[Any, ...]:
+def key(row: Row) -> tuple[Any, ...]:
     """What a row replaces another by."""
     return (*case_of(row), row['contestant'], row['machine'])

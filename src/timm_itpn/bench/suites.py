@@ -1,5 +1,4 @@
 """Fixed lists of cases: what the committed rows are measured by."""
-from typing import Dict, List, Tuple
 
 from .cases import ACCELERATIONS, PEERS, Case, Rivals, Rounds
 
@@ -18,7 +17,7 @@ ACCELERATED_ALL = Rivals(baseline=True, fuse=True, accelerations=ACCELERATIONS)
 PRETRAINING = Rivals(objective='clip')
 COMPILED_PEERS = Rivals(baseline=True, fuse=True, compile='max-autotune', peers=PEERS)
 
-SUITES: Dict[str, List[Tuple[Case, Rivals, Rounds]]] = {
+SUITES: dict[str, list[tuple[Case, Rivals, Rounds]]] = {
     'cpu': [
         (Case(BASE, 224, 8, 'float32', 'forward'), FUSED_PEERS, Rounds(9, 1)),
         (Case(BASE, 224, 8, 'bfloat16', 'forward'), FUSED, Rounds(9, 1)),

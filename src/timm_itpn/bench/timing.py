@@ -1,7 +1,8 @@
 """Timing in turn, A B A B ..., so that a machine that slows down slows down everyone."""
 import statistics
 import time
-from typing import Any, Callable, Dict, Hashable, List, Optional, Protocol, Sequence, Tuple, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, TypeVar
 
 __all__ = ['EventWatch', 'WallWatch', 'alternate', 'median_ratio', 'quantile', 'spread']
 
@@ -14,7 +15,7 @@ class Watch(Protocol):
 
     def time(self, call: Call) -> None: ...
 
-    def collect(self) -> List[float]: ...
+    def collect(self) -> list[float]: ...
 
 
 class WallWatch:
@@ -25,10 +26,10 @@ class WallWatch:
         clock: Seconds.
     """
 
-    def __init__(self, synchronize: Optional[Call] = None, clock: Callable[[], float] = time.perf_counter):
+    def __init__(self, synchronize: Call | None = None, clock: Callable[[], float] = time.perf_counter):
         self._synchronize = synchronize or (lambda: None)
         self._clock = clock
-        self._times_ms: List[float] = []
+        self._times_ms: list[float] = []
 
     def time(self, call: Call) -> None:
         self._synchronize()
@@ -37,7 +38,7 @@ class WallWatch:
         self._synchronize()
         self._times_ms.append(1000 * (self._clock() - start))
 
-    def collect(self) -> List[float]:
+    def collect(self) -> list[float]:
         """Milliseconds of the calls since the last time."""
         times_ms, self._times_ms = self._times_ms, []
         return times_ms
@@ -47,7 +48,7 @@ class EventWatch:
     """Time between CUDA events around each call; the host waits for the device once per round."""
 
     def __init__(self) -> None:
-        self._events: List[Tuple[Any, Any]] = []
+        self._events: list[tuple[Any, Any]] = []
 
     def time(self, call: Call) -> None:
         import torch
@@ -58,7 +59,7 @@ class EventWatch:
         end.record()
         self._events.append((start, end))
 
-    def collect(self) -> List[float]:
+    def collect(self) -> list[float]:
         """Milliseconds of the calls since the last time."""
         import torch
 
@@ -67,7 +68,7 @@ class EventWatch:
         return [start.elapsed_time(end) for start, end in events]
 
 
-def alternate(calls: Dict[Key, Call], repeats: int, warmup: int, watch: Watch) -> Dict[Key, List[float]]:
+def alternate(calls: dict[Key, Call], repeats: int, warmup: int, watch: Watch) -> dict[Key, list[float]]:
     """Time calls in turn, round by round.
 
     Args:
@@ -79,7 +80,7 @@ def alternate(calls: Dict[Key, Call], repeats: int, warmup: int, watch: Watch) -
     Returns:
         Milliseconds of each call in each round.
     """
-    times_ms: Dict[Key, List[float]] = {name: [] for name in calls}
+    times_ms: dict[Key, list[float]] = {name: [] for name in calls}
     for number in range(-warmup, repeats):
         for call in calls.values():
             watch.time(call)

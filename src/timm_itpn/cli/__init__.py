@@ -5,7 +5,7 @@ cannot be read, 130 interrupted.
 """
 import argparse
 import sys
-from typing import List, Optional
+from collections.abc import Sequence
 
 from .. import __version__
 from ..pretrain.arguments import ConfigurableParser
@@ -16,7 +16,7 @@ from .table import printable
 COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, push, recipe, show)
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:

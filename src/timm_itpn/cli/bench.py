@@ -4,8 +4,9 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any
 
 # these import no torch
 from ..bench.cases import ACCELERATIONS, COMPILE_MODES, DTYPES, MODES, PEERS, Case, Rivals, Rounds, parse_size
@@ -17,7 +18,7 @@ SUITE_NAMES = ('cpu', 'gpu')
 DEVICES = ('cpu', 'cuda')
 BATCH, LATENCY_BATCH = 8, 1
 
-Work = List[Tuple[Case, Rivals, Rounds]]
+Work = list[tuple[Case, Rivals, Rounds]]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         if args.threads < 1:
             raise ValueError(f'{args.threads} threads are not usable: ask for at least 1')
         torch.set_num_threads(args.threads)
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for case, rivals, rounds in work:
         rows_of_case = (measure_alone if args.suite else measure)(case, rivals, rounds, device)
         rows += rows_of_case
@@ -130,7 +131,7 @@ def check_outputs(args: argparse.Namespace) -> None:
         read(args.record)
 
 
-def suite(args: argparse.Namespace) -> Tuple[Work, str]:
+def suite(args: argparse.Namespace) -> tuple[Work, str]:
     """Cases and device of --suite."""
     from ..bench.suites import SUITES
 
@@ -143,7 +144,7 @@ def suite(args: argparse.Namespace) -> Tuple[Work, str]:
     return SUITES[args.suite], 'cuda' if args.suite == 'gpu' else 'cpu'
 
 
-def asked_for(args: argparse.Namespace) -> Iterator[Tuple[Case, Rivals, Rounds]]:
+def asked_for(args: argparse.Namespace) -> Iterator[tuple[Case, Rivals, Rounds]]:
     """The cases of a command line without --suite."""
     rivals = Rivals(
         baseline=args.baseline,
@@ -166,7 +167,7 @@ def asked_for(args: argparse.Namespace) -> Iterator[Tuple[Case, Rivals, Rounds]]
             yield case, rivals, rounds
 
 
-def show(rows: Sequence[Dict[str, Any]], as_json: bool) -> None:
+def show(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     """Print the rows of a case."""
     if as_json:
         print('\n'.join(json.dumps(row) for row in rows), flush=True)

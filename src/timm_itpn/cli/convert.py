@@ -3,7 +3,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 from .show import square_or_pair
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError('--model has no meaning with --reverse: leave it out')
     import torch
 
-    from ..models.conversion import convert, revert
+    from ..tools.convert import convert, revert
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     img_size = square_or_pair(args.img_size) if args.img_size else None
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         print(summary(report), file=sys.stderr)
 
 
-def summary(report: Dict[str, Any]) -> str:
+def summary(report: dict[str, Any]) -> str:
     source = report['source']
     lines = [f'{source["file"]}: {source["layout"]} layout, SHA-256 {source["sha256"]}']
     if source['wrapper']:

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 from .show import check_device
 
@@ -102,7 +102,7 @@ def train(
         train_loader: Any,
         val_loader: Any,
         args: argparse.Namespace,
-) -> Tuple[List[Dict[str, float]], List[int]]:
+) -> tuple[list[dict[str, float]], list[int]]:
     """Train with AdamW and a cosine schedule per update, saving a checkpoint after each epoch.
 
     Returns:
@@ -127,7 +127,7 @@ def train(
     saver = CheckpointSaver(
         model, optimizer, args=checkpoint_args(args), checkpoint_dir=str(args.output), max_history=1)
     loss_fn = LabelSmoothingCrossEntropy(0.1)
-    history: List[Dict[str, float]] = []
+    history: list[dict[str, float]] = []
     num_updates = 0
     with tqdm(total=args.epochs * len(train_loader), unit='update', mininterval=1, file=sys.stderr) as progress:
         for epoch in range(args.epochs):
@@ -160,7 +160,7 @@ def checkpoint_args(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**plain)
 
 
-def validate(model: Any, loader: Any, device: str) -> Tuple[float, List[int]]:
+def validate(model: Any, loader: Any, device: str) -> tuple[float, list[int]]:
     """Return the top-1 accuracy in percent, and the predicted class of each image in order."""
     import torch
 
@@ -177,8 +177,8 @@ def validate(model: Any, loader: Any, device: str) -> Tuple[float, List[int]]:
 def draw(
         path: Path,
         dataset: Any,
-        predictions: List[int],
-        history: List[Dict[str, float]],
+        predictions: list[int],
+        history: list[dict[str, float]],
         num_images: int = 24,
 ) -> None:
     """Draw held-out images with their predictions, mistakes first, and the learning curve."""

@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bench import evidence
+    from ..studies import evidence
 
     if args.measured:
         print(evidence.markdown(args.study, evidence.committed(args.study)))
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f'{args.record} cannot be written: there is no folder {args.record.parent}')
 
     from ..bench.machine import facts
-    from ..weights.files import replaced
+    from ..files import replaced
 
     rows = [{**row, **facts('cpu')} for row in evidence.STUDIES[args.study].study(args.seeds)]
     if args.record:

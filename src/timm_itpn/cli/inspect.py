@@ -3,8 +3,9 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any
 
 from .table import printable, two_columns
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
         check_name(name)
 
-    from ..models.inspection import inspect, record_hash
+    from ..tools.inspect import inspect, record_hash
 
     facts = inspect(args.file, name)
     if args.record:
@@ -47,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
         print(remark, file=sys.stderr)
 
 
-def table(facts: Dict[str, Any]) -> str:
-    rows: List[Tuple[str, List[str]]] = [
+def table(facts: dict[str, Any]) -> str:
+    rows: list[tuple[str, list[str]]] = [
         ('file', [facts['file']]),
         ('format', [facts['format']]),
         ('size', [f'{facts["bytes"]:,} bytes']),
@@ -67,7 +68,7 @@ def table(facts: Dict[str, Any]) -> str:
     return two_columns((name, [printable(line) for line in lines]) for name, lines in rows)
 
 
-def network(facts: Dict[str, Any]) -> List[Tuple[str, List[str]]]:
+def network(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
     """What the weights are to this package, as rows."""
     rows = [('layout', [LAYOUTS[facts['layout']]] if facts['layout'] else [])]
     found = facts['network']
@@ -87,12 +88,12 @@ def network(facts: Dict[str, Any]) -> List[Tuple[str, List[str]]]:
     return [*rows, ('does not fit', unfit), ('problem', problem), ('notes', facts['notes'])]
 
 
-def told(args: Dict[str, Any]) -> str:
+def told(args: dict[str, Any]) -> str:
     """What a model is created with."""
     return ' with ' + ', '.join(f'{key}={value}' for key, value in args.items()) if args else ''
 
 
-def hash_check(facts: Dict[str, Any]) -> str:
+def hash_check(facts: dict[str, Any]) -> str:
     """Whether the file is a published one, as a sentence."""
     check, model = facts['published'], facts['model']
     subject = f'says that it was converted from {check["sha256"]}, which ' if check['by_metadata'] else ''
@@ -103,18 +104,18 @@ def hash_check(facts: Dict[str, Any]) -> str:
     return f'{subject}was not checked: no SHA-256 is known' + (f' of {model}' if model else '')
 
 
-def globals_found(facts: Dict[str, Any]) -> List[str]:
+def globals_found(facts: dict[str, Any]) -> list[str]:
     lines = listed(facts['globals'])
     return [*lines, '(none was run; loaders refuse those that torch does not know as harmless)'] if lines else []
 
 
-def listed(lines: Iterable[str]) -> List[str]:
+def listed(lines: Iterable[str]) -> list[str]:
     found = list(lines)
     more = len(found) - MAX_LINES
     return found if more <= 0 else [*found[:MAX_LINES], f'and {more:,} more']
 
 
-def next_command(path: Path, facts: Dict[str, Any]) -> str:
+def next_command(path: Path, facts: dict[str, Any]) -> str:
     """What to do next, '' if there is nothing."""
     fitting = [model['name'] for model in facts['models'] if model['fits']]
     name = facts['model']

@@ -2,7 +2,7 @@
 import argparse
 import json
 import sys
-from typing import Any, Dict, List
+from typing import Any
 
 from .table import columns
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         'pyramid, which features_only=True adds', file=sys.stderr)
 
 
-def facts(name: str) -> Dict[str, Any]:
+def facts(name: str) -> dict[str, Any]:
     """What is known of a model `arch.tag`, or `arch` without published weights."""
     import timm
 
@@ -63,7 +63,7 @@ def facts(name: str) -> Dict[str, Any]:
     }
 
 
-def row(model: Dict[str, Any]) -> List[Any]:
+def row(model: dict[str, Any]) -> list[Any]:
     weights = f'Hub {model["hub_repo"]}' if model['hub_repo'] else 'Google Drive' if model['drive_url'] else 'none'
     return [
         model['name'],

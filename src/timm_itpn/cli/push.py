@@ -5,8 +5,9 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any
 
 from .. import __version__
 
@@ -123,7 +124,7 @@ def describe(args: argparse.Namespace) -> str:
 
     sizes = {name: f'{(args.dir / name).stat().st_size:,} bytes' for name in FILES}
     sizes['model.safetensors'] += f', SHA-256 {sha256_of(args.dir / "model.safetensors")}'
-    rows: Dict[str, str] = {
+    rows: dict[str, str] = {
         'repository': args.repo + (' (private)' if args.private else ''), 'revision': args.revision, **sizes}
     return '\n'.join(f'{key:<18} {value}' for key, value in rows.items())
 
@@ -174,7 +175,7 @@ def readable_errors(repo: str) -> Iterator[None]:
         raise RuntimeError(sentence) from error
 
 
-def explain(error: Exception, repo: str) -> Optional[str]:
+def explain(error: Exception, repo: str) -> str | None:
     """What went wrong with an upload, and what to do about it; None for what no client should raise."""
     from huggingface_hub import constants
 

@@ -2,7 +2,7 @@
 pre-training, for `timm-itpn pretrain -c`."""
 import argparse
 from importlib import resources
-from typing import Any, List
+from typing import Any
 
 RECIPES = resources.files('timm_itpn') / 'recipes'
 
@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def names() -> List[str]:
+def names() -> list[str]:
     return sorted(path.name.removesuffix('.yaml') for path in RECIPES.iterdir() if path.name.endswith('.yaml'))
 
 

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 from . import tokens_figure
 
@@ -111,7 +111,7 @@ def read_image(path: Path) -> Any:
         raise ValueError(f'{path} cannot be read as an image: {error}') from error
 
 
-def image_size(asked: Optional[List[int]], own: Tuple[int, int]) -> Tuple[int, int]:
+def image_size(asked: list[int] | None, own: tuple[int, int]) -> tuple[int, int]:
     """Height and width for the model.
 
     Args:
@@ -125,14 +125,14 @@ def image_size(asked: Optional[List[int]], own: Tuple[int, int]) -> Tuple[int, i
     return square_or_pair(asked)
 
 
-def square_or_pair(sides: List[int]) -> Tuple[int, int]:
+def square_or_pair(sides: list[int]) -> tuple[int, int]:
     """Height and width from the numbers of --img-size."""
     if len(sides) > 2:
         raise ValueError(f'--img-size takes one or two numbers, not {len(sides)}')
     return sides[0], sides[-1]
 
 
-def build(args: argparse.Namespace, img_size: Tuple[int, int]) -> Tuple[Any, str]:
+def build(args: argparse.Namespace, img_size: tuple[int, int]) -> tuple[Any, str]:
     """Create the model; return it, and where its weights are from in words."""
     import timm
     from timm.models import split_model_name_tag
@@ -142,7 +142,7 @@ def build(args: argparse.Namespace, img_size: Tuple[int, int]) -> Tuple[Any, str
 
     check_name(args.model)
     name, _ = split_model_name_tag(args.model)
-    overlay: Dict[str, Any] = {'num_classes': 0}  # as the model's, so that timm loads strictly
+    overlay: dict[str, Any] = {'num_classes': 0}  # as the model's, so that timm loads strictly
     loads = args.pretrained or args.checkpoint is not None
     if args.checkpoint is not None:
         overlay['file'] = str(args.checkpoint)
@@ -168,7 +168,7 @@ def build(args: argparse.Namespace, img_size: Tuple[int, int]) -> Tuple[Any, str
     return model.to(args.device).eval(), weights
 
 
-def prepare(image: Any, model: Any, img_size: Tuple[int, int]) -> Tuple[Any, Any]:
+def prepare(image: Any, model: Any, img_size: tuple[int, int]) -> tuple[Any, Any]:
     """Resize the whole image as timm's data config of the model says.
 
     Returns:
@@ -184,7 +184,7 @@ def prepare(image: Any, model: Any, img_size: Tuple[int, int]) -> Tuple[Any, Any
     return pixels[None], shown.clamp(0, 1)
 
 
-def feature_maps(model: Any, images: Any) -> List[FeatureMap]:
+def feature_maps(model: Any, images: Any) -> list[FeatureMap]:
     """Maps of all stages and, if the model has a pyramid, of all its levels, for one image (1, 3, H, W)."""
     x = model.patch_embed(images)
     stages = []
@@ -235,7 +235,7 @@ def to_colours(components: Any, tail: float = 0.01) -> Any:
     return torch.where(span > 0, ((components - low) / span).clamp(0, 1), 0.5)
 
 
-def draw(shown: Any, maps: List[FeatureMap], caption: str) -> Any:
+def draw(shown: Any, maps: list[FeatureMap], caption: str) -> Any:
     """Draw stages and image, and below them the levels, each under the stage of the same stride.
 
     Args:
@@ -284,7 +284,7 @@ def draw_map(axes: Any, feature_map: FeatureMap, height: int, width: int) -> Non
 
 def save(figure: Any, output: Path) -> None:
     """Write a figure as PNG, all or nothing."""
-    from ..weights.files import replaced
+    from ..files import replaced
 
     with replaced(output) as part:
         figure.savefig(part, dpi=120, format='png', bbox_inches='tight')

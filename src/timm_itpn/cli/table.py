@@ -1,5 +1,6 @@
 """Tables for the terminal, and text from files that may hold anything."""
-from typing import Any, Iterable, List, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 __all__ = ['columns', 'printable', 'two_columns']
 
@@ -10,7 +11,7 @@ def printable(text: str, most: int = 1000) -> str:
     return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii') for char in cut)
 
 
-def two_columns(rows: Iterable[Tuple[str, Sequence[str]]]) -> str:
+def two_columns(rows: Iterable[tuple[str, Sequence[str]]]) -> str:
     """Names, each with the lines that belong to it; those without lines are left out."""
     shown = [(name, lines) for name, lines in rows if lines]
     width = max(len(name) for name, _ in shown)
@@ -20,7 +21,7 @@ def two_columns(rows: Iterable[Tuple[str, Sequence[str]]]) -> str:
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A header over rows; numbers are set to the right."""
-    texts: List[List[str]] = [list(header)]
+    texts: list[list[str]] = [list(header)]
     texts += [[f'{value:,}' if isinstance(value, int) else str(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts)]
     numeric = [any(isinstance(value, int) for value in column) for column in zip(*rows)]

@@ -1,5 +1,5 @@
 """The picture of `timm-itpn show --tokens`: which tokens left at which block, over the photograph."""
-from typing import Any, List, NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ['Departures', 'departures', 'draw']
 
@@ -29,11 +29,11 @@ def departures(model: Any, images: Any) -> Departures:
     """
     import torch
 
-    from ..tokens.stage import MigrationStage
-    from ..tokens.windows import window_places
+    from ..acceleration.stage import MigrationStage
+    from ..acceleration.windows import window_places
 
     stage = model.stages[2]
-    places: List[Any] = []
+    places: list[Any] = []
     if isinstance(stage, MigrationStage):
         x = model.patch_embed(images)
         for earlier in model.stages[:2]:

@@ -1,5 +1,4 @@
 """Multi-head self-attention of stage 3."""
-from typing import Optional
 
 import torch
 import torch.nn as nn
@@ -85,7 +84,7 @@ class Attention(nn.Module):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
-            bias: Optional[torch.Tensor] = None,
+            bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Queries (B, num_heads, N, head_dim), keys and values (B, num_heads, M, head_dim) -> (B, N, dim)."""
         x = self.attention(q, k, v, bias, self.attn_drop if self.training else 0.)
@@ -93,7 +92,7 @@ class Attention(nn.Module):
         x = self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x)
         return self.proj_drop(x)
 
-    def forward(self, x: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""
         q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
         return self.attend(q, k, v, bias)

@@ -1,5 +1,5 @@
 """Residual blocks of the stages and of the feature pyramid."""
-from typing import Callable, Optional, Tuple
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -33,7 +33,7 @@ class MlpBlock(nn.Module):
             scale_mlp: bool = False,
             proj_drop: float = 0.,
             drop_path: float = 0.,
-            init_values: Optional[float] = None,
+            init_values: float | None = None,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
             device=None,
@@ -91,12 +91,12 @@ class AttentionBlock(nn.Module):
             scale_mlp: bool = False,
             k_bias: bool = True,
             attn_impl: str = 'auto',
-            window_size: Optional[Tuple[int, int]] = None,
+            window_size: tuple[int, int] | None = None,
             dynamic_window_size: bool = False,
             proj_drop: float = 0.,
             attn_drop: float = 0.,
             drop_path: float = 0.,
-            init_values: Optional[float] = None,
+            init_values: float | None = None,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
             device=None,
@@ -125,7 +125,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
-        bias: Optional[torch.Tensor] = None
+        bias: torch.Tensor | None = None
         if self.rel_pos_bias is not None:
             bias = self.rel_pos_bias(height, width)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias)))

@@ -4,7 +4,6 @@
 of the attention scores; layer scale goes into the linear layer before it; activations and residual sums are done by
 `ops.linear`. Sums are in another order than before, so results are equal to float error, not to the bit.
 """
-from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -72,7 +71,7 @@ class FusedLinear(InferenceOnly):
         out_features, in_features = self.weight.shape
         return f'{in_features}, {out_features}, act={self.act}, implementation={self.implementation}'
 
-    def forward(self, x: torch.Tensor, residual: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
             return reference.forward(x, self.weight, self.bias, self.act, residual)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -169,7 +168,7 @@ class FusedAttentionBlock(InferenceOnly):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
-            bias: Optional[torch.Tensor],
+            bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """Add to the tokens what attention makes of queries, keys and values."""
         y = self.attention(q, k, v, bias, scale=1.)
@@ -186,14 +185,14 @@ class FusedAttentionBlock(InferenceOnly):
         return self.feed(self.attend(x, q, k, v, bias))
 
 
-def name_of(act: nn.Module) -> Optional[str]:
+def name_of(act: nn.Module) -> str | None:
     """Name of an activation in `ops.linear`, None for one that is not there."""
     if isinstance(act, GELU) or (isinstance(act, nn.GELU) and act.approximate == 'none'):
         return 'gelu'
     return 'silu' if isinstance(act, nn.SiLU) else None
 
 
-def weights_of(layer: nn.Module) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a Linear layer.
 
     Raises:
@@ -207,8 +206,8 @@ def weights_of(layer: nn.Module) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
 def fold_norm(
         norm: nn.Module,
         weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
-) -> Tuple[nn.Module, torch.Tensor, torch.Tensor]:
+        bias: torch.Tensor | None,
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """Move scale and shift of a norm into the linear layer after it.
 
     Args:
@@ -230,7 +229,7 @@ def fold_norm(
     return plain.eval(), exact.to(weight.dtype), (bias.detach().double() + shift).to(bias.dtype)
 
 
-def fold_scale(ls: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def fold_scale(ls: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Move a layer scale into the linear layer before it: (out_features, in_features) and (out_features,)."""
     if not isinstance(ls, LayerScale):
         return weight, bias

@@ -1,5 +1,4 @@
 """Linear layers, computed by what is fastest on the device."""
-from typing import Optional, Type
 
 import torch
 import torch.nn as nn
@@ -11,13 +10,13 @@ from .eager import is_eager
 __all__ = ['apply_linear', 'is_plain', 'linear']
 
 
-def is_plain(module: nn.Module, cls: Type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """True for exactly that class without hooks: what it computes may then be computed elsewhere."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is cls and not any(hooks)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias, as `F.linear`.
 
     Args:

@@ -1,5 +1,4 @@
 """MLPs of the blocks."""
-from typing import Tuple
 
 import timm.layers
 import torch
@@ -21,11 +20,11 @@ class GatedProduct(torch.autograd.Function):
         return F.silu(gate) * value
 
     @staticmethod
-    def setup_context(ctx, inputs: Tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, value = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative, which the operator below has not
             sigmoid = gate.sigmoid()

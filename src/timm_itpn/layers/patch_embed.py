@@ -3,7 +3,7 @@
 Everything before stage 3, and in the pyramid, stays inside one 16 x 16 pixel patch: nothing here looks across a
 patch's border.
 """
-from typing import Callable, Optional, Tuple, Union
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -16,10 +16,10 @@ from .linear import apply_linear
 __all__ = [
     'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
 
-ImageSize = Union[int, Tuple[int, int]]
+ImageSize = int | tuple[int, int]
 
 
-def check_side_lengths(img_size: ImageSize, stride: int) -> Tuple[int, int]:
+def check_side_lengths(img_size: ImageSize, stride: int) -> tuple[int, int]:
     """Return `img_size` as (height, width), or raise ValueError if a side is no positive multiple of `stride`."""
     height, width = to_2tuple(img_size)
     if height < stride or width < stride or height % stride or width % stride:
@@ -67,7 +67,7 @@ class StemPatchEmbed(nn.Module):
             in_chans: int = 3,
             embed_dim: int = 96,
             strict_img_size: bool = True,
-            norm_layer: Optional[Callable] = None,
+            norm_layer: Callable | None = None,
             device=None,
             dtype=None,
     ):

@@ -1,5 +1,4 @@
 """Resampling of absolute position embeddings."""
-from typing import List
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -7,7 +6,7 @@ from timm.layers import resample_abs_pos_embed
 __all__ = ['resample_pos_embed']
 
 
-def resample_pos_embed(pos_embed: torch.Tensor, new_size: List[int], old_size: List[int]) -> torch.Tensor:
+def resample_pos_embed(pos_embed: torch.Tensor, new_size: list[int], old_size: list[int]) -> torch.Tensor:
     """Resample (1, h*w, C) to another grid as the official models do: plain bicubic in float32, no antialiasing.
 
     Args:

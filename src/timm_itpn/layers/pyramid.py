@@ -3,7 +3,7 @@
 It goes from stride 16 down to 4; nothing in it mixes positions except the splits, which stay inside a 16 x 16 pixel
 patch. The levels at strides 32 and 64, which detectors want, are pooled from the one at stride 16.
 """
-from typing import Callable, Dict, List, Optional, Tuple
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ from .patch_embed import ConvPatchSplit
 __all__ = ['FeaturePyramid']
 
 # odd sides are rounded up; 'subsample' keeps every other position, as torchvision's LastLevelMaxPool does
-POOLS: Dict[str, Callable] = {
+POOLS: dict[str, Callable] = {
     'max': lambda: nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True),
     'avg': lambda: nn.AvgPool2d(kernel_size=2, stride=2, ceil_mode=True),
     'subsample': lambda: nn.MaxPool2d(kernel_size=1, stride=2, ceil_mode=True),
@@ -41,7 +41,7 @@ class PyramidLevel(nn.Module):
     def __init__(
             self,
             in_dim: int,
-            above_dim: Optional[int],
+            above_dim: int | None,
             dim: int,
             depth: int,
             align_bias: bool,
@@ -109,7 +109,7 @@ class FeaturePyramid(nn.Module):
 
     def __init__(
             self,
-            in_dims: Tuple[int, int, int],
+            in_dims: tuple[int, int, int],
             dim: int = 256,
             depth: int = 1,
             mlp_ratio: float = 4.,
@@ -144,7 +144,7 @@ class FeaturePyramid(nn.Module):
             dict(module=f'pools.{i}', num_chs=level_dims[2], reduction=32 * 2 ** i) for i in range(2)]
 
     @torch.jit.ignore
-    def prune(self, indices: List[int]) -> None:
+    def prune(self, indices: list[int]) -> None:
         """Remove what the levels at `indices` (0 = stride 4 to 4 = stride 64) do not need."""
         needed = {min(i, 2) for i in indices}
         for i, level in enumerate(self.levels):
@@ -153,7 +153,7 @@ class FeaturePyramid(nn.Module):
             if i not in needed and (i == 2 or i < min(needed)):  # stride 8 is built from stage 3, not from stride 16
                 level.align = level.split = level.blocks = None
 
-    def forward(self, stages: List[torch.Tensor], indices: List[int]) -> List[torch.Tensor]:
+    def forward(self, stages: list[torch.Tensor], indices: list[int]) -> list[torch.Tensor]:
         """Compute some levels, and of the others only what those need.
 
         Args:
@@ -163,7 +163,7 @@ class FeaturePyramid(nn.Module):
         Returns:
             Maps (B, H, W, D) of the levels wanted, from fine to coarse.
         """
-        maps: List[torch.Tensor] = []  # from coarse to fine
+        maps: list[torch.Tensor] = []  # from coarse to fine
         top = self.norm(stages[2])
         if max(indices) >= 2:
             x16 = self.join(stages[2], self.levels[2].finish(self.levels[2](top, top)))

@@ -5,7 +5,6 @@ block, as timm's module has it, would be 3.2 GB for 24 blocks at 1024 pixels.
 """
 import functools
 import math
-from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,7 +16,7 @@ __all__ = ['RelPosBias', 'resample_table']
 MAX_CACHED = 2 ** 23  # elements of a bias that is kept; 512 pixels with 8 heads. At 1024, 24 of them would be 13 GB.
 
 
-def resample_table(table: torch.Tensor, new_size: Tuple[int, int], old_size: Tuple[int, int]) -> torch.Tensor:
+def resample_table(table: torch.Tensor, new_size: tuple[int, int], old_size: tuple[int, int]) -> torch.Tensor:
     """Resample a table to another grid: offsets near zero keep their meaning, far ones are stretched.
 
     As `timm.layers.resize_rel_pos_bias_table` without SciPy, to float error; that one goes by way of the CPU, head by
@@ -37,7 +36,7 @@ def resample_table(table: torch.Tensor, new_size: Tuple[int, int], old_size: Tup
     return values.flatten(0, 1).to(table.dtype)  # (2H-1, 2W-1, num_heads) -> ((2H-1) * (2W-1), num_heads)
 
 
-def _neighbours(old: int, new: int, dim: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _neighbours(old: int, new: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """For each new offset along axis `dim`: the old ones left and right of it, and the weight of the right one.
 
     Old offset i stands at 1 + q + ... + q ** (i - 1), so that the last is at the end of the new ones. Nothing is copied
@@ -192,7 +191,7 @@ class RelPosBias(nn.Module):
 
     def __init__(
             self,
-            window_size: Tuple[int, int],
+            window_size: tuple[int, int],
             num_heads: int,
             dynamic_window_size: bool = False,
             spread: bool = True,
@@ -206,13 +205,13 @@ class RelPosBias(nn.Module):
         num_offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
         self.relative_position_bias_table = nn.Parameter(
             torch.empty(num_offsets, num_heads, device=device, dtype=dtype))
-        self._cache: Optional[Tuple] = None
+        self._cache: tuple | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.relative_position_bias_table)
 
-    def set_window_size(self, window_size: Tuple[int, int]) -> None:
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
         """Resample the table to a grid (height, width)."""
         if window_size == self.window_size:
             return

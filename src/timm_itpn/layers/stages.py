@@ -1,5 +1,5 @@
 """The stages: a merge of 2 x 2 neighbours, then blocks. Maps are (B, H, W, C) in and out."""
-from typing import Callable, Optional, Tuple
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -30,9 +30,9 @@ class MlpStage(nn.Module):
             self,
             dim: int,
             depth: int,
-            in_dim: Optional[int] = None,
+            in_dim: int | None = None,
             merge_layer: Callable = ConvPatchMerge,
-            drop_path: Tuple[float, ...] = (),
+            drop_path: tuple[float, ...] = (),
             norm_layer: Callable = LayerNorm,
             device=None,
             dtype=None,
@@ -81,11 +81,11 @@ class AttentionStage(nn.Module):
             depth: int,
             num_heads: int,
             in_dim: int,
-            grid_size: Tuple[int, int],
+            grid_size: tuple[int, int],
             dynamic_grid_size: bool = False,
             rel_pos_bias: bool = False,
             merge_layer: Callable = ConvPatchMerge,
-            drop_path: Tuple[float, ...] = (),
+            drop_path: tuple[float, ...] = (),
             pos_drop: float = 0.,
             block_layer: Callable = AttentionBlock,
             norm_layer: Callable = LayerNorm,
@@ -117,7 +117,7 @@ class AttentionStage(nn.Module):
     def reset_parameters(self) -> None:
         trunc_normal_(self.pos_embed, std=.02)
 
-    def set_grid_size(self, grid_size: Tuple[int, int]) -> None:
+    def set_grid_size(self, grid_size: tuple[int, int]) -> None:
         """Resample the position embeddings to `grid_size` tokens (height, width)."""
         if grid_size == self.grid_size:
             return

@@ -8,9 +8,10 @@ Native state dict: `patch_embed`, `stages.{0,1,2}.{downsample,pos_embed,blocks.N
 have the names of timm's other hierarchical models; what is multiplied in one go is one tensor.
 """
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Type, Union
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -63,15 +64,15 @@ class BaseITPN(nn.Module):
             self,
             patch_embed: StemPatchEmbed,
             stages: nn.Sequential,
-            dims: Tuple[int, int, int],
-            pyramid: Optional[FeaturePyramid],
+            dims: tuple[int, int, int],
+            pyramid: FeaturePyramid | None,
             pyramid_init: str,
             in_chans: int,
             num_classes: int,
             global_pool: str,
             drop_rate: float,
             head_init_scale: float,
-            linear_init: Tuple[str, ...],
+            linear_init: tuple[str, ...],
             norm_layer: Callable = LayerNorm,
             device=None,
             dtype=None,
@@ -128,12 +129,12 @@ class BaseITPN(nn.Module):
                 self.head.fc.bias.mul_(self.head_init_scale)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         tables = ('pos_embed', 'relative_position_bias_table')
         return {name for name, _ in self.named_parameters() if name.endswith(tables)}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates: stem, each block and each merge, then norm, head and pyramid."""
         if coarse:
             blocks = r'^stages\.(\d+)'
@@ -155,7 +156,7 @@ class BaseITPN(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put in a new classifier.
 
         Args:
@@ -170,8 +171,8 @@ class BaseITPN(nn.Module):
 
     def set_input_size(
             self,
-            img_size: Optional[Union[int, Tuple[int, int]]] = None,
-            patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+            img_size: int | tuple[int, int] | None = None,
+            patch_size: int | tuple[int, int] | None = None,
     ) -> None:
         """Change the input size; the position embeddings are resampled.
 
@@ -197,13 +198,13 @@ class BaseITPN(nn.Module):
     def forward_intermediates(
             self,
             x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
+            indices: int | list[int] | None = None,
             return_prefix_tokens: bool = False,
             norm: bool = False,
             stop_early: bool = False,
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """Features of the stages, or of the pyramid if there is one.
 
         Stages are at strides 4, 8 (before the merges) and 16 (after the last block); the levels of the pyramid at
@@ -232,7 +233,7 @@ class BaseITPN(nn.Module):
             stages = self.stages
         else:
             stages = self.stages[:max_index + 1]
-        maps: List[torch.Tensor] = []
+        maps: list[torch.Tensor] = []
         for stage in stages:
             x = stage(x)
             maps.append(x)
@@ -255,10 +256,10 @@ class BaseITPN(nn.Module):
 
     def prune_intermediate_layers(
             self,
-            indices: Union[int, List[int]] = 1,
+            indices: int | list[int] = 1,
             prune_norm: bool = False,
             prune_head: bool = True,
-    ) -> List[int]:
+    ) -> list[int]:
         """Remove what the features at `indices` do not need.
 
         Args:
@@ -302,7 +303,7 @@ def check_global_pool(global_pool: str) -> None:
         raise ValueError(f'global_pool {global_pool!r} is unknown, use one of {POOL_TYPES}')
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
     """Fit a checkpoint to `model`: official or native layout, wrapped or bare, of any image size.
 
     Raises:
@@ -320,11 +321,11 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 def load_official_layout(
         model: nn.Module,
-        state_dict: Dict[str, Any],
+        state_dict: dict[str, Any],
         prefix: str,
-        local_metadata: Dict[str, Any],
+        local_metadata: dict[str, Any],
         strict: bool,
-        *collected: List[str],
+        *collected: list[str],
 ) -> None:
     """Let `model.load_state_dict()` take official files, for the loaders of timm that run no filter.
 
@@ -344,7 +345,7 @@ def load_official_layout(
     state_dict.update(native)
 
 
-def create(model_cls: Type[BaseITPN], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create(model_cls: type[BaseITPN], variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Build a registered model.
 
     Args:
@@ -377,10 +378,10 @@ def create(model_cls: Type[BaseITPN], variant: str, pretrained: bool = False, **
 def fetched(
         variant: str,
         pretrained_cfg: Any = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
-        cache_dir: Optional[Union[str, Path]] = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
         **_: Any,
-) -> Optional[Dict[str, Any]]:
+) -> dict[str, Any] | None:
     """Overlay of the pretrained cfg that names the weight file on this machine, fetched if need be.
 
     If the caller names a place other than the registered one, the overlay comes back as it is: timm looks there.
@@ -394,14 +395,14 @@ def fetched(
     return pretrained_cfg_overlay if path is None else {**(pretrained_cfg_overlay or {}), 'file': str(path)}
 
 
-def places(pretrained_cfg: PretrainedCfg) -> List[Any]:
+def places(pretrained_cfg: PretrainedCfg) -> list[Any]:
     """Where a pretrained cfg says that its weights are."""
     keys = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
     values = [getattr(pretrained_cfg, key) for key in keys]
     return [tuple(value) if isinstance(value, list) else value for value in values]  # lists: a pair that was in JSON
 
 
-def cfg(weights: str = '', num_classes: int = 0, **kwargs: Any) -> Dict[str, Any]:
+def cfg(weights: str = '', num_classes: int = 0, **kwargs: Any) -> dict[str, Any]:
     """Default cfg, as timm calls the description of one weight file.
 
     Args:
@@ -409,7 +410,7 @@ def cfg(weights: str = '', num_classes: int = 0, **kwargs: Any) -> Dict[str, Any
         num_classes: Of the file's classifier, 0 if it has none.
         kwargs: More of timm's `PretrainedCfg`, and what differs.
     """
-    place: Dict[str, Any] = {}
+    place: dict[str, Any] = {}
     if weights:
         source = SOURCES[weights]
         place = dict(

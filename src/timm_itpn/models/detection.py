@@ -1,6 +1,5 @@
 """A backbone for torchvision's detection models, which want one module that returns named maps of equal channels."""
 from collections import OrderedDict
-from typing import Dict
 
 import torch
 import torch.nn as nn
@@ -42,6 +41,6 @@ class DetectionBackbone(nn.Module):
                 f'use a model whose name ends in _fpn, without pyramid_concat=True.')
         self.out_channels = channels[0]
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps from fine to coarse, (B, in_chans, H, W) -> name: (B, out_channels, H / stride, W / stride)."""
         return OrderedDict((str(i), level) for i, level in enumerate(self.body(x)))

@@ -15,17 +15,18 @@ Differs from upstream:
   * any size whose sides are multiples of 16; fused attention.
   * the pyramid of pre-training comes with the backbone (`fast_itpn_*_fpn`).
 """
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn as nn
 from timm.layers import LayerNorm, LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 
+from ..acceleration.schedule import parse_schedule
+from ..acceleration.stage import attention_stage
 from ..layers.patch_embed import ConvPatchMerge, ConvPatchSplit, StemPatchEmbed
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import MlpStage
-from ..tokens.schedule import parse_schedule
-from ..tokens.stage import attention_stage
 from .base import BaseITPN, cfg, checkpoint_filter_fn, create
 
 __all__ = ['FastITPN', 'checkpoint_filter_fn']
@@ -78,15 +79,15 @@ class FastITPN(BaseITPN):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
             embed_dim: int = 512,
-            depths: Tuple[int, int, int] = (3, 3, 24),
+            depths: tuple[int, int, int] = (3, 3, 24),
             num_heads: int = 8,
             mlp_ratio: float = 3.,
-            init_values: Optional[float] = 0.1,
+            init_values: float | None = 0.1,
             attn_impl: str = 'auto',
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
@@ -94,11 +95,11 @@ class FastITPN(BaseITPN):
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             dynamic_img_size: bool = False,
-            acceleration: Optional[str] = None,
-            gather_window: Optional[int] = None,
-            gather_blocks: Optional[Sequence[int]] = None,
-            gather_form: Optional[str] = None,
-            migrate: Optional[Mapping[int, Union[int, float]]] = None,
+            acceleration: str | None = None,
+            gather_window: int | None = None,
+            gather_blocks: Sequence[int] | None = None,
+            gather_form: str | None = None,
+            migrate: Mapping[int, int | float] | None = None,
             pyramid: bool = False,
             pyramid_dim: int = 256,
             pyramid_depth: int = 1,
@@ -180,7 +181,7 @@ def _create_fast_itpn(variant: str, pretrained: bool = False, **kwargs) -> FastI
     return create(FastITPN, variant, pretrained, **kwargs)
 
 
-def _cfg(weights: str, num_classes: int = 0, **kwargs) -> Dict[str, Any]:
+def _cfg(weights: str, num_classes: int = 0, **kwargs) -> dict[str, Any]:
     name = 'Fast-iTPN: Integrally Pre-Trained Transformer Pyramid Network with Token Migration'
     return cfg(weights, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
 

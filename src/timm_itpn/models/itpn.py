@@ -16,17 +16,18 @@ Differs from upstream:
   * the relative position bias is kept between calls in evaluation, and goes into fused attention.
   * any size whose sides are multiples of 16.
 """
-from typing import Any, Dict, Mapping, Optional, Sequence, Tuple, Union
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.nn as nn
 from timm.layers import LayerNorm, LayerType, calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, register_model_deprecations, resolve_pretrained_cfg
 
+from ..acceleration.schedule import parse_schedule
+from ..acceleration.stage import attention_stage
 from ..layers.patch_embed import LinearPatchMerge, LinearPatchSplit, StemPatchEmbed
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import MlpStage
-from ..tokens.schedule import parse_schedule
-from ..tokens.stage import attention_stage
 from .base import BaseITPN, cfg, checkpoint_filter_fn, create
 
 __all__ = ['ITPN', 'checkpoint_filter_fn']
@@ -81,17 +82,17 @@ class ITPN(BaseITPN):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
             embed_dim: int = 512,
-            depths: Tuple[int, int, int] = (3, 3, 24),
+            depths: tuple[int, int, int] = (3, 3, 24),
             num_heads: int = 8,
             stem_mlp_ratio: float = 3.,
             mlp_ratio: float = 4.,
             rel_pos_bias: bool = True,
-            init_values: Optional[float] = None,
+            init_values: float | None = None,
             attn_impl: str = 'auto',
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
@@ -99,11 +100,11 @@ class ITPN(BaseITPN):
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             dynamic_img_size: bool = False,
-            acceleration: Optional[str] = None,
-            gather_window: Optional[int] = None,
-            gather_blocks: Optional[Sequence[int]] = None,
-            gather_form: Optional[str] = None,
-            migrate: Optional[Mapping[int, Union[int, float]]] = None,
+            acceleration: str | None = None,
+            gather_window: int | None = None,
+            gather_blocks: Sequence[int] | None = None,
+            gather_form: str | None = None,
+            migrate: Mapping[int, int | float] | None = None,
             pyramid: bool = False,
             pyramid_dim: int = 256,
             pyramid_depth: int = 1,
@@ -182,7 +183,7 @@ class ITPN(BaseITPN):
 
 
 # what a checkpoint needs, by the tag of its pretrained cfg
-TAG_ARGS: Dict[str, Dict[str, Any]] = {
+TAG_ARGS: dict[str, dict[str, Any]] = {
     'pixel_in1k': dict(init_values=0., pyramid_depth=2),
     'clip_in1k': dict(init_values=0.1, pyramid_depth=1),
 }
@@ -193,12 +194,12 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs) -> ITPN:
     return create(ITPN, variant, pretrained, **{**TAG_ARGS.get(source.tag, {}), **kwargs})
 
 
-def _cfg(weights: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
+def _cfg(weights: str = '', num_classes: int = 0, **kwargs) -> dict[str, Any]:
     name = 'Integrally Pre-Trained Transformer Pyramid Networks'
     return cfg(weights, num_classes, paper_ids='arXiv:2211.12735', paper_name=name, **kwargs)
 
 
-def _hivit_cfg(weights: str = '', num_classes: int = 0, **kwargs) -> Dict[str, Any]:
+def _hivit_cfg(weights: str = '', num_classes: int = 0, **kwargs) -> dict[str, Any]:
     name = 'HiViT: Hierarchical Vision Transformer Meets Masked Image Modeling'
     return cfg(weights, num_classes, paper_ids='arXiv:2205.14949', paper_name=name, **kwargs)
 

@@ -4,8 +4,9 @@ Nothing here imports torch, so that `--help` is quick.
 """
 import argparse
 import ast
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Union
+from typing import Any
 
 import yaml
 
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--log-tensorboard', action='store_true', help='also write for TensorBoard')
 
 
-def keyword_arguments(given: Union[Mapping[str, Any], Sequence[str]]) -> Dict[str, Any]:
+def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
     """`KEY=VALUE` pairs of a command line, or the mapping of a YAML file, as keyword arguments.
 
     Raises:
@@ -96,7 +97,7 @@ def keyword_arguments(given: Union[Mapping[str, Any], Sequence[str]]) -> Dict[st
     """
     if isinstance(given, Mapping):
         return dict(given)
-    values: Dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for pair in given:
         key, equals, text = pair.partition('=')
         if not equals:
@@ -122,7 +123,7 @@ class ConfigurableParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def read_config(path: Path, known: Mapping[str, Any]) -> Dict[str, Any]:
+def read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a YAML file.
 
     Raises:
@@ -134,7 +135,7 @@ def read_config(path: Path, known: Mapping[str, Any]) -> Dict[str, Any]:
         raise ValueError(f'{path} cannot be read: {error}') from error
     if not isinstance(settings, dict):
         raise ValueError(f'{path} holds no settings: write one `name: value` per line.')
-    unknown: List[str] = sorted(set(settings) - set(known))
+    unknown: list[str] = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f'{path} has settings that do not exist: {", ".join(unknown)}.')
     return {key: Path(value) if key in ('data_dir', 'output') else value for key, value in settings.items()}

@@ -3,16 +3,16 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..weights.files import replaced
+from ..files import replaced
 
 __all__ = ['Checkpoints', 'differences', 'load', 'random_state', 'set_random_state']
 
-State = Dict[str, Any]
+State = dict[str, Any]
 NAME = re.compile(r'checkpoint-(\d+)\.pt')
 
 
@@ -28,13 +28,13 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def paths(self) -> List[Path]:
+    def paths(self) -> list[Path]:
         """All that are there, the oldest first."""
         found = [(int(match.group(1)), path) for path in self.folder.glob('checkpoint-*.pt')
                  if (match := NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found)]
 
-    def last(self) -> Optional[Path]:
+    def last(self) -> Path | None:
         """The last one, None if there is none."""
         paths = self.paths()
         return paths[-1] if paths else None
@@ -79,7 +79,7 @@ def load(path: Path) -> State:
         raise RuntimeError(f'{path} is no checkpoint of a run: {str(error).splitlines()[0]}') from error
 
 
-def differences(saved: State, current: State) -> List[str]:
+def differences(saved: State, current: State) -> list[str]:
     """Settings that differ, in words."""
     return [f'--{key.replace("_", "-")} was {saved.get(key)!r}, now {current.get(key)!r}'
             for key in sorted({*saved, *current}) if saved.get(key) != current.get(key)]

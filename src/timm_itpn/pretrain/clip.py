@@ -1,6 +1,6 @@
 """Objectives of a CLIP teacher: its tokens are predicted from an image of which a part is masked."""
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,7 +30,7 @@ class Clip(Objective):
     """
     NAME = 'clip'
     TEACHER = True
-    STUDENT: Dict[str, Dict[str, Any]] = {'FastITPN': dict(pyramid=True, init_values=0.1)}
+    STUDENT: dict[str, dict[str, Any]] = {'FastITPN': dict(pyramid=True, init_values=0.1)}
 
     def __init__(self, backbone: BaseITPN, num_masked: int, teacher_dim: int):
         super().__init__(backbone, num_masked)
@@ -61,8 +61,8 @@ class Clip(Objective):
             self,
             images: torch.Tensor,
             masked: torch.Tensor,
-            target: Optional[torch.Tensor] = None,
-    ) -> Dict[str, torch.Tensor]:
+            target: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         prediction = self.predict(images, masked)
         similarity = F.cosine_similarity(prediction.float(), target.float(), dim=-1)  # (B, N)
         return {'loss': -(similarity * masked.flatten(1)).sum() / (len(images) * self.num_masked)}
@@ -80,7 +80,7 @@ class ClipDistill(Objective):
     """
     NAME = 'clip-distill'
     TEACHER = True
-    STUDENT: Dict[str, Dict[str, Any]] = {'ITPN': dict(pyramid=True, init_values=0.1, pyramid_depth=1)}
+    STUDENT: dict[str, dict[str, Any]] = {'ITPN': dict(pyramid=True, init_values=0.1, pyramid_depth=1)}
     AUXILIARY_DEPTH = 2
     AUXILIARY_START = 0.75  # after the block of this share of the depth
     AUXILIARY_NORM = partial(LayerNorm, eps=1e-5)
@@ -113,10 +113,10 @@ class ClipDistill(Objective):
         tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
         return super().no_weight_decay() | tables
 
-    def predict(self, images: torch.Tensor, masked: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, images: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions of the teacher's tokens, (B, N, teacher_dim), by the pyramid and by the auxiliary branch."""
         first, second, third = self.backbone.stages
-        maps: List[torch.Tensor] = [first(self.backbone.patch_embed(images))]
+        maps: list[torch.Tensor] = [first(self.backbone.patch_embed(images))]
         maps.append(second(maps[0]))
         x = third.downsample(maps[1])
         B, H, W, C = x.shape
@@ -135,8 +135,8 @@ class ClipDistill(Objective):
             self,
             images: torch.Tensor,
             masked: torch.Tensor,
-            target: Optional[torch.Tensor] = None,
-    ) -> Dict[str, torch.Tensor]:
+            target: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         target = target.float()
         main, auxiliary = (F.smooth_l1_loss(x.float(), target) for x in self.predict(images, masked))
         return {'loss': main + auxiliary, 'pyramid': main.detach(), 'auxiliary': auxiliary.detach()}

@@ -8,8 +8,9 @@ import itertools
 import logging
 import random
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ __all__ = ['Crop', 'EpochSampler', 'MaskMaker', 'Samples', 'StreamedSamples', 'V
 
 class View(NamedTuple):
     """How student or teacher sees a crop: size (height, width) in pixels, mean and standard deviation per channel."""
-    size: Tuple[int, int]
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Crop:
@@ -42,9 +43,9 @@ class Crop:
 
     def __init__(
             self,
-            views: Tuple[View, ...],
-            scale: Tuple[float, float] = (0.2, 1.),
-            ratio: Tuple[float, float] = (3 / 4, 4 / 3),
+            views: tuple[View, ...],
+            scale: tuple[float, float] = (0.2, 1.),
+            ratio: tuple[float, float] = (3 / 4, 4 / 3),
             hflip: float = 0.5,
             interpolation: str = 'bicubic',
     ):
@@ -54,12 +55,12 @@ class Crop:
         self.hflip = hflip
         self.interpolation = str_to_interp_mode(interpolation)
 
-    def __call__(self, image: Any) -> Tuple[torch.Tensor, ...]:
+    def __call__(self, image: Any) -> tuple[torch.Tensor, ...]:
         box = RandomResizedCropAndInterpolation.get_params(image, self.scale, self.ratio)
         flip = bool(torch.rand(()) < self.hflip)
         return tuple(self._see(view, image, box, flip) for view in self.views)
 
-    def _see(self, view: View, image: Any, box: Tuple[int, int, int, int], flip: bool) -> torch.Tensor:
+    def _see(self, view: View, image: Any, box: tuple[int, int, int, int], flip: bool) -> torch.Tensor:
         image = TF.resized_crop(image, *box, size=list(view.size), interpolation=self.interpolation)
         if flip:
             image = TF.hflip(image)
@@ -75,12 +76,12 @@ class MaskMaker:
         num_masked: Tokens that are masked.
     """
 
-    def __init__(self, grid_size: Tuple[int, int], masking: str, num_masked: int):
+    def __init__(self, grid_size: tuple[int, int], masking: str, num_masked: int):
         self.grid_size = grid_size
         self.masking: Callable = MASKINGS[masking]
         self.num_masked = num_masked
 
-    def sample(self, views: Tuple[torch.Tensor, ...], seed: int, skipped: int) -> Dict[str, torch.Tensor]:
+    def sample(self, views: tuple[torch.Tensor, ...], seed: int, skipped: int) -> dict[str, torch.Tensor]:
         """'images', for a teacher 'teacher_images', 'masked' (h, w), and 'skipped': files that could not be read."""
         masked = self.masking(self.grid_size, self.num_masked, torch.Generator().manual_seed(seed))
         images = dict(zip(('images', 'teacher_images'), views))
@@ -106,7 +107,7 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, position: int) -> Dict[str, torch.Tensor]:
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
         seed = seed_of(self.seed, position)
         with seeded(seed), Skipped() as skipped:
             views, _ = self.dataset[position % len(self.dataset)]
@@ -141,7 +142,7 @@ class StreamedSamples(IterableDataset):
         self.epoch = epoch
         self.dataset.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[Dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
         images = iter(self.dataset)
         for count in itertools.count():
@@ -228,7 +229,7 @@ class EpochSampler(Sampler):
         return iter(order[self.rank::self.world_size].tolist())
 
 
-def open_dataset(name: str, root: Optional[Path], split: str, **kwargs: Any) -> Any:
+def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any:
     """A dataset of timm.
 
     Args:
@@ -258,7 +259,7 @@ def report_empty(dataset: Any) -> None:
     if not folder.is_dir():  # a tar file
         return
     names = {Path(name).parts[0] for name in dataset.filenames(basename=False) if len(Path(name).parts) > 1}
-    empty: List[str] = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in names)
+    empty: list[str] = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in names)
     if empty:
         raise ValueError(f'{folder} has classes without images: {", ".join(empty)}. Fill or remove them.')
 

@@ -2,7 +2,7 @@
 
 Names of parameters are those of the official files. Index 0, 1, 2 is for strides 16, 8, 4.
 """
-from typing import List, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -27,7 +27,7 @@ class ConvLevels(nn.ModuleList):
             nn.Sequential(LayerNorm(dim), nn.Conv2d(dim, out_dim, kernel_size=2 ** i, stride=2 ** i))
             for i in range(len(LEVELS))])
 
-    def forward(self, levels: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Maps (B, H, W, dim) of the levels, from fine to coarse -> one (B, h * w, out_dim) for each, coarse first."""
         out = []
         for (norm, conv), level in zip(self, levels[::-1]):
@@ -48,7 +48,7 @@ class LinearLevels(nn.ModuleList):
         super().__init__([
             nn.Sequential(LayerNorm(dim), nn.Linear(dim, out_dim // 4 ** i)) for i in range(len(LEVELS))])
 
-    def forward(self, levels: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """As `ConvLevels`."""
         return [
             rearrange(layer(level), 'b (h y) (w x) c -> b (h w) (y x c)', y=2 ** i, x=2 ** i)

@@ -1,13 +1,13 @@
 """Pictures of what an objective predicts, for a few images of the last batch."""
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torchvision.utils import make_grid
 
-from ..weights.files import replaced
+from ..files import replaced
 from .objective import Objective
 from .pixel import STRIDE, Pixel, pixels
 
@@ -18,7 +18,7 @@ GREY = 0.5
 
 
 @torch.no_grad()
-def draw(path: Path, objective: Objective, batch: Dict[str, torch.Tensor], target: Any, view: Any) -> None:
+def draw(path: Path, objective: Objective, batch: dict[str, torch.Tensor], target: Any, view: Any) -> None:
     """Write a PNG: one column per image.
 
     Rows for objectives of pixels: image, what is visible of it, prediction. For those of a teacher: image, what is
@@ -36,7 +36,7 @@ def draw(path: Path, objective: Objective, batch: Dict[str, torch.Tensor], targe
     objective.eval()
     seen = unnormalised(images, view.mean, view.std)
     hidden = spread(masked)
-    rows: List[torch.Tensor] = [seen, torch.where(hidden, torch.full_like(seen, GREY), seen)]
+    rows: list[torch.Tensor] = [seen, torch.where(hidden, torch.full_like(seen, GREY), seen)]
     if isinstance(objective, Pixel):
         predicted = unnormalised(reconstructed(objective, images, masked), view.mean, view.std)
         rows.append(torch.where(hidden, predicted, seen))
@@ -74,7 +74,7 @@ def spread(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
 
 
-def unnormalised(images: torch.Tensor, mean: Tuple[float, ...], std: Tuple[float, ...]) -> torch.Tensor:
+def unnormalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Images in 0..1 again."""
     shape = (1, -1, 1, 1)
     return images.float() * images.new_tensor(std).reshape(shape) + images.new_tensor(mean).reshape(shape)

@@ -3,7 +3,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 from timm.utils import trim_summary, update_summary
 from tqdm import tqdm
@@ -29,7 +29,7 @@ class Log:
     def __init__(self, folder: Path, total: int, done: int, epoch: int, writes: bool, tensorboard: bool = False):
         self.folder = folder
         self.writes = writes
-        self.writer: Optional[Any] = None
+        self.writer: Any | None = None
         self.progress = tqdm(
             total=total, initial=done, unit='update', mininterval=1, file=sys.stderr, disable=not writes)
         if not writes:
@@ -45,7 +45,7 @@ class Log:
         self.progress.update()
         self.progress.set_postfix(images_per_s=f'{images_per_s:.1f}', **shown, refresh=False)
 
-    def line(self, num_updates: int, values: Dict[str, float]) -> None:
+    def line(self, num_updates: int, values: dict[str, float]) -> None:
         """A line of the log."""
         if not self.writes:
             return
@@ -55,7 +55,7 @@ class Log:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, num_updates)
 
-    def epoch(self, epoch: int, values: Dict[str, float], lr: float) -> None:
+    def epoch(self, epoch: int, values: dict[str, float], lr: float) -> None:
         """A row of the table."""
         if self.writes:
             update_summary(epoch, values, None, str(self.folder / TABLE), lr=lr)

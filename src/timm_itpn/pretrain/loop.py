@@ -4,14 +4,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from timm.utils import AverageMeter
 
-from ..weights.files import replaced
+from ..files import replaced
 from ..weights.layout import native_to_official
 from .checkpoints import Checkpoints, load
 from .figures import draw
@@ -23,7 +23,7 @@ from .weights import to_native
 __all__ = ['pretrain']
 
 
-def pretrain(args: argparse.Namespace) -> Dict[str, Any]:
+def pretrain(args: argparse.Namespace) -> dict[str, Any]:
     """Run, or go on with a run.
 
     Args:
@@ -45,7 +45,7 @@ def pretrain(args: argparse.Namespace) -> Dict[str, Any]:
             dist.destroy_process_group()
 
 
-def _pretrain(args: argparse.Namespace) -> Dict[str, Any]:
+def _pretrain(args: argparse.Namespace) -> dict[str, Any]:
     if args.log_tensorboard:
         check_tensorboard()
     checkpoints = Checkpoints(args.output, args.checkpoint_hist)
@@ -68,8 +68,8 @@ def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> None:
     """The rest of an epoch, with checkpoints and log."""
     args = run.args
     images = args.batch_size * args.grad_accum_steps * args.world_size
-    meters: Dict[str, AverageMeter] = {}
-    parts: List[Dict[str, torch.Tensor]] = []  # losses of the batches of an update
+    meters: dict[str, AverageMeter] = {}
+    parts: list[dict[str, torch.Tensor]] = []  # losses of the batches of an update
     start, waited = time.perf_counter(), 0.
     run.task.train()
     batches = run.batches()
@@ -105,7 +105,7 @@ def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> None:
     save(run, checkpoints)
 
 
-def averaged(values: Dict[str, float], args: argparse.Namespace) -> Dict[str, float]:
+def averaged(values: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
     """Mean over the processes."""
     if not args.distributed:
         return values
@@ -122,7 +122,7 @@ def save(run: Run, checkpoints: Checkpoints) -> None:
         dist.barrier()
 
 
-def export(run: Run) -> Dict[str, Any]:
+def export(run: Run) -> dict[str, Any]:
     """Write the weights in both layouts; every process has to call it, the first writes and tells."""
     state_dict = model_state(run.objective, run.args.fsdp)
     if run.ema is not None:
@@ -139,7 +139,7 @@ def export(run: Run) -> Dict[str, Any]:
     return {'num_updates': run.num_updates, 'skipped': run.skipped, **{key: str(path) for key, path in written.items()}}
 
 
-def resumed_path(args: argparse.Namespace, checkpoints: Checkpoints) -> Optional[Path]:
+def resumed_path(args: argparse.Namespace, checkpoints: Checkpoints) -> Path | None:
     """The checkpoint to go on from, None to start.
 
     Raises:

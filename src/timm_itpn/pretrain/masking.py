@@ -1,6 +1,6 @@
 """Which tokens of an image are masked; on the CPU, from a generator of its own."""
 import math
-from typing import Callable, Dict, Tuple
+from collections.abc import Callable
 
 import torch
 
@@ -11,7 +11,7 @@ MIN_ASPECT = 0.3  # of a block, height by width or width by height
 MAX_TRIES = 10  # of one block
 
 
-def check_num_masked(num_masked: int, grid_size: Tuple[int, int]) -> None:
+def check_num_masked(num_masked: int, grid_size: tuple[int, int]) -> None:
     """Raise ValueError if that many tokens of such a grid cannot be masked."""
     num_tokens = grid_size[0] * grid_size[1]
     if not 0 < num_masked < num_tokens:
@@ -20,7 +20,7 @@ def check_num_masked(num_masked: int, grid_size: Tuple[int, int]) -> None:
             f'most {num_tokens - 1}')
 
 
-def random_masking(grid_size: Tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
+def random_masking(grid_size: tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
     """Mask random tokens.
 
     Args:
@@ -37,7 +37,7 @@ def random_masking(grid_size: Tuple[int, int], num_masked: int, generator: torch
     return masked.reshape(height, width)
 
 
-def block_masking(grid_size: Tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
+def block_masking(grid_size: tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
     """Mask rectangles of at least 16 tokens, of aspect 0.3 to 1 / 0.3, until there are enough.
 
     A rectangle may overlap others. What the last one is too large by, and what no rectangle fits into, is made even
@@ -84,4 +84,4 @@ def _add_block(masked: torch.Tensor, left: int, generator: torch.Generator) -> i
     return 0
 
 
-MASKINGS: Dict[str, Callable] = {'block': block_masking, 'random': random_masking}
+MASKINGS: dict[str, Callable] = {'block': block_masking, 'random': random_masking}

@@ -1,5 +1,5 @@
 """What all objectives of pre-training have in common."""
-from typing import Any, Dict, Optional, Set
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ class Objective(nn.Module):
     TEACHER = False
     MASKING = 'block'
     MASK_RATIO = 75 / 196
-    STUDENT: Dict[str, Dict[str, Any]] = {}
+    STUDENT: dict[str, dict[str, Any]] = {}
 
     def __init__(self, backbone: BaseITPN, num_masked: int):
         super().__init__()
@@ -40,7 +40,7 @@ class Objective(nn.Module):
         self.num_masked = num_masked
         self.grid_size = backbone.patch_embed.grid_size
 
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, for timm's optimizer factory."""
         return {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
 
@@ -59,8 +59,8 @@ class Objective(nn.Module):
             self,
             images: torch.Tensor,
             masked: torch.Tensor,
-            target: Optional[torch.Tensor] = None,
-    ) -> Dict[str, torch.Tensor]:
+            target: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Compute the loss.
 
         Args:

@@ -1,5 +1,5 @@
 """The objectives by name, and how one is built with its student."""
-from typing import Any, Dict, Optional, Type
+from typing import Any
 
 import timm
 
@@ -13,7 +13,7 @@ from .pixel import Mfm, Pixel
 
 __all__ = ['OBJECTIVES', 'create_objective', 'create_student']
 
-OBJECTIVES: Dict[str, Type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
+OBJECTIVES: dict[str, type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
 
 
 def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> BaseITPN:
@@ -40,8 +40,8 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> B
 def create_objective(
         name: str,
         student: BaseITPN,
-        mask_ratio: Optional[float] = None,
-        teacher_dim: Optional[int] = None,
+        mask_ratio: float | None = None,
+        teacher_dim: int | None = None,
         **kwargs: Any,
 ) -> Objective:
     """Create an objective with new weights, the student's too.

@@ -4,7 +4,7 @@ Masked tokens are dropped before stage 1. What the pyramid makes of the others i
 through a decoder.
 """
 import math
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -41,7 +41,7 @@ class Pixel(Objective):
     NAME = 'pixel'
     MASKING = 'random'
     MASK_RATIO = 0.75
-    STUDENT: Dict[str, Dict[str, Any]] = {
+    STUDENT: dict[str, dict[str, Any]] = {
         'FastITPN': dict(pyramid=True),
         'ITPN': dict(pyramid=True, init_values=0., pyramid_depth=2, rel_pos_bias=False),
     }
@@ -78,7 +78,7 @@ class Pixel(Objective):
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(init_linear)
 
-    def shares(self, images: torch.Tensor, visible: torch.Tensor) -> List[torch.Tensor]:
+    def shares(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
         """What each level gives for the visible tokens, (B, K, decoder_dim), coarse first."""
         maps = visible_maps(self.backbone, images, visible)
         if not self.pyramid:
@@ -111,8 +111,8 @@ class Pixel(Objective):
             self,
             images: torch.Tensor,
             masked: torch.Tensor,
-            target: Optional[torch.Tensor] = None,
-    ) -> Dict[str, torch.Tensor]:
+            target: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         prediction = self.predict(images, masked)
         return {'loss': self.at_masked(pixel_error(prediction, images), masked)}
 
@@ -169,7 +169,7 @@ class Mfm(Pixel):
         self.average.update(self.backbone)
 
     @torch.no_grad()
-    def targets(self, images: torch.Tensor) -> List[torch.Tensor]:
+    def targets(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Features of the average, (B, N, dim), (B, N, 2 * dim) and (B, N, 4 * dim), coarse first."""
         teacher = self.average.module
         maps = stage_maps(teacher, teacher.patch_embed(images))
@@ -180,11 +180,11 @@ class Mfm(Pixel):
             self,
             images: torch.Tensor,
             masked: torch.Tensor,
-            target: Optional[torch.Tensor] = None,
-    ) -> Dict[str, torch.Tensor]:
+            target: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         visible = keep_indices(masked, self.num_masked)
         compare = FEATURE_LOSSES[self.feature_loss]
-        losses: Dict[str, torch.Tensor] = {}
+        losses: dict[str, torch.Tensor] = {}
         levels = zip((16, 8, 4), self.shares(images, visible), self.decoder_features, self.targets(images))
         for stride, share, head, features in levels:
             decoded = self.decode(share, visible, 1)

@@ -1,5 +1,4 @@
 """Fixed sin-cos positions."""
-from typing import Tuple
 
 import torch
 from timm.layers import build_sincos2d_pos_embed
@@ -7,7 +6,7 @@ from timm.layers import build_sincos2d_pos_embed
 __all__ = ['sincos_positions']
 
 
-def sincos_positions(grid_size: Tuple[int, int], dim: int) -> torch.Tensor:
+def sincos_positions(grid_size: tuple[int, int], dim: int) -> torch.Tensor:
     """(1, height * width, dim): half of the channels by column, half by row, each first sines, then cosines.
 
     Args:

@@ -1,8 +1,9 @@
 """A run of pre-training: what it is made of, its state, and one step of it."""
 import argparse
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from .teacher import Teacher, create_teacher
 
 __all__ = ['Run']
 
-Batch = Dict[str, torch.Tensor]
+Batch = dict[str, torch.Tensor]
 
 
 class Run:
@@ -74,7 +75,7 @@ class Run:
         random_seed(args.seed, args.rank)
         self.epoch = self.batch = self.num_updates = self.skipped = 0
 
-    def create_teacher(self, grid_size: Tuple[int, int]) -> Optional[Teacher]:
+    def create_teacher(self, grid_size: tuple[int, int]) -> Teacher | None:
         args = self.args
         if args.teacher is None:
             if OBJECTIVES[args.objective].TEACHER:
@@ -85,7 +86,7 @@ class Run:
         return create_teacher(
             args.teacher, grid_size, args.teacher_img_size, checkpoint_path=args.teacher_path or '')
 
-    def create_samples(self, grid_size: Tuple[int, int], student: Any, teacher: Optional[Teacher]) -> Tuple[Any, Any]:
+    def create_samples(self, grid_size: tuple[int, int], student: Any, teacher: Teacher | None) -> tuple[Any, Any]:
         """Samples, and the sampler where they have indices."""
         args = self.args
         self.view = view_of(student, student.patch_embed.img_size)
@@ -139,9 +140,9 @@ class Run:
     def total_updates(self) -> int:
         return self.args.epochs * self.updates_per_epoch
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on; every process has to call it."""
-        states: List[Any] = [random_state()]
+        states: list[Any] = [random_state()]
         if self.args.distributed:
             states = [None] * self.args.world_size
             dist.all_gather_object(states, random_state())
@@ -158,7 +159,7 @@ class Run:
             'random_states': states,
         }
 
-    def load_state_dict(self, state: Dict[str, Any], path: Path) -> None:
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Go on from a checkpoint.
 
         Raises:
@@ -190,7 +191,7 @@ class Run:
             self.skipped += int(batch.pop('skipped').sum())
             yield {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
 
-    def step(self, batch: Batch) -> Dict[str, torch.Tensor]:
+    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Gradients of one batch, and the update that it completes, if it does.
 
         Raises:
@@ -207,7 +208,7 @@ class Run:
             self.update()
         return losses
 
-    def backward(self, batch: Batch, steps: int) -> Dict[str, torch.Tensor]:
+    def backward(self, batch: Batch, steps: int) -> dict[str, torch.Tensor]:
         losses = self.task(batch)
         if not torch.isfinite(losses['loss']):
             path = self.args.output / f'not_finite-{self.args.rank}.pt'
@@ -236,7 +237,7 @@ class Run:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
 
-def settings_of(args: argparse.Namespace) -> Dict[str, Any]:
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """What the result depends on, as plain values."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE and key != 'run'}
     for key in ('model_kwargs', 'objective_kwargs'):
@@ -250,7 +251,7 @@ def init_device(args: argparse.Namespace) -> torch.device:
     return init_distributed_device(args)
 
 
-def view_of(model: Any, size: Tuple[int, int]) -> View:
+def view_of(model: Any, size: tuple[int, int]) -> View:
     """How a timm model sees images of `size`."""
     cfg = model.pretrained_cfg
     return View(size, tuple(cfg['mean']), tuple(cfg['std']))

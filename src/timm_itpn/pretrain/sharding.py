@@ -1,5 +1,5 @@
 """Runs of several processes that share parameters, gradients and optimizer states (FSDP2), and their whole states."""
-from typing import Any, Dict
+from typing import Any
 
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
@@ -19,7 +19,7 @@ except ImportError:  # torch 2.5
 
 __all__ = ['load_model_state', 'load_optimizer_state', 'model_state', 'optimizer_state', 'shard']
 
-State = Dict[str, Any]
+State = dict[str, Any]
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 

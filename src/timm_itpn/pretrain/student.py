@@ -1,5 +1,4 @@
 """How objectives run a backbone with its pyramid on images of which a part is hidden."""
-from typing import List, Tuple
 
 import torch
 import torch.nn as nn
@@ -72,7 +71,7 @@ def run_blocks(backbone: BaseITPN, x: torch.Tensor, height: int, width: int, fir
     return x
 
 
-def stage_maps(backbone: BaseITPN, x: torch.Tensor) -> List[torch.Tensor]:
+def stage_maps(backbone: BaseITPN, x: torch.Tensor) -> list[torch.Tensor]:
     """Maps of the three stages for all tokens, from the stem's (B, H / 4, W / 4, dim / 4)."""
     maps = []
     for stage in backbone.stages:
@@ -81,7 +80,7 @@ def stage_maps(backbone: BaseITPN, x: torch.Tensor) -> List[torch.Tensor]:
     return maps
 
 
-def visible_maps(backbone: BaseITPN, images: torch.Tensor, visible: torch.Tensor) -> List[torch.Tensor]:
+def visible_maps(backbone: BaseITPN, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
     """Maps of the three stages for the visible tokens only; the others are dropped before stage 1.
 
     Everything but attention stays inside one patch, so K visible patches make a map of one row: (B, 1, K, dim) after
@@ -107,7 +106,7 @@ def visible_maps(backbone: BaseITPN, images: torch.Tensor, visible: torch.Tensor
     return maps
 
 
-def levels_of(backbone: BaseITPN, maps: List[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def levels_of(backbone: BaseITPN, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Levels of the pyramid at strides 4, 8 and 16, (B, H, W, pyramid_dim)."""
     fine, middle, coarse = backbone.pyramid(maps, list(LEVELS))
     return fine, middle, coarse

@@ -1,6 +1,6 @@
 """Objective and teacher as a task of timm: what is compiled, distributed and averaged is the objective alone."""
-from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, Optional
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from timm.task import TrainingTask
@@ -25,9 +25,9 @@ class PretrainTask(TrainingTask):
     def __init__(
             self,
             objective: Objective,
-            teacher: Optional[Teacher],
+            teacher: Teacher | None,
             device: torch.device,
-            amp_dtype: Optional[torch.dtype] = None,
+            amp_dtype: torch.dtype | None = None,
     ):
         super().__init__(device=device, verbose=False)
         self.objective = objective
@@ -37,21 +37,21 @@ class PretrainTask(TrainingTask):
         if teacher is not None:
             teacher.to(device=device, dtype=amp_dtype)
 
-    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'PretrainTask':
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'PretrainTask':
         self.trainable_module = DistributedDataParallel(self.objective, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: Optional[str] = None, **kwargs: Any) -> Objective:
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> Objective:
         self.objective.compile(backend=backend, mode=mode, **kwargs)
         return self.objective
 
-    def autocast(self) -> ContextManager:
+    def autocast(self) -> AbstractContextManager:
         """Autocast, if it is on."""
         if self.amp_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
-    def forward(self, input: Dict[str, torch.Tensor], target: Any = None) -> Dict[str, torch.Tensor]:
+    def forward(self, input: dict[str, torch.Tensor], target: Any = None) -> dict[str, torch.Tensor]:
         """Compute the loss of a batch.
 
         Args:

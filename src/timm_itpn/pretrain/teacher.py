@@ -1,5 +1,5 @@
 """The teacher: a frozen timm model whose tokens are predicted."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -30,7 +30,7 @@ class Teacher(nn.Module):
         ValueError: The model has another grid; the message names the size to use.
     """
 
-    def __init__(self, model: nn.Module, grid_size: Tuple[int, int]):
+    def __init__(self, model: nn.Module, grid_size: tuple[int, int]):
         super().__init__()
         self.model = freeze(model)
         self.num_prefix_tokens = getattr(model, 'num_prefix_tokens', 0)
@@ -61,8 +61,8 @@ def projection_of(model: nn.Module) -> nn.Module:
 
 def create_teacher(
         name: str,
-        grid_size: Tuple[int, int],
-        img_size: Optional[int] = None,
+        grid_size: tuple[int, int],
+        img_size: int | None = None,
         checkpoint_path: str = '',
 ) -> Teacher:
     """Create a teacher of any timm name whose tokens have the student's grid.
@@ -78,7 +78,7 @@ def create_teacher(
     """
     stride = stride_of(name)
     size = to_2tuple(img_size) if img_size else (grid_size[0] * stride, grid_size[1] * stride)
-    kwargs: Dict[str, Any] = dict(pretrained_cfg_overlay=dict(file=checkpoint_path)) if checkpoint_path else {}
+    kwargs: dict[str, Any] = dict(pretrained_cfg_overlay=dict(file=checkpoint_path)) if checkpoint_path else {}
     model = timm.create_model(name, pretrained=True, img_size=size, **kwargs)
     return Teacher(model, grid_size)
 
@@ -89,7 +89,7 @@ def stride_of(name: str) -> int:
     return model.feature_info[-1]['reduction']
 
 
-def check_grid(model: nn.Module, grid_size: Tuple[int, int]) -> Tuple[int, int]:
+def check_grid(model: nn.Module, grid_size: tuple[int, int]) -> tuple[int, int]:
     """Size of the images of `model` (height, width); ValueError if its tokens do not fit the student's one by one."""
     stride = model.feature_info[-1]['reduction']
     size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or model.pretrained_cfg['input_size'][-2:]

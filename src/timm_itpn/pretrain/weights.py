@@ -3,7 +3,6 @@
 The model of a file has no prefix for its backbone; an objective holds it as `backbone`. The average of `mfm` and the
 optimizer stay in the checkpoints of a run.
 """
-from typing import Dict
 
 import torch
 
@@ -11,12 +10,12 @@ from ..weights.layout import ITPN, PRETRAIN, Table
 
 __all__ = ['from_native', 'to_native']
 
-StateDict = Dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 BACKBONE = 'backbone.'
 AVERAGE = 'average.'
 
 
-def _branch() -> Dict[str, str]:
+def _branch() -> dict[str, str]:
     """Names within a block of the auxiliary branch -> official ones."""
     table: Table = ITPN.attention_block
     return {native: official for native, (official,) in table.items()}
@@ -42,7 +41,7 @@ def from_native(native: StateDict) -> StateDict:
         for key, value in native.items()}
 
 
-def _renamed(key: str, names: Dict[str, str]) -> str:
+def _renamed(key: str, names: dict[str, str]) -> str:
     if not key.startswith('cls_pt_layers.'):
         return key
     branch, number, name = key.split('.', 2)

@@ -1,7 +1,8 @@
 """From whatever a checkpoint file holds to a state dict that fits a model, with nothing dropped in silence."""
 import logging
 import math
-from typing import Any, Dict, Iterable, List, Tuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
@@ -24,7 +25,7 @@ __all__ = ['AVERAGED', 'PLAIN', 'architecture', 'fit_to_model', 'to_native', 'un
 
 _logger = logging.getLogger(__name__)
 
-StateDict = Dict[str, torch.Tensor]
+StateDict = dict[str, torch.Tensor]
 
 AVERAGED = ('state_dict_ema', 'model_ema')
 PLAIN = ('state_dict', 'model', 'module')
@@ -35,7 +36,7 @@ CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
 
 
-def unwrap(checkpoint: Any, wrappers: Tuple[str, ...] = AVERAGED + PLAIN) -> Tuple[StateDict, str]:
+def unwrap(checkpoint: Any, wrappers: tuple[str, ...] = AVERAGED + PLAIN) -> tuple[StateDict, str]:
     """Find the state dict in a checkpoint.
 
     Args:
@@ -48,7 +49,7 @@ def unwrap(checkpoint: Any, wrappers: Tuple[str, ...] = AVERAGED + PLAIN) -> Tup
     Raises:
         ValueError: There is none.
     """
-    names: List[str] = []
+    names: list[str] = []
     state_dict = checkpoint
     for _ in range(MAX_WRAPPERS):  # a dict may hold itself
         if not isinstance(state_dict, dict):
@@ -65,7 +66,7 @@ def unwrap(checkpoint: Any, wrappers: Tuple[str, ...] = AVERAGED + PLAIN) -> Tup
     raise ValueError(f'This is not a checkpoint: it holds a {type(state_dict).__name__}, not a dict of tensors.')
 
 
-def to_native(checkpoint: Dict[str, Any]) -> StateDict:
+def to_native(checkpoint: dict[str, Any]) -> StateDict:
     """Unwrap a checkpoint and convert official names to native ones.
 
     Args:
@@ -164,7 +165,7 @@ def _fit_pyramid(state_dict: StateDict, target: StateDict, pyramid_init: str) ->
     return state_dict
 
 
-def _pyramid_sizes(state_dict: StateDict) -> Dict[str, int]:
+def _pyramid_sizes(state_dict: StateDict) -> dict[str, int]:
     weight = state_dict.get('pyramid.levels.2.out.mlp.fc1.weight')
     hidden, dim = (0, 0) if weight is None else weight.shape
     return {'dim': dim, 'depth': native_pyramid_depth(state_dict), 'hidden width': hidden}
@@ -184,7 +185,7 @@ def architecture(state_dict: StateDict) -> str:
     return f'{native_layout(state_dict).family} with depths {depths} and embed_dim {embed_dim}'
 
 
-def _mismatch(unknown: List[str], missing: List[str], target: StateDict) -> str:
+def _mismatch(unknown: list[str], missing: list[str], target: StateDict) -> str:
     def lacks_all(end: str) -> bool:
         keys = [key for key in target if key.endswith(end)]
         return bool(keys) and set(keys) <= set(missing)
@@ -206,7 +207,7 @@ def _mismatch(unknown: List[str], missing: List[str], target: StateDict) -> str:
     return message
 
 
-def _resampled(key: str, value: torch.Tensor, old_grid: Tuple[int, int], new_grid: Tuple[int, int]) -> torch.Tensor:
+def _resampled(key: str, value: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
     """Resample a position embedding to another grid; other tensors come back as they are."""
     if key == POS_EMBED:
         return resample_pos_embed(value, new_size=list(new_grid), old_size=list(old_grid))
@@ -218,7 +219,7 @@ def _resampled(key: str, value: torch.Tensor, old_grid: Tuple[int, int], new_gri
     return resample_table(value, new_grid, old_grid)
 
 
-def _source_grid(num_tokens: int, model: Any) -> Tuple[int, int]:
+def _source_grid(num_tokens: int, model: Any) -> tuple[int, int]:
     """Grid of a position embedding: the first that has so many tokens of the file's metadata, the model's, a square."""
     cfg, args = getattr(model, 'pretrained_cfg', {}), getattr(model, 'pretrained_model_args', {})
     sizes = [to_2tuple(size) for size in (args.get('img_size'), cfg.get('input_size', ())[-2:]) if size]
@@ -232,10 +233,10 @@ def _source_grid(num_tokens: int, model: Any) -> Tuple[int, int]:
         'trained at with pretrained_cfg_overlay=dict(input_size=(3, height, width)).')
 
 
-def _starting(start: str, keys: Iterable[str]) -> List[str]:
+def _starting(start: str, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if key.startswith(start)]
 
 
-def _listed(keys: List[str], most: int = 8) -> str:
+def _listed(keys: list[str], most: int = 8) -> str:
     more = f' and {len(keys) - most} more' if len(keys) > most else ''
     return ', '.join(keys[:most]) + more

@@ -3,7 +3,7 @@ import io
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Dict, NamedTuple, Tuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,8 +39,8 @@ class Contents(NamedTuple):
     """
     format: str
     tree: Any
-    globals: Tuple[str, ...]
-    metadata: Dict[str, str]
+    globals: tuple[str, ...]
+    metadata: dict[str, str]
 
 
 def read_contents(path: Path) -> Contents:

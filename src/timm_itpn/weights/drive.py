@@ -18,8 +18,9 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock, tqdm
@@ -67,7 +68,7 @@ class _BrokeOff(Exception):
 
 class _Origin(NamedTuple):
     """Which file some bytes are of, as far as the server tells."""
-    total: Optional[int]  # bytes
+    total: int | None  # bytes
     etag: str
     last_modified: str
 
@@ -77,7 +78,7 @@ class _Origin(NamedTuple):
         return self.total == other.total and all(a == b for a, b in pairs if a and b)
 
 
-def download(file_id: str, target: Path, sha256: Optional[str] = None) -> Path:
+def download(file_id: str, target: Path, sha256: str | None = None) -> Path:
     """Download a file once; a target that exists is returned as it is.
 
     A download that broke off, by whatever means, goes on where it was with the next call. Several processes may ask for
@@ -113,7 +114,7 @@ def download(file_id: str, target: Path, sha256: Optional[str] = None) -> Path:
     return target
 
 
-def _fetch(file_id: str, target: Path, sha256: Optional[str]) -> None:
+def _fetch(file_id: str, target: Path, sha256: str | None) -> None:
     """Download, check and put in place, with the lock held."""
     partial = _Partial(target)
     furthest, pauses = partial.num_bytes if partial.origin else 0, iter(PAUSES_S)
@@ -137,7 +138,7 @@ def _fetch(file_id: str, target: Path, sha256: Optional[str]) -> None:
     partial.finish(target)
 
 
-def _why_not_the_known_one(path: Path, sha256: Optional[str]) -> str:
+def _why_not_the_known_one(path: Path, sha256: str | None) -> str:
     found = sha256_of(path) if sha256 else ''
     if sha256 and found != sha256.lower():
         return f'not the file that it should be (SHA-256 expected: {sha256}, found: {found})'
@@ -156,7 +157,7 @@ class _Partial:
         return self.path.stat().st_size if self.path.exists() else 0
 
     @property
-    def origin(self) -> Optional[_Origin]:
+    def origin(self) -> _Origin | None:
         """None if there is nothing to go on with."""
         try:
             origin = _Origin(**json.loads(self.origin_path.read_text()))
@@ -206,7 +207,7 @@ def _attempt(file_id: str, partial: _Partial) -> None:
     raise _Failure(f'Google Drive answered with a web page instead of it{said}', 'try again tomorrow')
 
 
-def _open(url: str, headers: Dict[str, str]) -> http.client.HTTPResponse:
+def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     """Ask for an address and follow redirects."""
     opener = urllib.request.build_opener(_Redirects)
     try:
@@ -227,7 +228,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(
             self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str,
-    ) -> Optional[urllib.request.Request]:
+    ) -> urllib.request.Request | None:
         if urllib.parse.urlsplit(newurl).scheme not in ('https', req.type):
             raise urllib.error.HTTPError(req.full_url, code, f'redirected to {newurl}', headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -260,7 +261,7 @@ def _at_least(num_bytes: int, chunks: Iterator[bytes]) -> bytes:
 
 
 def _save(
-        response: http.client.HTTPResponse, total: Optional[int], chunks: Iterator[bytes], partial: _Partial,
+        response: http.client.HTTPResponse, total: int | None, chunks: Iterator[bytes], partial: _Partial,
 ) -> None:
     """Append an answer to the bytes so far, or put it in their place if it is the whole file, of `total` bytes."""
     headers, known, offset = response.headers, partial.origin, 0

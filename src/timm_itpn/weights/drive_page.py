@@ -2,7 +2,6 @@
 import html.parser
 import textwrap
 import urllib.parse
-from typing import List, Optional, Tuple
 
 __all__ = ['Page']
 
@@ -29,16 +28,16 @@ class Page(html.parser.HTMLParser):
         """
         super().__init__()
         self._reading = ''  # the tag whose text is wanted
-        self._texts: List[str] = []
-        self._action: Optional[str] = None
+        self._texts: list[str] = []
+        self._action: str | None = None
         self._in_form = False
-        self._inputs: List[Tuple[str, str]] = []
+        self._inputs: list[tuple[str, str]] = []
         self.feed(content.decode(errors='replace'))
         self.close()
         self.said = textwrap.shorten(' '.join(self._texts), width=160, placeholder=' ...')
         self.next_url = '' if self._action is None else _form_url(url, endpoint, self._action, self._inputs)
 
-    def handle_starttag(self, tag: str, attrs: List[Tuple[str, Optional[str]]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = {key: value or '' for key, value in attrs}
         if tag == 'title' or found.get('class', '').startswith(ERROR_CLASS):
             self._reading = tag
@@ -60,7 +59,7 @@ class Page(html.parser.HTMLParser):
             self._texts.append(data)
 
 
-def _form_url(page_url: str, endpoint: str, action: str, inputs: List[Tuple[str, str]]) -> str:
+def _form_url(page_url: str, endpoint: str, action: str, inputs: list[tuple[str, str]]) -> str:
     """Address that a form's button asks for; '' if it is not Google's."""
     trusted = urllib.parse.urlsplit(endpoint)
     try:

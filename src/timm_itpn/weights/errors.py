@@ -4,8 +4,9 @@ import errno
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -22,7 +23,7 @@ HTTP_CLIENTS = ('httpx', 'httpx2', 'requests')  # those of old and new versions 
 
 
 @contextlib.contextmanager
-def readable_load_errors(variant: str, kwargs: Dict[str, Any]) -> Iterator[None]:
+def readable_load_errors(variant: str, kwargs: dict[str, Any]) -> Iterator[None]:
     """Turn errors of the loaders into a RuntimeError that says which file is wrong, how, and what to do.
 
     Args:
@@ -51,7 +52,7 @@ def readable_file_errors(path: Path) -> Iterator[None]:
         raise RuntimeError(sentence) from error
 
 
-def hub_failure(error: Exception) -> Optional[Tuple[str, str]]:
+def hub_failure(error: Exception) -> tuple[str, str] | None:
     """What went wrong with a download from the Hub, and what to do about it; None for errors of other kinds."""
     if isinstance(error, LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
@@ -81,7 +82,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition('\n')[0] or type(error).__name__
 
 
-def _explain(error: Exception, cfg: Any) -> Optional[str]:
+def _explain(error: Exception, cfg: Any) -> str | None:
     message = str(error)
     source = cfg.file or '/'.join(filter(None, (cfg.hf_hub_id, cfg.hf_hub_filename))) or str(cfg.url or '')
     instead = 'pass a local copy with pretrained_cfg_overlay=dict(file=...)'
@@ -94,7 +95,7 @@ def _explain(error: Exception, cfg: Any) -> Optional[str]:
     return file_failure(error, source)
 
 
-def file_failure(error: Exception, source: str) -> Optional[str]:
+def file_failure(error: Exception, source: str) -> str | None:
     """What is wrong with a weight file, by what its loader raised; None for errors of other kinds."""
     message = str(error)
     if isinstance(error, AttributeError) and "has no attribute 'items'" in message:

@@ -11,9 +11,10 @@ What is downloaded is checked: it is whole, and has the known hash if there is o
 import logging
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -33,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 PAUSES_S = (1., 4.)
 HUB_FILE = 'model.safetensors'
-Folder = Optional[Union[str, Path]]
+Folder = str | Path | None
 
 
 class Place(NamedTuple):
@@ -45,11 +46,11 @@ class Place(NamedTuple):
         held: The file if it is on this machine.
     """
     words: str
-    get: Callable[[], Optional[Path]]
-    held: Callable[[], Optional[Path]]
+    get: Callable[[], Path | None]
+    held: Callable[[], Path | None]
 
 
-def fetch(name: str, cache_dir: Folder = None) -> Optional[Path]:
+def fetch(name: str, cache_dir: Folder = None) -> Path | None:
     """Find or download the weights of a model.
 
     Args:
@@ -79,12 +80,12 @@ def fetch(name: str, cache_dir: Folder = None) -> Optional[Path]:
     return None
 
 
-def cached(name: str, cache_dir: Folder = None) -> Optional[Path]:
+def cached(name: str, cache_dir: Folder = None) -> Path | None:
     """The first file that the places of a model hold on this machine; None if `fetch` would have to download."""
     return next(filter(None, (place.held() for place in _places(name, cache_dir))), None)
 
 
-def _places(name: str, cache_dir: Folder) -> List[Place]:
+def _places(name: str, cache_dir: Folder) -> list[Place]:
     places = []
     folder, owner, source = os.environ.get('TIMM_ITPN_WEIGHTS'), os.environ.get('TIMM_ITPN_HUB'), source_of(name)
     if folder:
@@ -97,7 +98,7 @@ def _places(name: str, cache_dir: Folder) -> List[Place]:
             validate_repo_id(f'{owner}/{plain_name(name)}')
         except HFValidationError as error:
             raise RuntimeError(f'TIMM_ITPN_HUB={owner} is no user or organisation: correct or unset it.') from error
-    on_hub: List[Tuple[str, str, Optional[str]]] = [(f'{owner}/{plain_name(name)}', HUB_FILE, None)] if owner else []
+    on_hub: list[tuple[str, str, str | None]] = [(f'{owner}/{plain_name(name)}', HUB_FILE, None)] if owner else []
     if source and source.hub_repo:
         on_hub.append((source.hub_repo, source.hub_path, expected_sha256(name)))
     for repo, path, sha256 in on_hub:
@@ -111,7 +112,7 @@ def _places(name: str, cache_dir: Folder) -> List[Place]:
     return places
 
 
-def _in_folder(folder: Path, name: str) -> Optional[Path]:
+def _in_folder(folder: Path, name: str) -> Path | None:
     """A converted file or folder by the model's name, or an official file by its own."""
     names = [f'{each}{end}' for each in (name, plain_name(name)) for end in ('.safetensors', f'/{HUB_FILE}')]
     if source_of(name):
@@ -119,12 +120,12 @@ def _in_folder(folder: Path, name: str) -> Optional[Path]:
     return next((folder / each for each in names if (folder / each).is_file()), None)
 
 
-def _held_by_hub(repo: str, path: str, cache_dir: Folder) -> Optional[Path]:
+def _held_by_hub(repo: str, path: str, cache_dir: Folder) -> Path | None:
     found = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
     return Path(found) if isinstance(found, str) else None
 
 
-def _from_hub(repo: str, path: str, sha256: Optional[str], cache_dir: Folder) -> Path:
+def _from_hub(repo: str, path: str, sha256: str | None, cache_dir: Folder) -> Path:
     before = _held_by_hub(repo, path, cache_dir)
     wrong = ''
     for force in (False, True):  # from the start if what came is wrong: an old client may have put pieces together

@@ -6,8 +6,9 @@ no attribute of what the pickle makes, and calls nothing but the functions in `M
 """
 import math
 import pickletools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterable, List, Set, Tuple
+from typing import Any
 
 import torch
 
@@ -66,11 +67,11 @@ class Machine:
     """
 
     def __init__(self) -> None:
-        self.globals: Set[str] = set()
-        self.storages: Dict[str, int] = {}
+        self.globals: set[str] = set()
+        self.storages: dict[str, int] = {}
         self.steps_left = MAX_STEPS
 
-    def unusual_globals(self) -> Tuple[str, ...]:
+    def unusual_globals(self) -> tuple[str, ...]:
         """Sorted names of the globals besides those of which tensors, parameters and ordered dicts are made."""
         return tuple(sorted(self.globals.difference(MAKERS, STORAGES, DTYPES, TENSOR_TYPES)))
 
@@ -81,9 +82,9 @@ class Machine:
             Refused: It does what no weight file does.
             ValueError, LookupError, TypeError: It is no pickle; what exactly is raised is left to chance.
         """
-        self.stack: List[Any] = []
-        self.below: List[List[Any]] = []  # the stacks under the marks
-        self.memo: Dict[int, Any] = {}
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # the stacks under the marks
+        self.memo: dict[int, Any] = {}
         for opcode, arg, _ in pickletools.genops(stream):
             self.steps_left -= 1
             if self.steps_left < 0:
@@ -104,14 +105,14 @@ class Machine:
     def pop(self) -> Any:
         return self.stack.pop() if self.stack else self.pop_mark()
 
-    def pop_last(self, num: int) -> List[Any]:
+    def pop_last(self, num: int) -> list[Any]:
         return [self.stack.pop() for _ in range(num)][::-1]
 
     def mark(self) -> None:
         self.below.append(self.stack)
         self.stack = []
 
-    def pop_mark(self) -> List[Any]:
+    def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
@@ -128,7 +129,7 @@ class Machine:
             return Opaque(function.name)
         return MAKERS[function.name](*args[:MAX_ARGS])
 
-    def call_first(self, items: List[Any]) -> Any:
+    def call_first(self, items: list[Any]) -> Any:
         return self.call(items[0], items[1:])
 
     def persistent(self, found: Any) -> Any:
@@ -143,7 +144,7 @@ class Machine:
                 return _Storage(kind.name, dtype)
         raise Refused('its pickle refers to something outside that is no storage')
 
-    def add(self, items: List[Any]) -> None:
+    def add(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(items)
@@ -152,7 +153,7 @@ class Machine:
         elif not isinstance(target, Opaque):
             raise ValueError('adds to what is no list')
 
-    def set_items(self, items: List[Any]) -> None:
+    def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, dict):
             target.update(_paired(items))
@@ -167,7 +168,7 @@ LITERALS = set(
     'INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE '
     'SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8'.split())
 
-OPERATIONS: Dict[str, Callable[[Machine, Any], Any]] = {
+OPERATIONS: dict[str, Callable[[Machine, Any], Any]] = {
     'PROTO': lambda m, _: None,
     'FRAME': lambda m, _: None,
     'MARK': lambda m, _: m.mark(),
@@ -224,13 +225,13 @@ def _key(value: Any, depth: int = 3) -> Any:
     return value
 
 
-def _paired(items: List[Any]) -> Iterable[Tuple[Any, Any]]:
+def _paired(items: list[Any]) -> Iterable[tuple[Any, Any]]:
     if len(items) % 2:
         raise ValueError('a key has no value')
     return zip(map(_key, items[::2]), items[1::2])
 
 
-def meta_tensor(shape: Tuple[int, ...], dtype: Any) -> torch.Tensor:
+def meta_tensor(shape: tuple[int, ...], dtype: Any) -> torch.Tensor:
     """An empty tensor without memory.
 
     Raises:
@@ -285,14 +286,14 @@ def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     return TENSOR_MAKERS[function.name](*args[:MAX_ARGS])
 
 
-TENSOR_MAKERS: Dict[str, Callable[..., Any]] = {
+TENSOR_MAKERS: dict[str, Callable[..., Any]] = {
     'torch._utils._rebuild_tensor': _rebuilt,
     'torch._utils._rebuild_tensor_v2': _rebuilt,
     'torch._utils._rebuild_tensor_v3': _rebuilt_v3,
     'torch._utils._rebuild_parameter': _first,
     'torch._utils._rebuild_parameter_with_state': _first,
 }
-MAKERS: Dict[str, Callable[..., Any]] = {
+MAKERS: dict[str, Callable[..., Any]] = {
     **TENSOR_MAKERS,
     'torch._tensor._rebuild_from_type_v2': _from_type,
     'torch.Size': _first,

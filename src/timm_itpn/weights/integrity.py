@@ -7,7 +7,6 @@ import hashlib
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import Union
 
 from safetensors import SafetensorError, safe_open
 
@@ -26,7 +25,7 @@ ZIP_ERRORS = (  # what zipfile raises on damaged files, besides its own
     zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError)
 
 
-def sha256_of(path: Union[str, Path]) -> str:
+def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, in hex.
 
     Raises:
@@ -39,7 +38,7 @@ def sha256_of(path: Union[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def why_no_weight_file(path: Union[str, Path]) -> str:
+def why_no_weight_file(path: str | Path) -> str:
     """Why a file is not a whole weight file, as a phrase that ends 'the file is ...'; '' if it is one.
 
     Files of `torch.save` (zip) must have the right checksum in every entry, so those written after
@@ -86,7 +85,7 @@ def _is_safetensors_start(head: bytes) -> bool:
     return head[SAFETENSORS_LENGTH_BYTES:SAFETENSORS_LENGTH_BYTES + 1] == b'{'
 
 
-def _why_no_torch_zip(path: Union[str, Path]) -> str:
+def _why_no_torch_zip(path: str | Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -109,7 +108,7 @@ def _why_no_torch_zip(path: Union[str, Path]) -> str:
     return '' if first == 0 and ends_there else f'{DAMAGED} (surplus bytes)'  # zipfile and torch would pass over them
 
 
-def _why_no_safetensors(path: Union[str, Path]) -> str:
+def _why_no_safetensors(path: str | Path) -> str:
     try:
         with safe_open(path, framework='np'):  # checks the header and compares its lengths with the file's
             return ''

@@ -5,7 +5,8 @@ converts an official file, read the other way it writes one. What only pre-train
 `pretrain.` before it.
 """
 import re
-from typing import Any, Dict, Iterable, List, NamedTuple, Tuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -20,8 +21,8 @@ PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
 NUMBER = r'(\d{1,3})'  # of a block; a larger one is an unknown key, not a table of a billion blocks
 
-Sources = Tuple[str, ...]
-Table = Dict[str, Sources]
+Sources = tuple[str, ...]
+Table = dict[str, Sources]
 
 
 class Layout(NamedTuple):
@@ -43,7 +44,7 @@ class Layout(NamedTuple):
     mlp_block: Table
     attention_block: Table
     pyramid: Table
-    pretraining: Dict[str, str]
+    pretraining: dict[str, str]
     conv1x1: str
 
 
@@ -167,7 +168,7 @@ ITPN = Layout(
 )
 
 
-def key_table(layout: Layout, depths: Tuple[int, int, int], pyramid_depth: int = 0) -> Table:
+def key_table(layout: Layout, depths: tuple[int, int, int], pyramid_depth: int = 0) -> Table:
     """Native key -> official keys, for a model with `depths` blocks in its stages.
 
     The official list `blocks` counts on through all stages, and each merge takes a number too.
@@ -196,33 +197,33 @@ def key_table(layout: Layout, depths: Tuple[int, int, int], pyramid_depth: int =
     return table
 
 
-def layout_of(state_dict: Dict[str, Any]) -> str:
+def layout_of(state_dict: dict[str, Any]) -> str:
     """Whose names the keys are: 'native', 'official', or '' for neither."""
     return 'native' if is_native(state_dict) else 'official' if is_official(state_dict) else ''
 
 
-def is_official(state_dict: Dict[str, Any]) -> bool:
+def is_official(state_dict: dict[str, Any]) -> bool:
     """True if the keys are those of an official file: one flat list of blocks with two merges among them."""
     return len(_merges(state_dict)) == 2
 
 
-def is_native(state_dict: Dict[str, Any]) -> bool:
+def is_native(state_dict: dict[str, Any]) -> bool:
     """True if the keys are native ones."""
     return any(key.startswith('stages.') for key in state_dict)
 
 
-def native_layout(state_dict: Dict[str, Any]) -> Layout:
+def native_layout(state_dict: dict[str, Any]) -> Layout:
     """Family of native weights: only the stem of iTPN ends in a norm."""
     return ITPN if 'patch_embed.norm.weight' in state_dict else FAST_ITPN
 
 
-def native_depths(state_dict: Dict[str, Any]) -> Tuple[int, int, int]:
+def native_depths(state_dict: dict[str, Any]) -> tuple[int, int, int]:
     """Blocks of stages 1, 2 and 3 in native weights."""
     first, second, third = (_count(rf'stages\.{stage}\.blocks\.{NUMBER}\.', state_dict) for stage in range(3))
     return first, second, third
 
 
-def native_pyramid_depth(state_dict: Dict[str, Any]) -> int:
+def native_pyramid_depth(state_dict: dict[str, Any]) -> int:
     """Blocks in each of the finer levels of the pyramid in native weights, 0 without pyramid."""
     return _count(rf'pyramid\.levels\.[01]\.blocks\.{NUMBER}\.', state_dict)
 
@@ -232,7 +233,7 @@ def pretraining_part(key: str, layout: Layout) -> str:
     return next((part for start, part in layout.pretraining.items() if key.startswith(start)), '')
 
 
-def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def official_to_native(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Convert official names and shapes to native ones, those of the pyramid and of pre-training too.
 
     Index buffers of the relative position bias are left out: they follow from the size of its table.
@@ -248,7 +249,7 @@ def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
     depths = (first, second - first - 1, _count(rf'blocks\.{NUMBER}\.', state_dict) - second - 1)
     pyramid_depth = _count(rf'(?:{"|".join(PYRAMID_BLOCKS.values())})\.{NUMBER}\.', state_dict)
 
-    native: Dict[str, torch.Tensor] = {}
+    native: dict[str, torch.Tensor] = {}
     left = {key for key in state_dict if not key.endswith('relative_position_index')}
     for key, sources in key_table(layout, depths, pyramid_depth).items():
         present = [source for source in sources if source in state_dict]
@@ -272,7 +273,7 @@ def official_to_native(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
     return native
 
 
-def native_to_official(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Convert native names and shapes to official ones; the reverse of `official_to_native`.
 
     Args:
@@ -286,7 +287,7 @@ def native_to_official(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
     unknown = [key for key in state_dict if key not in table and not key.startswith(PRETRAIN)]
     if unknown:
         raise ValueError(f'The checkpoint has keys that are not of a native {layout.family}: {", ".join(unknown)}.')
-    official: Dict[str, torch.Tensor] = {}
+    official: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         if key.startswith(PRETRAIN):
             official[key.removeprefix(PRETRAIN)] = value
@@ -299,7 +300,7 @@ def native_to_official(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.T
     return official
 
 
-def _merges(state_dict: Dict[str, Any]) -> List[int]:
+def _merges(state_dict: dict[str, Any]) -> list[int]:
     found = (re.fullmatch(rf'blocks\.{NUMBER}\.reduction\.weight', key) for key in state_dict)
     return sorted(int(match.group(1)) for match in found if match)
 

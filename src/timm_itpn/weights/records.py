@@ -5,9 +5,8 @@ The record is a JSON file in the user's configuration folder, or the file that T
 import json
 import os
 from pathlib import Path
-from typing import Dict, Optional
 
-from .files import replaced
+from ..files import replaced
 from .sources import plain_name, source_of
 
 __all__ = ['expected_sha256', 'record', 'record_file']
@@ -20,7 +19,7 @@ def record_file() -> Path:
     return Path(os.environ.get('XDG_CONFIG_HOME') or Path.home() / '.config') / 'timm_itpn' / 'sha256.json'
 
 
-def recorded() -> Dict[str, str]:
+def recorded() -> dict[str, str]:
     try:
         path = record_file()
     except RuntimeError:  # no home folder, so nothing was recorded there
@@ -36,7 +35,7 @@ def recorded() -> Dict[str, str]:
     return {name: str(sha256).lower() for name, sha256 in hashes.items()}
 
 
-def expected_sha256(name: str) -> Optional[str]:
+def expected_sha256(name: str) -> str | None:
     """Hash of the published file of a model `arch.tag`: the published one, else the user's record, else None."""
     source = source_of(name)
     return (source.sha256 if source else None) or recorded().get(plain_name(name))

@@ -4,7 +4,7 @@ None of these files has been seen by us. A size or hash that is not known is Non
 keeps the hash of a file that a user has checked. `_fpn` models take the rows of the models without pyramid: backbone
 and pyramid are in one file.
 """
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 __all__ = ['SOURCES', 'Source', 'drive_url', 'file_name', 'plain_name', 'source_of']
 
@@ -29,11 +29,11 @@ class Source(NamedTuple):
     file_name: str = ''
     hub_repo: str = ''
     hub_path: str = ''
-    size: Optional[int] = None
-    sha256: Optional[str] = None
+    size: int | None = None
+    sha256: str | None = None
     licence: str = 'unknown'
     known_from: str = 'published by its authors; not downloaded by us'
-    figures: Tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
 
 
 RELO = (
@@ -41,7 +41,7 @@ RELO = (
     'us')
 FAST_ITPN_PRETRAINED = 'Fast-iTPN, pre-trained for 1600 epochs on ImageNet-1K against CLIP: backbone, pyramid, decoder'
 
-SOURCES: Dict[str, Source] = {
+SOURCES: dict[str, Source] = {
     'fast_itpn_tiny.mim_in1k': Source(
         contents=FAST_ITPN_PRETRAINED,
         drive_id='1Ze9RkJggxxi58Dl7sqWrf2TNOSnRK4Wi',
@@ -151,7 +151,7 @@ def plain_name(name: str) -> str:
     return arch.removesuffix('_fpn') + dot + tag
 
 
-def source_of(name: str) -> Optional[Source]:
+def source_of(name: str) -> Source | None:
     """Row of a model `arch.tag`, with or without `_fpn`; None for one without published weights."""
     return SOURCES.get(plain_name(name))
 

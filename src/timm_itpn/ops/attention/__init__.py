@@ -15,13 +15,12 @@ An implementation is one file with `why_not()`, the reason it cannot run now (No
 `forward`. To add one, write the file and name it in the table; 'auto' is the first in the table that can run.
 """
 from types import ModuleType
-from typing import Dict
 
 from . import flex, reference, sdpa
 
 __all__ = ['IMPLEMENTATIONS', 'choose']
 
-IMPLEMENTATIONS: Dict[str, ModuleType] = {
+IMPLEMENTATIONS: dict[str, ModuleType] = {
     'sdpa': sdpa,
     'reference': reference,
     'flex': flex,

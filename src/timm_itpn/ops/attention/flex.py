@@ -4,7 +4,8 @@ No (N, N) tensor is made, neither for the scores nor for the bias and its gradie
 call, for each device, type and size. Only on request (`attn_impl='flex'`). On the CPU it has no backward pass.
 """
 import functools
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -15,7 +16,7 @@ TAKES_TABLE = True
 MIN_TORCH = (2, 6)  # 2.5 cannot look up a bias in a tensor on the CPU
 
 
-def why_not() -> Optional[str]:
+def why_not() -> str | None:
     version = tuple(int(number) for number in torch.__version__.split('.')[:2])
     return f'it needs torch >= 2.6, and this is {torch.__version__}' if version < MIN_TORCH else sdpa.why_not()
 
@@ -43,9 +44,9 @@ def forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
+        bias: torch.Tensor | None = None,
         dropout_p: float = 0.,
-        scale: Optional[float] = None,
+        scale: float | None = None,
 ) -> torch.Tensor:
     if dropout_p > 0.:
         raise RuntimeError('FlexAttention has no dropout: use attn_drop_rate=0, or another attn_impl.')

@@ -1,6 +1,7 @@
 """Which attention kernel ran: PyTorch chooses it per call, by device, types, sizes and what is installed."""
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Set, Tuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ['Kernels', 'record_kernels']
 
 # a part of an operator's name -> name of the kernel; the first that fits counts
-KERNELS: Dict[str, str] = {
+KERNELS: dict[str, str] = {
     'scaled_dot_product_cudnn_attention': 'cuDNN',
     'scaled_dot_product_efficient_attention': 'memory-efficient',
     'scaled_dot_product_flash_attention': 'flash',
@@ -27,14 +28,14 @@ class Kernels(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._names: Set[str] = set()
+        self._names: set[str] = set()
 
     @property
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         """Kernels that ran, sorted: 'cuDNN', 'flash', 'flex', 'memory-efficient' or 'maths' (unfused)."""
         return sorted(self._names)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.name()
         kernel = next((kernel for part, kernel in KERNELS.items() if part in name), None)
         if kernel is not None and 'backward' not in name:

@@ -3,7 +3,6 @@
 It holds the (N, N) scores in memory. Scores and softmax run in float32 when the inputs are shorter, as the official
 models do; float64 stays float64.
 """
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 TAKES_TABLE = False
 
 
-def why_not() -> Optional[str]:
+def why_not() -> str | None:
     return None
 
 
@@ -19,9 +18,9 @@ def forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
+        bias: torch.Tensor | None = None,
         dropout_p: float = 0.,
-        scale: Optional[float] = None,
+        scale: float | None = None,
 ) -> torch.Tensor:
     # float32 factors of one element, not .float(): they lengthen half precision, leave float64, and FX can trace them
     q = q * q.new_full((1,), q.shape[-1] ** -0.5 if scale is None else scale, dtype=torch.float32)

@@ -3,7 +3,6 @@
 No (N, N) tensor is made, except where PyTorch itself falls back to plain maths: attention dropout on the CPU.
 `kernels.record_kernels` tells which kernel ran.
 """
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ TAKES_TABLE = False
 MANY_TOKENS = 2048
 
 
-def why_not() -> Optional[str]:
+def why_not() -> str | None:
     return None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
 
 
@@ -36,9 +35,9 @@ def forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
+        bias: torch.Tensor | None = None,
         dropout_p: float = 0.,
-        scale: Optional[float] = None,
+        scale: float | None = None,
 ) -> torch.Tensor:
     k, v = gathered(k), gathered(v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)

@@ -13,8 +13,8 @@ The contract, which every implementation in `IMPLEMENTATIONS` keeps:
 
 Those in `TRAINABLE` take the weight as it is for the packed one, and have gradients.
 """
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Dict, Iterable
 
 import torch
 
@@ -24,7 +24,7 @@ __all__ = ['ACTIVATIONS', 'IMPLEMENTATIONS', 'TRAINABLE', 'choose']
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
-IMPLEMENTATIONS: Dict[str, ModuleType] = {
+IMPLEMENTATIONS: dict[str, ModuleType] = {
     'onednn': onednn,
     'onednn_grad': onednn_grad,
     'reference': reference,

@@ -3,14 +3,13 @@
 The weight is kept in the blocked layout of the kernel, and the activation or the sum is done on each tile of the
 output while it is in the cache.
 """
-from typing import Optional
 
 import torch
 
 EPILOGUES = {'none': ('none', ''), 'gelu': ('gelu', 'none'), 'silu': ('swish', '')}  # act -> oneDNN's name, algorithm
 
 
-def why_not(weight: torch.Tensor) -> Optional[str]:
+def why_not(weight: torch.Tensor) -> str | None:
     if weight.device.type != 'cpu':
         return f'it is for the CPU, and the weight is on {weight.device.type}'
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, '_linear_pointwise'):
@@ -35,9 +34,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def forward(
         x: torch.Tensor,
         packed: torch.Tensor,
-        bias: Optional[torch.Tensor],
+        bias: torch.Tensor | None,
         act: str = 'none',
-        residual: Optional[torch.Tensor] = None,
+        residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     if residual is not None and act == 'none':
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, 'add')

@@ -5,7 +5,7 @@ PyTorch gives float32 products to MKL, which does not use AVX-512 on AMD's CPUs.
 choice is left alone.
 """
 import functools
-from typing import Any, Optional, Tuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,18 @@ from . import onednn, reference
 
 SMALL = 2 ** 22  # multiply-adds of a product; below it, calling oneDNN takes longer than MKL takes
 
-Gradients = Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Product(torch.autograd.Function):
     """x @ weight.T + bias for x (M, C), weight (D, C) and bias (D,) or None. (M, D)."""
 
     @staticmethod
-    def forward(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs[:2])
         ctx.save_for_forward(*inputs[:2])
 
@@ -41,12 +41,12 @@ class Product(torch.autograd.Function):
         )
 
     @staticmethod
-    def jvp(ctx: Any, dx: torch.Tensor, dweight: torch.Tensor, dbias: Optional[torch.Tensor]) -> torch.Tensor:
+    def jvp(ctx: Any, dx: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor | None) -> torch.Tensor:
         x, weight = ctx.saved_tensors
         return Product.apply(dx, weight, dbias) + Product.apply(x, dweight, None)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Tuple[Optional[int], ...], *inputs: torch.Tensor) -> Tuple[torch.Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
         return torch.func.vmap(F.linear, in_dims)(*inputs), 0
 
 
@@ -59,14 +59,14 @@ if OPERATOR is not None and OPERATOR not in flop_registry:
     register_flop_formula(OPERATOR)(count_flops)  # or `FlopCounterMode` would not see these products
 
 
-def why_not(weight: torch.Tensor) -> Optional[str]:
+def why_not(weight: torch.Tensor) -> str | None:
     if weight.device.type == 'cpu' and weight.dtype != torch.float32:
         return f'it is for float32, and the weight is {weight.dtype}'
     return onednn.why_not(weight) or why_not_here()
 
 
 @functools.lru_cache(None)
-def why_not_here() -> Optional[str]:
+def why_not_here() -> str | None:
     """Reason why PyTorch's own choice is as good on this CPU."""
     if not hasattr(torch.cpu, 'get_capabilities'):
         return 'this version of PyTorch does not know the name of the CPU'
@@ -83,9 +83,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def forward(
         x: torch.Tensor,
         packed: torch.Tensor,
-        bias: Optional[torch.Tensor],
+        bias: torch.Tensor | None,
         act: str = 'none',
-        residual: Optional[torch.Tensor] = None,
+        residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     fits = x.dtype == packed.dtype and x.shape[-1] == packed.shape[1]  # if not, PyTorch's error says why
     if not fits or x.numel() * len(packed) < SMALL:

@@ -1,17 +1,17 @@
 """The layers one after the other, as PyTorch has them; on any device, and what compilers and exporters see."""
-from typing import Callable, Dict, Optional
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS: Dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     'none': lambda x: x,
     'gelu': F.gelu,
     'silu': F.silu,
 }
 
 
-def why_not(weight: torch.Tensor) -> Optional[str]:
+def why_not(weight: torch.Tensor) -> str | None:
     return None
 
 
@@ -22,14 +22,14 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def forward(
         x: torch.Tensor,
         packed: torch.Tensor,
-        bias: Optional[torch.Tensor],
+        bias: torch.Tensor | None,
         act: str = 'none',
-        residual: Optional[torch.Tensor] = None,
+        residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return finish(F.linear(x, packed, bias), act, residual)
 
 
-def finish(x: torch.Tensor, act: str, residual: Optional[torch.Tensor]) -> torch.Tensor:
+def finish(x: torch.Tensor, act: str, residual: torch.Tensor | None) -> torch.Tensor:
     """What follows the product."""
     x = ACTIVATIONS[act](x)
     return x if residual is None else residual + x

@@ -1,0 +1,150 @@
+"""Which blocks of stage 3 gather and migrate, and how much: what users write, made explicit and checked."""
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from .gathering import FORMS
+
+__all__ = ['ACCELERATIONS', 'Schedule', 'num_leaving', 'parse_schedule']
+
+Amount = int | float
+
+
+class Schedule(NamedTuple):
+    """What each block of stage 3 does.
+
+    Attributes:
+        gather_window: Largest side of a window in tokens, 0 for one window that is the whole map.
+        windowed: For each block: attention is in windows, not among all tokens.
+        migrate: For each block: how much leaves each window. Below 1 it is a share of the tokens that the smallest
+            window begins with, from 1 on a number of tokens.
+        gather_form: Of the gathering tokens, one of `gathering.FORMS`.
+    """
+    gather_window: int
+    windowed: tuple[bool, ...]
+    migrate: tuple[float, ...]
+    gather_form: str = FORMS[0]
+
+
+def _light(depth: int) -> Schedule:
+    """Windows in the first half: early blocks lose least by them."""
+    return Schedule(16, tuple(i < (depth + 1) // 2 for i in range(depth)), (0.,) * depth)
+
+
+def _full(depth: int) -> Schedule:
+    """Windows in the first two thirds, and two fifths of the tokens stay: attention among all of these costs little."""
+    leaves = {depth // 8, depth // 4, depth // 3}
+    return Schedule(
+        16,
+        tuple(3 * i < 2 * depth for i in range(depth)),
+        tuple(0.2 if i in leaves else 0. for i in range(depth)),
+    )
+
+
+ACCELERATIONS: dict[str, Callable[[int], Schedule]] = {'light': _light, 'full': _full}
+
+
+def parse_schedule(
+        depth: int,
+        acceleration: str | None = None,
+        gather_window: int | None = None,
+        gather_blocks: Sequence[int] | None = None,
+        gather_form: str | None = None,
+        migrate: Mapping[int | str, Amount] | None = None,
+) -> Schedule | None:
+    """Make a schedule of the arguments of a model. Each of the last four replaces that part of `acceleration`.
+
+    Args:
+        depth: Blocks of stage 3.
+        acceleration: Key of `ACCELERATIONS`; None for none.
+        gather_window: Largest side of a window in tokens; 0 for one window that is the whole map.
+        gather_blocks: Blocks with attention in windows, counted from 0, or from the end if negative; None for all,
+            where there are windows.
+        gather_form: Of the gathering tokens, 'mean' or 'token', see `gathering`; None for 'mean'.
+        migrate: Block -> how many tokens leave each window there: a number (int), or a share, above 0 and below 1, of
+            those that the smallest window begins with. Keys may be strings, as JSON has them.
+
+    Returns:
+        The schedule; None if nothing is to be done.
+
+    Raises:
+        ValueError: An argument is not usable; the message says which and why.
+    """
+    if acceleration is not None and acceleration not in ACCELERATIONS:
+        raise ValueError(f'acceleration {acceleration!r} is unknown, use one of {tuple(ACCELERATIONS)} or None')
+    if gather_blocks is not None and not (gather_window or acceleration):
+        raise ValueError('gather_blocks needs gather_window, the side of the windows in tokens')
+    schedule = Schedule(0, (True,) * depth, (0.,) * depth)
+    if acceleration is not None:
+        schedule = ACCELERATIONS[acceleration](depth)
+    if gather_window is not None:
+        if not _is_number(gather_window, int) or gather_window < 0:
+            raise ValueError(f'gather_window {gather_window!r} is not usable: give the side of a window in tokens')
+        schedule = schedule._replace(gather_window=gather_window)
+    if gather_blocks is not None:
+        if not isinstance(gather_blocks, Sequence) or isinstance(gather_blocks, str):
+            raise ValueError(f'gather_blocks {gather_blocks!r} is not usable: give a list of blocks, such as [0, 1, 2]')
+        chosen = {_block(block, depth, 'gather_blocks') for block in gather_blocks}
+        schedule = schedule._replace(windowed=tuple(i in chosen for i in range(depth)))
+    if gather_form is not None:
+        if gather_form not in FORMS:
+            raise ValueError(f'gather_form {gather_form!r} is unknown, use one of {FORMS}')
+        schedule = schedule._replace(gather_form=gather_form)
+    if migrate is not None:
+        schedule = schedule._replace(migrate=_amounts(migrate, depth))
+    gathers = schedule.gather_window > 0 and any(schedule.windowed)
+    return schedule if gathers or any(schedule.migrate) else None
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _block(index: int | str, depth: int, name: str) -> int:
+    """Index of a block, 0 to depth - 1."""
+    try:
+        number = int(index)
+    except (TypeError, ValueError):
+        number = depth
+    if not -depth <= number < depth:
+        raise ValueError(f'{name} names block {index!r}, but stage 3 has the blocks 0 to {depth - 1}')
+    return number % depth
+
+
+def _amounts(migrate: Mapping[int | str, Amount], depth: int) -> tuple[float, ...]:
+    """How much leaves at each block."""
+    if not isinstance(migrate, Mapping):
+        raise ValueError(f'migrate {migrate!r} is not usable: give block -> number or share, such as {{3: 0.25}}')
+    amounts: dict[int, float] = {}
+    for key, amount in migrate.items():
+        block = _block(key, depth, 'migrate')
+        if block in amounts:
+            raise ValueError(f'migrate names block {block} twice')
+        usable = _is_number(amount, int) and amount >= 0 or _is_number(amount, float) and 0 <= amount < 1
+        if not usable:
+            raise ValueError(
+                f'migrate asks for {amount!r} at block {block}: give a number (int) or a share below 1 (float)')
+        amounts[block] = float(amount)
+    return tuple(amounts.get(i, 0.) for i in range(depth))
+
+
+def num_leaving(migrate: list[float], smallest: int) -> list[int]:
+    """How many tokens leave each window at each block.
+
+    Args:
+        migrate: As in `Schedule`.
+        smallest: Tokens that the smallest window begins with.
+
+    Raises:
+        ValueError: More than half of the tokens that are there would leave at once.
+    """
+    numbers: list[int] = []
+    remaining = smallest
+    for block, amount in enumerate(migrate):
+        number = int(amount) if amount >= 1 else int(amount * smallest)
+        if number > remaining // 2:
+            raise ValueError(
+                f'migrate lets {number} tokens leave at block {block}, but of the {smallest} in a window {remaining} '
+                f'are left there, and at most half of them can leave: ask for fewer, or for larger windows')
+        numbers.append(number)
+        remaining = remaining - number  # not -=: while a model is traced this is a tensor
+    return numbers

@@ -1,0 +1,1 @@
+"""Experiments that decided how acceleration works and that tell what pre-training is worth, with their rows."""

@@ -1,0 +1,2 @@
+"""What inspects, converts, describes and matches weight files."""
+import timm.models  # noqa: F401  first: once it has loaded, our models load, which take their parts from files here

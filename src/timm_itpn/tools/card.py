@@ -1,0 +1,101 @@
+"""Model card of a converted checkpoint: what it is, where it comes from, and whose figures it has."""
+from typing import Any
+
+from ..models._timm import generate_readme
+from ..weights.records import expected_sha256
+from ..weights.sources import drive_url, source_of
+
+__all__ = ['model_card']
+
+CITATIONS = {
+    'fast_itpn': """@article{fast_itpn,
+  title={Fast-iTPN: Integrally Pre-Trained Transformer Pyramid Network with Token Migration},
+  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},
+  year={2024},
+  note={arXiv:2211.12735}
+}""",
+    'itpn': """@inproceedings{itpn,
+  title={Integrally Pre-Trained Transformer Pyramid Networks},
+  booktitle={CVPR},
+  year={2023},
+  note={arXiv:2211.12735}
+}""",
+    'hivit': """@inproceedings{hivit,
+  title={HiViT: Hierarchical Vision Transformer Meets Masked Image Modeling},
+  booktitle={ICLR},
+  year={2023},
+  note={arXiv:2205.14949}
+}""",
+}
+
+
+def model_card(report: dict[str, Any], pretraining: bool) -> str:
+    """Text of the README of a Hub repository.
+
+    Args:
+        report: What was read and written.
+        pretraining: True for weights without classifier, as pre-training leaves them.
+    """
+    name = report['model']
+    family = next(family for family in CITATIONS if name.startswith(family))
+    published = source_of(name)
+    parts = [f'{part}: {number:,} values' for part, number in report['parts'].items()]
+    details: dict[str, Any] = {
+        'Model': f'`{name}` of the timm plugin timm-itpn',
+        'Parts': parts,
+        'Classes': report['num_classes'] or 'none: norm and classifier start new',
+        'Data type': ', '.join(report['dtypes']),
+        'Provenance': provenance(report),
+    }
+    if published:
+        details['Contents'] = published.contents
+        details['Licence of the weights, as their authors state it'] = published.licence
+        details['Reported by the authors, not measured for this copy'] = list(published.figures)
+    return generate_readme(
+        dict(
+            tags=['timm', family.replace('_', '-')],
+            license=published.licence if published else 'unknown',
+            details=details,
+            usage=usage(report, pretraining),
+            citation=CITATIONS[family],
+        ),
+        name,
+        task_name='image-feature-extraction' if pretraining else 'image-classification',
+    )
+
+
+def provenance(report: dict[str, Any]) -> list[str]:
+    source = report['source']
+    layout = f'{source["layout"]} layout' + (f', under `{source["wrapper"]}`' if source['wrapper'] else '')
+    lines = [
+        f'Converted from `{source["file"]}` ({source["bytes"]:,} bytes, {layout}), SHA-256 `{source["sha256"]}`',
+        f'On {report["date"]}, by {report["tool"]}',
+    ]
+    origin = source['origin']
+    if origin:
+        lines.insert(1, f'That file says that it was converted from `{origin["file"]}`, SHA-256 `{origin["sha256"]}`')
+    published = source_of(report['model'])
+    if published is None:
+        return [*lines, 'Not a published file of the authors, as far as was said at the conversion']
+    expected = expected_sha256(report['model'])
+    if expected is None:
+        check = 'No hash of the published file is known: that this is it was not checked'
+    elif expected == (origin or source)['sha256']:
+        check = 'This is the known SHA-256 of the published file'
+    else:
+        check = f'The known SHA-256 of the published file is another, `{expected}`'
+    taken = 'Taken by its shapes for' if report['guessed'] else 'Said at the conversion to be'
+    return [*lines, f'{taken} the file that the authors publish at {drive_url(published)}', check]
+
+
+def usage(report: dict[str, Any], pretraining: bool) -> str:
+    arguments = ', num_classes=10' if pretraining else ''
+    lines = [
+        '```python', 'import timm  # with timm-itpn installed', '',
+        f"model = timm.create_model('hf-hub:OWNER/NAME', pretrained=True{arguments})",
+    ]
+    if 'pyramid' in report['parts']:
+        lines += [
+            '', '# the feature pyramid', 'pyramid = timm.create_model(',
+            "    'hf-hub:OWNER/NAME', pretrained=True, pyramid=True, features_only=True)"]
+    return '\n'.join([*lines, '```'])

@@ -1,0 +1,108 @@
+"""What native weights are: which network, and which parts are there. No tensor's values are looked at."""
+import math
+import re
+from typing import NamedTuple
+
+from ..weights.checkpoint import CLASSIFIER, CLASSIFIER_NORM, POS_EMBED, TABLE, StateDict
+from ..weights.layout import (
+    PRETRAIN,
+    PYRAMID,
+    native_depths,
+    native_layout,
+    native_pyramid_depth,
+    pretraining_part,
+)
+
+__all__ = ['Description', 'describe']
+
+
+class Description(NamedTuple):
+    """What is in a state dict.
+
+    Attributes:
+        family: 'Fast-iTPN' or 'iTPN', which HiViT is too.
+        embed_dim: Width of stage 3.
+        depths: Blocks of stages 1, 2 and 3.
+        in_chans: Image channels.
+        num_tokens: Positions of the position embedding.
+        num_classes: Of the classifier, 0 without one.
+        pretraining: True for weights that have no classifier's norm, as pre-training leaves them.
+        layer_scale: Whether there is any.
+        rel_pos_bias: Whether there is any.
+        pyramid_dim: Channels of the pyramid, 0 without one.
+        pyramid_depth: Blocks in each of its finer levels.
+        parts: Number of values in each part.
+    """
+    family: str
+    embed_dim: int
+    depths: tuple[int, int, int]
+    in_chans: int
+    num_tokens: int
+    num_classes: int
+    pretraining: bool
+    layer_scale: bool
+    rel_pos_bias: bool
+    pyramid_dim: int
+    pyramid_depth: int
+    parts: dict[str, int]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the position embedding, if it is square.
+
+        Raises:
+            ValueError: It is not.
+        """
+        side = math.isqrt(self.num_tokens)
+        if side * side != self.num_tokens:
+            raise ValueError(
+                f'The position embedding has {self.num_tokens} tokens, which is no square grid: give '
+                '`timm-itpn convert` the image size that it was trained at with --img-size HEIGHT WIDTH.')
+        return side, side
+
+
+def describe(native: StateDict) -> Description:
+    """Describe native weights; tensors on device meta do.
+
+    Raises:
+        ValueError: Stem or position embedding are missing.
+    """
+    missing = [key for key in ('patch_embed.proj.weight', POS_EMBED) if key not in native]
+    if missing:
+        raise ValueError(f'The checkpoint is incomplete: it has no {" and no ".join(missing)}.')
+    pyramid_out = native.get('pyramid.levels.2.out.mlp.fc1.weight')
+    parts: dict[str, int] = {}
+    for key, value in native.items():
+        part = part_of(key, native)
+        parts[part] = parts.get(part, 0) + value.numel()
+    return Description(
+        family=native_layout(native).family,
+        embed_dim=native[POS_EMBED].shape[-1],
+        depths=native_depths(native),
+        in_chans=native['patch_embed.proj.weight'].shape[1],
+        num_tokens=native[POS_EMBED].shape[1],
+        num_classes=next((len(native[key]) for key in CLASSIFIER if key in native), 0),
+        pretraining=not any(key in native for key in CLASSIFIER_NORM),
+        layer_scale='layer scale' in parts,
+        rel_pos_bias='relative position bias' in parts,
+        pyramid_dim=0 if pyramid_out is None else pyramid_out.shape[1],
+        pyramid_depth=native_pyramid_depth(native),
+        parts=parts,
+    )
+
+
+def part_of(key: str, native: StateDict) -> str:
+    """Name of the part that a key of native weights belongs to."""
+    if key.startswith(PRETRAIN):
+        return pretraining_part(key.removeprefix(PRETRAIN), native_layout(native)) or 'unknown'
+    if key.startswith(PYRAMID):
+        return 'pyramid'
+    if key in CLASSIFIER:
+        return 'classifier'
+    if key in CLASSIFIER_NORM:
+        return 'norm before the classifier'
+    if re.search(r'\.ls[12]?\.gamma$', key):
+        return 'layer scale'
+    if key.endswith(TABLE):
+        return 'relative position bias'
+    return 'backbone' if key.startswith(('patch_embed.', 'stages.')) else 'unknown'

@@ -1,0 +1,237 @@
+""" What a weight file is to this package, told from its names and shapes alone
+
+Nothing of the file is run and none of its tensors is read, so it may be from anyone. Text in it comes back as it is, to
+be escaped before a terminal gets it.
+"""
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from ..weights.checkpoint import AVERAGED, PLAIN, to_native, unwrap
+from ..weights.contents import Opaque, read_contents
+from ..weights.integrity import sha256_of, why_no_weight_file
+from ..weights.layout import FAST_ITPN, ITPN, layout_of
+from ..weights.records import expected_sha256, record
+from ..weights.sources import SOURCES, plain_name
+from .checkpoint_file import WEIGHTS
+from .describe import Description, describe
+from .match import matching_models, model_args, why_not_published
+
+__all__ = ['inspect', 'record_hash']
+
+MAX_KEYS = 8
+MAX_TEXT = 200
+UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)  # what tensors of any shape may lead to
+
+
+def inspect(path: Path, name: str | None = None) -> dict[str, Any]:
+    """What is in a weight file, for JSON.
+
+    Args:
+        path: File of any format, or folder that `convert` wrote.
+        name: Model to compare it with, None to tell from the file.
+
+    Raises:
+        ValueError: It cannot be read, or is no weight file.
+    """
+    path = path / WEIGHTS if path.is_dir() else path
+    contents = read_contents(path)
+    state_dict, wrapper = _find_weights(contents.tree)
+    tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    facts = {
+        'file': str(path),
+        'format': contents.format,
+        'bytes': path.stat().st_size,
+        'sha256': sha256_of(path),
+        'metadata': contents.metadata,
+        'globals': list(contents.globals),
+        'wrapper': wrapper,
+        'others': {entry: _summary(value) for entry, value in _others(contents.tree, wrapper, bool(state_dict))},
+        'num_tensors': len(tensors),
+        'num_values': sum(value.numel() for value in tensors.values()),
+        'dtypes': dict(Counter(_short(value.dtype) for value in tensors.values()).most_common()),
+        'first_keys': list(tensors)[:MAX_KEYS],
+        **_network(state_dict, name, contents.metadata.get('model', '')),
+    }
+    tree = contents.tree if wrapper else {}
+    averaged = [key for key in AVERAGED if isinstance(tree.get(key), dict) and not wrapper.startswith(key)]
+    if averaged:
+        facts['notes'].append(f"averaged weights in {averaged[0]}: timm's loaders take those, convert does with --ema")
+    fitting = [model['name'] for model in facts['models'] if model['fits']]
+    facts['model'] = name or (fitting[0] if len(fitting) == 1 else None)
+    facts['published'] = _published(facts)
+    return facts
+
+
+def record_hash(facts: dict[str, Any]) -> Path:
+    """Keep the hash of a file as that of the published one of the model that it was compared with.
+
+    Args:
+        facts: What `inspect` found; its check of the hash is brought up to date.
+
+    Returns:
+        The file that holds the records.
+
+    Raises:
+        ValueError: The file is damaged, or not that of the model.
+    """
+    damage = why_no_weight_file(facts['file'])
+    wrong = f'it is {damage}' if damage else facts['published']['why_not']
+    if wrong:
+        raise ValueError(f'The SHA-256 of {facts["file"]} was not recorded: {wrong}')
+    path = record(facts['model'], facts['sha256'])
+    facts['published'] = _published(facts)
+    return path
+
+
+def _find_weights(tree: Any) -> tuple[dict[str, Any], str]:
+    """State dict that `convert` takes, and the dotted names of what it is in; empty if there is none."""
+    try:
+        return unwrap(tree, PLAIN + AVERAGED)
+    except ValueError:
+        return {}, ''
+
+
+def _others(tree: Any, wrapper: str, has_weights: bool) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each thing in the file that is no tensor of the state dict."""
+    if not isinstance(tree, dict):
+        yield 'whole file', tree
+        return
+    path = ''
+    for name in filter(None, wrapper.split('.')):
+        yield from ((path + _text(key), value) for key, value in tree.items() if key != name)
+        tree, path = tree[name], f'{path}{name}.'
+    for key, value in tree.items():
+        if not (has_weights and isinstance(value, torch.Tensor)):
+            yield path + _text(key), value
+
+
+def _text(key: Any) -> str:
+    return key if isinstance(key, str) else _summary(key)
+
+
+def _summary(value: Any) -> str:
+    """What a value of the file is, in a few words."""
+    if isinstance(value, torch.Tensor):
+        return f'tensor {list(value.shape)} of {_short(value.dtype)}'
+    if isinstance(value, Opaque):
+        return value.name
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        num_tensors = _num_tensors(value)
+        return f'{type(value).__name__} of {len(value)}' + (f' (tensors: {num_tensors})' if num_tensors else '')
+    if isinstance(value, (bytes, bytearray)):
+        return f'{len(value)} bytes'
+    if isinstance(value, int) and value.bit_length() > 64:  # Python does not write out those of 4,300 digits
+        return f'integer of {value.bit_length()} bits'
+    return str(value)[:MAX_TEXT]
+
+
+def _num_tensors(tree: Any) -> int:
+    if isinstance(tree, dict):
+        return sum(map(_num_tensors, tree.values()))
+    if isinstance(tree, (list, tuple)):
+        return sum(map(_num_tensors, tree))
+    return int(isinstance(tree, torch.Tensor))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
+
+
+def _network(state_dict: dict[str, Any], name: str | None, converted_as: str) -> dict[str, Any]:
+    """Layout, network and parts of the weights, and the models that they are compared with."""
+    layout = layout_of(state_dict)
+    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem='')
+    if not layout:
+        found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no dict of tensors.'
+        return found
+    try:
+        native = to_native(state_dict)
+        weights = describe(native)
+        names = matching_models(_with_grid(weights), published=layout == 'official' or '.' in converted_as)
+    except UNFIT as error:
+        found['problem'] = _reason(error)
+        return found
+    found['network'] = {key: value for key, value in weights._asdict().items() if key != 'parts'}
+    found['parts'] = weights.parts
+    found['models'] = [_fit(each, native, weights) for each in dict.fromkeys([*names, *([name] if name else [])])]
+    found['notes'] = _notes(weights, name or (names[0] if names else ''))
+    return found
+
+
+def _with_grid(weights: Description) -> Description:
+    """The weights as those of one token if their grid is not known, which is the grid of no published file."""
+    is_square = math.isqrt(weights.num_tokens) ** 2 == weights.num_tokens
+    return weights if is_square else weights._replace(num_tokens=1)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return str(error)
+    return f'Its tensors have shapes that are those of no model ({type(error).__name__}).'
+
+
+def _fit(name: str, native: dict[str, torch.Tensor], weights: Description) -> dict[str, Any]:
+    """Whether a model holds the weights, and what it needs to be told for that."""
+    try:
+        args = model_args(name, native, weights, None)
+    except UNFIT as error:
+        return dict(name=name, fits=False, args={}, problem=_reason(error))
+    args.pop('pretrained_cfg_overlay', None)
+    if args['num_classes'] == timm.create_model(name, device='meta').num_classes:
+        args.pop('num_classes')
+    return dict(name=name, fits=True, args=args, problem='')
+
+
+def _notes(weights: Description, name: str) -> list[str]:
+    """What a model would not use of the weights, and what of it would start new."""
+    found = []
+    arch = plain_name(name).partition('.')[0]
+    if weights.pretraining:
+        found.append('no classifier: norm and classifier start new')
+        if weights.family == ITPN.family and not weights.rel_pos_bias:
+            found.append('no relative position bias: its tables start at zero')
+    if weights.pyramid_dim:
+        found.append('feature pyramid: the _fpn model takes it, the one without _fpn leaves it out')
+    elif timm.is_model(f'{arch}_fpn'):
+        found.append("no feature pyramid: the _fpn model needs pyramid_init='random'")
+    layout = ITPN if weights.family == ITPN.family else FAST_ITPN
+    unused = [part for part in dict.fromkeys(layout.pretraining.values()) if part in weights.parts]
+    if unused:
+        found.append(f'for pre-training only, no model takes it: {", ".join(unused)}')
+    return found
+
+
+def _known_as(sha256: str) -> list[str]:
+    """Published files that have this hash."""
+    return [name for name in SOURCES if expected_sha256(name) == sha256]
+
+
+def _published(facts: dict[str, Any]) -> dict[str, Any]:
+    """Whether the file is the published one, or says that it was converted from it, as far as hashes are known."""
+    source = facts['metadata'].get('source_sha256') if facts['layout'] == 'native' else None
+    return dict(
+        sha256=source or facts['sha256'],
+        by_metadata=bool(source),
+        known_as=_known_as(source or facts['sha256']),
+        expected=expected_sha256(facts['model']) if facts['model'] else None,
+        why_not=_why_not_published(facts),
+    )
+
+
+def _why_not_published(facts: dict[str, Any]) -> str:
+    """Why the contents cannot be those of the model's published file, '' if they can."""
+    name = facts['model']
+    model = next((model for model in facts['models'] if model['name'] == name), None)
+    if model is None:
+        return facts['problem'] or 'which model it is of is not clear'
+    if not model['fits']:
+        return model['problem']
+    if facts['layout'] != 'official':
+        return 'it is in the layout of this package, published files are in the official one'
+    return why_not_published(name, Description(**facts['network'], parts=facts['parts']))

@@ -1,0 +1,130 @@
+"""Which registered model takes given weights, and with which arguments."""
+import functools
+from typing import Any
+
+import timm
+import torch
+
+from ..models.names import MODULES, check_name
+from ..weights.checkpoint import CLASSIFIER, fit_to_model
+from ..weights.sources import plain_name, source_of
+from .describe import Description, describe
+
+__all__ = ['choose_model', 'matching_models', 'model_args', 'why_not_published']
+
+OWN = dict(  # pretrained cfg of weights that are nobody's published ones
+    tag='', url=None, hf_hub_id=None, hf_hub_filename=None, origin_url=None, description=None, notes=None)
+
+
+def matching_models(weights: Description, published: bool) -> list[str]:
+    """Registered models that weights may be of.
+
+    Args:
+        weights: What they are.
+        published: Whether they may be published ones: official files may be, and what was converted from them. They
+            are then of `arch.tag` where they are as those of the tag; others are of `arch`.
+    """
+    names = []
+    for arch in timm.list_models(module=MODULES, exclude_filters='*_fpn'):
+        if arch.startswith('hivit') and (weights.pyramid_dim or weights.layer_scale):
+            continue
+        default, _ = _default(arch, False)
+        if (default.family, default.embed_dim, default.depths) == (weights.family, weights.embed_dim, weights.depths):
+            tags = [n for n in timm.list_models(module=MODULES, include_tags=True) if n.startswith(f'{arch}.')]
+            names += [name for name in tags if published and not why_not_published(name, weights)] or [arch]
+    return names
+
+
+def why_not_published(name: str, weights: Description) -> str:
+    """Why weights cannot be those of the published file of `arch.tag`, '' if they can, as far as shapes tell."""
+    if source_of(name) is None:
+        return f'there is no published file of {name}'
+    try:
+        args = _args(name, weights)
+    except ValueError as error:
+        return str(error)
+    args.pop('img_size', None)
+    if args:
+        told = ', '.join(f'{key}={value}' for key, value in args.items())
+        return f'{name} holds it only if created with {told}, which the published file does not need'
+    if weights.pretraining != (timm.get_pretrained_cfg(name).num_classes == 0):
+        return f'it has {"no" if weights.pretraining else "a"} classifier, unlike the published file of {name}'
+    return ''
+
+
+def choose_model(weights: Description, published: bool) -> str:
+    """The one registered model that weights are of.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    names = matching_models(weights, published)
+    if len(names) == 1:
+        return names[0]
+    what = f'{weights.family} with depths {list(weights.depths)} and embed_dim {weights.embed_dim}'
+    if not names:
+        raise ValueError(f'The checkpoint is of {what}, which no registered model is.')
+    raise ValueError(f'The checkpoint is of {what}, which {" and ".join(names)} are: choose one with --model.')
+
+
+def model_args(
+        name: str,
+        native: dict[str, torch.Tensor],
+        weights: Description,
+        img_size: tuple[int, int] | None,
+) -> dict[str, Any]:
+    """Arguments of the model that holds the weights.
+
+    Raises:
+        ValueError: It cannot hold them; the message says what differs.
+    """
+    check_name(name)
+    height, width = img_size or (0, 0)
+    if img_size and (height // 16) * (width // 16) != weights.num_tokens:
+        raise ValueError(
+            f'The position embedding has {weights.num_tokens} tokens, but {height} x {width} pixels are '
+            f'{height // 16} x {width // 16}: correct --img-size.')
+    if weights.num_classes and not all(key in native for key in CLASSIFIER):
+        raise ValueError(f'The checkpoint is incomplete: of {" and ".join(CLASSIFIER)} it has one only.')
+    if name.partition('.')[0].endswith('_fpn') and not weights.pyramid_dim:
+        raise ValueError(
+            f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
+    args = dict(num_classes=weights.num_classes, **_args(name, weights, img_size), **_cfg_args(name))
+    model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
+    target = model.state_dict()
+    for key, value in fit_to_model(native, model).items():
+        if value.shape != target[key].shape:
+            raise ValueError(
+                f'{key} is {tuple(value.shape)} in the checkpoint, but {tuple(target[key].shape)} in {name}: the '
+                'checkpoint is damaged, or of another model.')
+    return args
+
+
+def _args(name: str, weights: Description, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What a model needs to be told, beside its number of classes, to hold the weights."""
+    default, default_size = _default(name, weights.pyramid_dim > 0)
+    args: dict[str, Any] = {}
+    height, width = img_size or tuple(16 * side for side in weights.grid_size)
+    if default_size != (height, width):
+        args['img_size'] = (height, width)
+    if weights.in_chans != default.in_chans:
+        args['in_chans'] = weights.in_chans
+    if weights.layer_scale != default.layer_scale:
+        args['init_values'] = 0.1 if weights.layer_scale else 0.
+    if weights.rel_pos_bias != default.rel_pos_bias and not weights.pretraining:  # pixel pre-training has none yet
+        args['rel_pos_bias'] = weights.rel_pos_bias
+    for key in ('pyramid_dim', 'pyramid_depth'):
+        if getattr(weights, key) != getattr(default, key):
+            args[key] = getattr(weights, key)
+    return args
+
+
+@functools.cache
+def _default(name: str, pyramid: bool) -> tuple[Description, tuple[int, int]]:
+    """Weights and image size of a model as it is created without further arguments."""
+    model = timm.create_model(name, device='meta', pyramid=pyramid, **_cfg_args(name))
+    return describe(model.state_dict()), model.patch_embed.img_size
+
+
+def _cfg_args(name: str) -> dict[str, Any]:
+    return {} if '.' in name else dict(pretrained_cfg_overlay=OWN)

@@ -1,0 +1,59 @@
+"""Models of each family that are small enough to run often."""
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
+
+from support import golden
+
+FAMILIES = ('fast_itpn_tiny', 'itpn_tiny')
+PYRAMIDS = ('fast_itpn_tiny_fpn', 'itpn_tiny_fpn')
+SMALL = dict(embed_dim=128, depths=(1, 2, 2), num_heads=2, img_size=64, num_classes=5)
+
+
+def small_model(name, seed=0, **kwargs):
+    """A model in evaluation mode; relative position biases, which start at zero, are filled."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith('relative_position_bias_table') and not parameter.is_meta:
+            nn.init.normal_(parameter)
+    return model
+
+
+def images(*shape, dtype=torch.float32):
+    return torch.from_numpy(golden.noise('image', shape)).to(dtype)
+
+
+def drop_path_rates(model):
+    """Stochastic depth rate of each block, in order; all paths of a block have one."""
+    rates = []
+    for stage in model.stages:
+        for block in stage.blocks:
+            paths = [m.drop_prob for m in block.modules() if isinstance(m, DropPath)]
+            rates.append(paths[0] if paths else 0.)
+            assert len(set(paths)) <= 1
+    return rates
+
+
+def optimizer_scales(model, layer_decay):
+    """Parameter name -> (factor on the learning rate, weight decay), as timm's optimizer factory sets them."""
+    scale = {}
+    groups = create_optimizer_v2(model, opt='adamw', weight_decay=0.05, layer_decay=layer_decay).param_groups
+    for group in groups:
+        for name, parameter in model.named_parameters():
+            if any(parameter is p for p in group['params']):
+                scale[name] = (group['lr_scale'], group['weight_decay'])
+    return scale
+
+
+class Adapter(nn.Module):
+    """A layer with an addition, as those who fine-tune put in the place of a Linear layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x):
+        return self.layer(x) + 1.

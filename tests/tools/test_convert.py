@@ -1,0 +1,474 @@
+"""From official checkpoints to timm's Hub folders and back; from folders to models."""
+import argparse
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from support import golden
+from support.explosive import Explosive
+from support.small import SMALL, images, small_model
+
+from timm_itpn import __version__
+from timm_itpn.models import conversion
+from timm_itpn.tools.convert import convert, revert
+from timm_itpn.weights.integrity import sha256_of
+from timm_itpn.weights.layout import native_to_official
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+TINY = golden.load('fast_itpn_tiny')
+MIM = golden.load('fast_itpn_tiny_mim')
+
+
+def as_trained(state_dict, **others):
+    """A checkpoint as the official training code writes it."""
+    moments = {i: {'exp_avg': torch.zeros_like(value)} for i, value in enumerate(state_dict.values())}
+    args = argparse.Namespace(lr=1e-4)
+    return {'model': state_dict, 'optimizer': {'state': moments}, 'epoch': 99, 'args': args, **others}
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    path = tmp_path_factory.mktemp('official') / 'classifier.pt'
+    torch.save(as_trained(golden.official_state_dict(TINY, torch.float32)), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def pretraining(tmp_path_factory):
+    path = tmp_path_factory.mktemp('official') / 'fast_itpn_tiny_1600e_1k.pt'
+    torch.save({'model': golden.official_state_dict(MIM, torch.float16)}, path)
+    return path
+
+
+def small_file(path, name='fast_itpn_tiny', **kwargs):
+    """Official checkpoint of a small network of the tiny architecture's depths; with 5 classes and 4 x 4 tokens."""
+    model = small_model(name, depths=timm_depths(name), embed_dim=384, num_heads=6, **kwargs)
+    torch.save({'model': native_to_official(model.state_dict())}, path)
+    return model
+
+
+def timm_depths(name):
+    return tuple(len(stage.blocks) for stage in timm.create_model(name, device='meta').stages)
+
+
+def config_of(folder):
+    return json.loads((folder / 'config.json').read_text())
+
+
+# what is written
+
+def test_folder_has_weights_config_and_card(pretraining, tmp_path):
+    report = convert(pretraining, tmp_path / 'out', 'fast_itpn_tiny.mim_in1k')
+    assert {path.name for path in (tmp_path / 'out').iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+    assert len({path.stat().st_mode for path in (tmp_path / 'out').iterdir()}) == 1
+    with safe_open(tmp_path / 'out' / 'model.safetensors', 'pt') as file:
+        assert file.metadata() == {
+            'format': 'pt', 'model': 'fast_itpn_tiny.mim_in1k', 'source': pretraining.name,
+            'source_sha256': sha256_of(pretraining)}
+    config = config_of(tmp_path / 'out')
+    assert config['architecture'] == 'fast_itpn_tiny' and config['num_classes'] == 0
+    assert config['pretrained_cfg']['tag'] == 'mim_in1k' and 'num_classes' not in config['model_args']
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    for part in (
+            'library_name: timm\nlicense: unknown\n', pretraining.name, sha256_of(pretraining), report['date'],
+            f'timm-itpn {__version__}', 'pyramid: 2,583,890 values', 'under `model`',
+            'Reported by the authors, not measured for this copy', 'ImageNet-1K top-1 after fine-tuning: 85.1 at 224',
+            'No hash of the published file is known: that this is it was not checked'):
+        assert part in card, part
+
+
+def test_pretraining_parts_and_pyramid_are_kept(pretraining, tmp_path):
+    convert(pretraining, tmp_path / 'out', verify=True)
+    native = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert sum(value.numel() for value in native.values()) == MIM['params']
+    assert {value.dtype for value in native.values()} == {torch.float16}
+    assert torch.equal(native['pretrain.mask_token'], golden.tensor('mask_token', (1, 1, 1536)).half())
+
+
+def test_dtype_is_written(pretraining, tmp_path):
+    report = convert(pretraining, tmp_path / 'out', dtype=torch.bfloat16, verify=True)
+    native = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert report['dtypes'] == ['bfloat16'] and {value.dtype for value in native.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize('ema, factor', [(False, 1), (True, 2)])
+def test_averaged_weights_are_taken_when_asked_for(ema, factor, tmp_path):
+    model = small_file(tmp_path / 'w.pt')
+    weights = torch.load(tmp_path / 'w.pt')['model']
+    torch.save({'model': weights, 'model_ema': {k: 2 * v for k, v in weights.items()}}, tmp_path / 'w.pt')
+    report = convert(tmp_path / 'w.pt', tmp_path / 'out', ema=ema)
+    assert report['source']['wrapper'] == ('model_ema' if ema else 'model')
+    assert report['source']['others'] == ['model' if ema else 'model_ema']
+    native = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert torch.equal(native['head.fc.weight'], factor * model.head.fc.weight)
+
+
+def test_absent_averaged_weights_are_said(classifier, tmp_path):
+    with pytest.raises(ValueError, match='has no averaged weights .*: leave out --ema'):
+        convert(classifier, tmp_path / 'out', ema=True)
+    assert not (tmp_path / 'out').exists()
+
+
+# which model
+
+def test_own_weights_are_not_taken_for_published_ones(classifier, tmp_path):
+    assert convert(classifier, tmp_path / 'out')['model'] == 'fast_itpn_tiny'
+    config, card = config_of(tmp_path / 'out'), (tmp_path / 'out' / 'README.md').read_text()
+    assert config['pretrained_cfg']['tag'] == '' and 'origin_url' not in config['pretrained_cfg']
+    assert 'Not a published file of the authors' in card and 'Reported by the authors' not in card
+
+
+def test_known_hash_is_compared(pretraining, tmp_path, monkeypatch):
+    hashes = tmp_path / 'hashes.json'
+    monkeypatch.setenv('TIMM_ITPN_HASHES', str(hashes))
+    for number, (sha256, sentence) in enumerate([
+            (sha256_of(pretraining), 'This is the known SHA-256'), ('0' * 64, 'The known SHA-256 .* is another')]):
+        hashes.write_text(json.dumps({'fast_itpn_tiny.mim_in1k': sha256}))
+        convert(pretraining, tmp_path / str(number))
+        assert re.search(sentence, (tmp_path / str(number) / 'README.md').read_text())
+
+
+@pytest.mark.parametrize('name, args, taken_for', [
+    ('hivit_base', dict(), 'hivit_base'),
+    ('fast_itpn_tiny_fpn', dict(num_classes=0, pyramid=True), 'fast_itpn_tiny'),
+])
+def test_native_weights_are_never_published_ones(name, args, taken_for, tmp_path):
+    state_dict = timm.create_model(name, **args).half().state_dict()
+    if not args.get('num_classes', 1):
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith('head.')}
+    torch.save({'state_dict': state_dict}, tmp_path / 'mine.pth.tar')
+    assert convert(tmp_path / 'mine.pth.tar', tmp_path / 'out')['model'] == taken_for
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert 'license: unknown' in card and 'Reported by the authors' not in card
+    tag = timm.get_pretrained_cfg(taken_for).tag
+    with pytest.raises(ValueError, match=f'not the published file of .*it is in native layout.*--model {taken_for}'):
+        convert(tmp_path / 'mine.pth.tar', tmp_path / 'tagged', f'{taken_for}.{tag}')
+
+
+def test_tag_that_the_weights_contradict_is_refused(tmp_path):
+    small_file(tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='it has a classifier, unlike the published file of fast_itpn_tiny.mim_in1k'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out', 'fast_itpn_tiny.mim_in1k', img_size=(64, 64))
+
+
+def test_converted_folder_says_what_it_is(pretraining, tmp_path):
+    """Converted once more, it keeps its name, size, pooling and origin."""
+    convert(pretraining, tmp_path / 'one', 'fast_itpn_tiny_fpn.mim_in1k')
+    report = convert(tmp_path / 'one', tmp_path / 'two', dtype=torch.float32, verify=True)
+    assert report['model'] == 'fast_itpn_tiny_fpn.mim_in1k'
+    assert report['source']['origin'] == {'file': pretraining.name, 'sha256': sha256_of(pretraining)}
+    assert sha256_of(pretraining) in (tmp_path / 'two' / 'README.md').read_text()
+    small_file(tmp_path / 'w.pt', 'itpn_tiny', img_size=(48, 64))
+    convert(tmp_path / 'w.pt', tmp_path / 'three', 'itpn_tiny', img_size=(48, 64))
+    config = config_of(tmp_path / 'three')
+    config['global_pool'] = config['model_args']['global_pool'] = 'max'
+    (tmp_path / 'three' / 'config.json').write_text(json.dumps(config))
+    convert(tmp_path / 'three', tmp_path / 'four', verify=True)
+    revert(tmp_path / 'four', tmp_path / 'back.pt', verify=True)
+    model = timm.create_model(f'local-dir:{tmp_path / "four"}', pretrained=True)
+    assert (model.patch_embed.img_size, model.global_pool) == ((48, 64), 'max')
+
+
+def test_pooling_of_a_training_checkpoint_is_kept(tmp_path):
+    model = small_model('fast_itpn_tiny', embed_dim=384, depths=(1, 1, 12), num_heads=6, global_pool='max')
+    torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(gp='max')}, tmp_path / 'last.pth.tar')
+    assert convert(tmp_path / 'last.pth.tar', tmp_path / 'out', verify=True)['global_pool'] == 'max'
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    x = images(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize('kwargs, expected', [
+    (dict(num_classes=1), {}),
+    (dict(), {}),
+    (dict(init_values=0.), {'init_values': 0.}),
+    (dict(in_chans=1), {'in_chans': 1}),
+    (dict(img_size=224), {}),
+])
+def test_model_args_are_told_from_the_file(kwargs, expected, tmp_path):
+    model = small_file(tmp_path / 'w.pt', **kwargs)
+    convert(tmp_path / 'w.pt', tmp_path / 'out', verify=True)
+    args = config_of(tmp_path / 'out')['model_args']
+    assert expected.items() <= args.items() and ('init_values' in args) == ('init_values' in kwargs)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    x = images(2, model.in_chans, *model.patch_embed.img_size)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(rel_pos_bias=False), dict(init_values=0.1), dict(pyramid_depth=2)])
+def test_itpn_args_are_told_from_the_file(kwargs, tmp_path):
+    model = small_file(tmp_path / 'w.pt', 'itpn_tiny_fpn', pyramid=True, **kwargs)
+    convert(tmp_path / 'w.pt', tmp_path / 'out', 'itpn_tiny_fpn', verify=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True).eval()
+    x = images(1, 3, 64, 64)
+    with torch.inference_mode():
+        for ours, theirs in zip(loaded(x), model.forward_intermediates(x, intermediates_only=True)):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_one_network_under_two_names_is_asked_for(tmp_path):
+    small_file(tmp_path / 'w.pt', 'hivit_tiny')
+    with pytest.raises(ValueError, match='which hivit_tiny and itpn_tiny are: choose one with --model'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+    assert convert(tmp_path / 'w.pt', tmp_path / 'out', 'hivit_tiny')['model'] == 'hivit_tiny'
+
+
+def test_unregistered_network_is_said(tmp_path):
+    torch.save({'model': native_to_official(small_model('fast_itpn_tiny').state_dict())}, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match=r'depths \[1, 2, 2\] and embed_dim 128, which no registered model is'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('name, message', [
+    ('fast_itpn_small', r'is of Fast-iTPN with depths \[1, 1, 12\].* but the model is of .*\[2, 2, 20\]'),
+    ('itpn_tiny', r'is of Fast-iTPN .* but the model is of iTPN'),
+    ('resnet50', 'there is no model .resnet50.; there are: fast_itpn_base'),
+    ('fast_itpn_tiny_fpn', 'no feature pyramid, which fast_itpn_tiny_fpn needs: take fast_itpn_tiny with --model'),
+])
+def test_model_that_does_not_fit_is_refused(name, message, classifier, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert(classifier, tmp_path / 'out', name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_grid_that_is_no_square_is_asked_for(tmp_path):
+    model = small_file(tmp_path / 'w.pt', img_size=(48, 64))
+    with pytest.raises(ValueError, match='12 tokens, which is no square grid: .* with --img-size HEIGHT WIDTH'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+    convert(tmp_path / 'w.pt', tmp_path / 'out', img_size=(48, 64), verify=True)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert torch.equal(loaded.stages[2].pos_embed, model.stages[2].pos_embed)
+
+
+# to models
+
+def test_pyramid_model_loads_from_the_folder_of_the_plain_one(pretraining, tmp_path, monkeypatch):
+    convert(pretraining, tmp_path / 'weights' / 'fast_itpn_tiny.mim_in1k')
+    file = tmp_path / 'weights' / 'fast_itpn_tiny.mim_in1k' / 'model.safetensors'
+    monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path / 'weights'))
+    models = [
+        timm.create_model('fast_itpn_tiny_fpn', pretrained=True, features_only=True),
+        timm.create_model(f'local-dir:{file.parent}', pretrained=True, features_only=True, pyramid=True),
+        timm.create_model(
+            'fast_itpn_tiny_fpn', pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(file))),
+    ]
+    x = golden.image(MIM, torch.float32)
+    for model in models:
+        with torch.inference_mode():
+            for level, stride in zip(model.eval()(x), (4, 8, 16)):
+                assert golden.error(level, MIM['pyramid_clean'][f'stride{stride}']) < 1e-2  # file in half precision
+
+
+@pytest.mark.parametrize('num_classes', [0, 7])
+def test_checkpoint_path_takes_the_written_file(num_classes, pretraining, tmp_path):
+    convert(pretraining, tmp_path / 'out')
+    path = str(tmp_path / 'out' / 'model.safetensors')
+    if num_classes:
+        with pytest.raises(ValueError, match='no classifier, which checkpoint_path= and --initial-checkpoint need'):
+            timm.create_model('fast_itpn_tiny', num_classes=num_classes, checkpoint_path=path)
+    else:
+        model = timm.create_model('fast_itpn_tiny', num_classes=0, checkpoint_path=path)
+        assert torch.equal(model.stages[2].pos_embed.half(), load_file(path)['stages.2.pos_embed'])
+
+
+def test_weights_trained_here_are_converted_too(tmp_path):
+    model = small_model('fast_itpn_tiny', embed_dim=384, depths=(1, 1, 12), num_heads=6)
+    checkpoint = {'state_dict': model.state_dict(), 'epoch': 3, 'arch': 'fast_itpn_tiny', 'args': argparse.Namespace()}
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    report = convert(tmp_path / 'last.pth.tar', tmp_path / 'out', verify=True)
+    assert report['source']['layout'] == 'native' and report['num_classes'] == SMALL['num_classes']
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+# and back
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+@pytest.mark.parametrize('name', ['fast_itpn_tiny_mim', 'itpn_base_mae'])
+def test_round_trip_is_the_same_to_the_bit(name, dtype, tmp_path):
+    official = golden.official_state_dict(golden.load(name), dtype)
+    torch.save({'module': {f'module.{key}': value for key, value in official.items()}}, tmp_path / 'w.pt')
+    convert(tmp_path / 'w.pt', tmp_path / 'out')
+    report = revert(tmp_path / 'out', tmp_path / 'back' / 'w.pt', verify=True)
+    back = torch.load(tmp_path / 'back' / 'w.pt')['model']
+    assert report['sha256'] == sha256_of(tmp_path / 'back' / 'w.pt')
+    assert {key: value.dtype for key, value in back.items()} == {key: value.dtype for key, value in official.items()}
+    assert all(torch.equal(back[key], value) for key, value in official.items())
+    size = sum(value.nbytes for value in official.values())
+    assert (tmp_path / 'back' / 'w.pt').stat().st_size < 1.01 * size  # no part of a tensor is saved with the whole
+
+
+def test_incomplete_weights_are_not_reverted(tmp_path):
+    state_dict = timm.create_model('fast_itpn_tiny', num_classes=3).state_dict()
+    del state_dict['patch_embed.proj.bias'], state_dict['stages.2.blocks.3.ls1.gamma']
+    torch.save(state_dict, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='it lacks patch_embed.proj.bias, stages.2.blocks.3.ls1.gamma.$'):
+        revert(tmp_path / 'w.pt', tmp_path / 'back.pt')
+    assert not (tmp_path / 'back.pt').exists()
+
+
+@pytest.mark.parametrize('function', [convert, revert])
+def test_type_that_cannot_hold_a_value_is_refused(function, tmp_path):
+    state_dict = timm.create_model('fast_itpn_tiny', num_classes=3).state_dict()
+    state_dict['head.fc.bias'][1] = 1e6
+    torch.save(state_dict, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='head.fc.bias has values that torch.float16 cannot hold'):
+        function(tmp_path / 'w.pt', tmp_path / 'out', dtype=torch.float16)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_official_file_is_not_reverted(classifier, tmp_path):
+    with pytest.raises(ValueError, match='is in official layout already'):
+        revert(classifier, tmp_path / 'back.pt')
+    assert not (tmp_path / 'back.pt').exists()
+
+
+# what goes wrong
+
+def test_existing_output_is_not_touched(classifier, tmp_path):
+    (tmp_path / 'out').mkdir()
+    for function in (convert, revert):
+        with pytest.raises(ValueError, match='out exists already'):
+            function(classifier, tmp_path / 'out')
+    assert not any((tmp_path / 'out').iterdir())
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
+def test_nothing_half_written_is_left(error, classifier, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(conversion, 'model_card', fail)  # the last thing written
+    with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
+        convert(classifier, tmp_path / 'out')
+    monkeypatch.setattr(torch, 'save', fail)
+    save_file(small_model('fast_itpn_tiny').state_dict(), tmp_path / 'native.safetensors')
+    with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
+        revert(tmp_path / 'native.safetensors', tmp_path / 'back.pt')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['native.safetensors']
+
+
+@pytest.mark.parametrize('change', ['value', 'key', 'config'])
+def test_verification_finds_what_differs(change, classifier, tmp_path, monkeypatch):
+    def spoil_weights(tensors, path, metadata):
+        tensors = dict(tensors)
+        if change == 'value':
+            tensors['head.fc.bias'] = tensors['head.fc.bias'].clone()
+            tensors['head.fc.bias'][3] = torch.nextafter(tensors['head.fc.bias'][3], torch.tensor(9.))
+        elif change == 'key':
+            del tensors['head.fc.bias']
+        save_file(tensors, path, metadata)
+
+    def spoil_config(name, args, path, write=conversion._write_config):
+        write(name, {**args, **(dict(global_pool='max') if change == 'config' else {})}, path)
+
+    monkeypatch.setattr(conversion, 'save_file', spoil_weights)
+    monkeypatch.setattr(conversion, '_write_config', spoil_config)
+    messages = {
+        'value': r'differs from the checkpoint in head\.bias',
+        'key': r'head\.fc\.bias',
+        'config': 'other outputs',
+    }
+    with pytest.raises((RuntimeError, ValueError), match=messages[change]):
+        convert(classifier, tmp_path / 'out', verify=True)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_broken_weights_are_found_by_verification(tmp_path):
+    small_file(tmp_path / 'w.pt')
+    weights = torch.load(tmp_path / 'w.pt')
+    weights['model']['blocks.6.norm1.weight'][5] = torch.nan
+    torch.save(weights, tmp_path / 'w.pt')
+    with pytest.raises(RuntimeError, match='are not finite: the weights are broken, nothing was kept'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out', verify=True)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('legacy', [True, False])
+def test_pickled_code_never_runs(legacy, tmp_path):
+    weights = native_to_official(small_model('fast_itpn_tiny').state_dict())
+    checkpoint = as_trained(weights, spy=Explosive(tmp_path / 'mark'))
+    torch.save(checkpoint, tmp_path / 'w.pt', _use_new_zipfile_serialization=not legacy)
+    for function in (convert, revert):
+        with pytest.raises(RuntimeError, match=r'pickled objects besides tensors .*open.*none of its code was run'):
+            function(tmp_path / 'w.pt', tmp_path / 'out')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['w.pt']
+
+
+@pytest.mark.parametrize('content, message', [
+    (b'', 'is empty'), (b'<html>Quota exceeded</html>', 'is a web page'), (b'x' * 100, 'is no weight file')])
+def test_bad_files_are_named(content, message, tmp_path):
+    (tmp_path / 'w.pt').write_bytes(content)
+    with pytest.raises(RuntimeError, match=rf'w\.pt {message}'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_damaged_file_is_named(classifier, tmp_path):
+    content = bytearray(classifier.read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / 'w.pt').write_bytes(content)
+    with pytest.raises(RuntimeError, match='is truncated or damaged'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+    with pytest.raises(RuntimeError, match='absent.pt does not exist'):
+        convert(tmp_path / 'absent.pt', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'epoch': 3}, 'has entries that are no tensors: epoch'),
+    ({'stages.2.pos_embed': torch.zeros(())}, 'The position embedding has 0 dimensions, not 3'),
+    ({'stages.2.blocks.999999999999.norm1.weight': torch.zeros(1)}, 'the model has no stages.2.blocks.999999999999'),
+    ({'head.fc.bias': None}, 'incomplete: of head.fc.weight and head.fc.bias it has one only'),
+    ({7: torch.zeros(1)}, 'it holds a dict whose keys are no names'),
+])
+def test_strange_entries_are_one_sentence(change, message, tmp_path):
+    small_file(tmp_path / 'w.pt')
+    convert(tmp_path / 'w.pt', tmp_path / 'native')
+    native = {**load_file(tmp_path / 'native' / 'model.safetensors'), **change}
+    torch.save({key: value for key, value in native.items() if value is not None}, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_block_number_without_end_is_an_unknown_key(tmp_path):
+    small_file(tmp_path / 'w.pt')
+    weights = torch.load(tmp_path / 'w.pt')['model']
+    weights['blocks.999999999999.norm2.weight'] = torch.zeros(1)
+    torch.save(weights, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='not of an official Fast-iTPN: blocks.999999999999.norm2.weight'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_checkpoint_that_holds_itself_is_refused(tmp_path):
+    checkpoint = {}
+    checkpoint['model'] = checkpoint
+    torch.save(checkpoint, tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='its dicts lie in one another 8 levels deep'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_whole_file_with_numbers_of_numpy_is_not_called_damaged(tmp_path):
+    torch.save({'model': small_model('fast_itpn_tiny').state_dict(), 'metric': np.float64(1.5)}, tmp_path / 'w.pt')
+    with pytest.raises(RuntimeError, match='pickled objects besides tensors .*Save its state dict alone where it was'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
+
+
+def test_full_disk_is_one_sentence(pretraining, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise SafetensorError('I/O error: No space left on device (os error 28)')
+    monkeypatch.setattr(conversion, 'save_file', fail)
+    with pytest.raises(RuntimeError, match=f'could not be written to {tmp_path} .I/O error: No space left on device'):
+        convert(pretraining, tmp_path / 'out')
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_models_are_refused(tmp_path):
+    torch.save(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='not a checkpoint of Fast-iTPN.*its keys are: cls_token'):
+        convert(tmp_path / 'w.pt', tmp_path / 'out')
