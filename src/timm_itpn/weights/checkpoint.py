@@ -2,6 +2,7 @@
 import logging
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +21,11 @@ from .layout import (
     official_to_native,
     pretraining_part,
 )
+from .read import read_checkpoint
 
 __all__ = [
     'AVERAGED', 'CLASSIFIER', 'CLASSIFIER_NORM', 'PLAIN', 'POS_EMBED', 'TABLE', 'StateDict', 'architecture',
-    'fit_to_model', 'to_native', 'unwrap',
+    'fit_to_model', 'to_native', 'unwrap', 'with_weights',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -71,8 +73,8 @@ def unwrap(
         chosen = [network for network in found if network.rank == min(each.rank for each in found)]
     if len(chosen) > 1:
         raise ValueError(
-            f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with prefix= (on the '
-            'command line: --prefix).')
+            f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with '
+            '`timm-itpn convert --prefix`, or in Python with to_native(..., prefix=).')
     for network in chosen:
         if network.is_prefixed:
             _logger.info(f'Took the network under {network.path!r}; left out {network.num_left} other tensors.')
@@ -164,6 +166,20 @@ def to_native(checkpoint: dict[str, Any], prefix: str | None = None) -> StateDic
         return native
     found = f'its keys are: {_listed(list(state_dict))}' if state_dict else 'it holds no tensors'
     raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT: {found}.')
+
+
+def with_weights(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An overlay of timm's pretrained cfg with the weights of its file: timm refuses files that hold more than tensors.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no weights.
+    """
+    if not overlay or not overlay.get('file') or overlay.get('state_dict'):
+        return overlay
+    state_dict, _ = unwrap(read_checkpoint(Path(overlay['file'])))
+    if not state_dict:
+        raise ValueError(f'{overlay["file"]} holds no tensors.')
+    return {**overlay, 'state_dict': state_dict}
 
 
 def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:

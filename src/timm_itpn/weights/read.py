@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 __all__ = [
     'DAMAGED', 'Contents', 'StandIn', 'UnreadableError', 'read_checkpoint', 'read_contents', 'stand_in_name',
-    'with_contents',
 ]
 
 MAX_PICKLE_BYTES = 2 ** 30  # unpacked; 10,000 tensors take 2 MiB
@@ -112,17 +111,6 @@ def stand_in_name(value: Any) -> str | None:
 def read_checkpoint(path: Path) -> Any:
     """What a weight file holds; `read_contents` says which errors it raises."""
     return read_contents(path).tree
-
-
-def with_contents(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
-    """An overlay of timm's pretrained cfg with what is in its file: timm refuses files that hold more than tensors."""
-    if not overlay or not overlay.get('file') or overlay.get('state_dict'):
-        return overlay
-    contents = read_checkpoint(Path(overlay['file']))
-    if not isinstance(contents, dict):
-        kind = stand_in_name(contents) or type(contents).__name__
-        raise ValueError(f'{overlay["file"]} holds a {kind}, not a dict of tensors.')
-    return {**overlay, 'state_dict': contents}
 
 
 def read_contents(path: Path, meta: bool = False) -> Contents:
