@@ -365,8 +365,8 @@ class ITPN(nn.Module):
             patch_size: Only the current one: the stages are tied to the 4 x 4 stem.
 
         Raises:
-            ValueError: A side of `img_size` is not a multiple of 16, `patch_size` differs from the current one, or there
-                would be fewer tokens than `migrate` lets leave.
+            ValueError: A side of `img_size` is not a multiple of 16, `patch_size` differs from the current one, or
+                there would be fewer tokens than `migrate` lets leave.
         """
         if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
             raise ValueError(f'patch_size cannot change from {self.patch_embed.patch_size} to {patch_size}')
