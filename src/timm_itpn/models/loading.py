@@ -105,7 +105,8 @@ def fetched(
     if registered is None or _sources(asked) != _sources(registered):
         return with_weights(pretrained_cfg_overlay)
     path = fetch(name, cache_dir)
-    return pretrained_cfg_overlay if path is None else with_weights({**(pretrained_cfg_overlay or {}), 'file': str(path)})
+    file = {} if path is None else {'file': str(path)}
+    return with_weights({**(pretrained_cfg_overlay or {}), **file})
 
 
 def _sources(pretrained_cfg: PretrainedCfg) -> list[Any]:

@@ -22,7 +22,7 @@ from .layout import (
     official_to_native,
     pretraining_part,
 )
-from .read import read_checkpoint
+from .read import read_contents
 
 __all__ = [
     'AVERAGED', 'CLASSIFIER', 'CLASSIFIER_NORM', 'PLAIN', 'POS_EMBED', 'TABLE', 'StateDict', 'architecture',
@@ -77,7 +77,7 @@ def unwrap(
             f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with '
             '`timm-itpn convert --prefix`, or in Python with to_native(..., prefix=).')
     for network in chosen:
-        if network.is_prefixed:
+        if network.num_left is not None:
             _logger.info(f'Took the network under {network.path!r}; left out {network.num_left} other tensors.')
         return network.state_dict, network.path
     return _innermost(checkpoint, wrappers)
@@ -90,20 +90,18 @@ class _Network(NamedTuple):
         state_dict: Its tensors, without prefix.
         path: Dotted names of the dicts that it is in, and the prefix of its keys.
         rank: Of each dict, how much it is preferred.
-        is_prefixed: Whether its keys have a prefix.
-        num_left: Tensors beside it.
+        num_left: Tensors without its prefix, None if it has no prefix.
     """
     state_dict: StateDict
     path: str
     rank: tuple[int, ...]
-    is_prefixed: bool
-    num_left: int
+    num_left: int | None
 
 
 def _networks(
         tree: Any, wrappers: tuple[str, ...] | None, path: str = '', rank: tuple[int, ...] = (),
 ) -> list[_Network]:
-    """All networks; without `wrappers` also those that are in a known wrapper that is not among them."""
+    """All networks; those in a known wrapper that is not one of `wrappers` only if that is None."""
     if not isinstance(tree, dict) or len(rank) > MAX_WRAPPERS:  # a dict may hold itself
         return []
     tensors = _tensors(tree)
@@ -114,9 +112,8 @@ def _networks(
         state_dict = {
             key.removeprefix(prefix): value for key, value in tensors.items()
             if key.startswith(prefix) and not key.startswith(others)}
-        network = _Network(
-            state_dict, f'{path}{prefix}'.strip('.'), rank, bool(prefix), len(tensors) - len(state_dict))
-        found.append(network)
+        num_left = len(tensors) - len(state_dict) if prefix else None
+        found.append(_Network(state_dict, f'{path}{prefix}'.strip('.'), rank, num_left))
     for key, value in tree.items():
         if wrappers is not None and key in wrappers:
             place = wrappers.index(key)
@@ -177,7 +174,7 @@ def with_weights(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
     """
     if not overlay or not overlay.get('file') or overlay.get('state_dict'):
         return overlay
-    state_dict, _ = unwrap(read_checkpoint(Path(overlay['file'])))
+    state_dict, _ = unwrap(read_contents(Path(overlay['file'])).tree)
     if not state_dict:
         raise ValueError(f'{overlay["file"]} holds no tensors.')
     return {**overlay, 'state_dict': state_dict}

@@ -14,8 +14,8 @@ from einops import rearrange
 
 __all__ = [
     'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'current_names', 'find_prefixes', 'is_native', 'is_official',
-    'key_table', 'layout_of', 'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native',
-    'pretraining_part',
+    'key_table', 'layout_of', 'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official',
+    'official_to_native', 'pretraining_part',
 ]
 
 PYRAMID = 'pyramid.'
