@@ -34,8 +34,11 @@ def published(name, dtype, reduced):
         keys = expected['keys']
     else:
         expected = None
-        model = timm.create_model(name, device='meta', num_classes=1000, pyramid='_fpn' in name)
-        keys = [(key, value.shape) for key, value in native_to_official(model.state_dict()).items()]
+        num_classes = timm.get_pretrained_cfg(name).num_classes if '.' in name else 1000
+        model = timm.create_model(
+            name, device='meta', num_classes=num_classes, pyramid='_fpn' in name or not num_classes)
+        native = {key: value for key, value in model.state_dict().items() if num_classes or key[:5] != 'head.'}
+        keys = [(key, value.shape) for key, value in native_to_official(native).items()]
     weights = {key: golden.tensor(key, shape).to(getattr(torch, dtype)) for key, shape in keys}
     moments = {key: {'exp_avg': torch.zeros_like(value)} for key, value in weights.items()}
     checkpoint = {'model': weights, 'optimizer': {'state': moments}, 'epoch': 0, 'args': argparse.Namespace(lr=1e-4)}
