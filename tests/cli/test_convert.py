@@ -11,7 +11,7 @@ import torch
 from support import golden
 
 from timm_itpn.cli import main
-from timm_itpn.models import conversion
+from timm_itpn.tools import convert as conversion
 from timm_itpn.weights.integrity import sha256_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -90,7 +90,7 @@ def test_full_disk_leaves_nothing(pretraining, tmp_path, monkeypatch, capsys):
 INTERRUPTED = """
 import signal, sys, time
 from timm_itpn.cli import main
-from timm_itpn.models import conversion
+from timm_itpn.tools import convert as conversion
 
 def model_card(*args):  # the last thing written
     print('writing', flush=True)

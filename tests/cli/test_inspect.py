@@ -15,7 +15,7 @@ from support.small import small_model
 
 from timm_itpn.cli import inspect as inspect_command
 from timm_itpn.cli import main
-from timm_itpn.models import inspection
+from timm_itpn.tools import inspect as inspection
 from timm_itpn.tools.convert import convert
 from timm_itpn.weights import contents
 from timm_itpn.weights.records import expected_sha256, record
