@@ -19,7 +19,7 @@ def require(purpose: str, extra: str, *packages: str) -> None:
         raise RuntimeError(f"{purpose} needs {', '.join(missing)}: pip install 'timm-itpn[{extra}]'")
 
 
-def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False) -> None:
+def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = 'remove it') -> None:
     """Raise ValueError unless a file, or a folder, can be written.
 
     Args:
@@ -27,13 +27,14 @@ def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = Fa
         option: Option that names it.
         suffix: What its name must end in.
         overwrite: It may exist already.
+        remedy: What to do if it exists and may not.
     """
     if not path.name.lower().endswith(suffix):
         raise ValueError(f'{path} is not a {suffix[1:].upper()} file name; {option} must end in {suffix}')
     if not path.parent.is_dir():
         raise ValueError(f'{path} cannot be written: there is no folder {path.parent}')
     if not overwrite and os.path.lexists(path):
-        raise ValueError(f'{path} exists already: remove it, or name another with {option}')
+        raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
 
 
 def check_device(device: str) -> None:

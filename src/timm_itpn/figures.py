@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 __all__ = ['check', 'save']
 
 
-def check(path: Path, option: str, overwrite: bool = False) -> None:
-    """Raise RuntimeError without matplotlib, and ValueError unless `path`, given with `option`, can be written."""
-    require(option, 'demo', 'matplotlib')
-    check_output(path, option, '.png', overwrite)
+def check(path: Path, option: str, overwrite: bool = False, remedy: str = 'remove it') -> None:
+    """Raise RuntimeError without matplotlib; ValueError unless `check_output` allows the PNG file."""
+    require('a figure', 'demo', 'matplotlib')
+    check_output(path, option, '.png', overwrite, remedy)
 
 
 def save(figure: 'Figure', path: Path, dpi: int = 120) -> None:

@@ -58,7 +58,7 @@ def test_json_is_all_that_goes_to_stdout(pretraining, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['absent.pt', '-o', 'out'], 'absent.pt does not exist'),
-    (['w.pt', '-o', '.'], '. exists already: name another folder, or remove it'),
+    (['w.pt', '-o', '.'], '. exists already: name another with -o, or remove it'),
     (['w.pt', '-o', 'out', '--model', 'resnet50'], "there is no model 'resnet50'; there are: fast_itpn_base"),
     (['w.pt', '-o', 'out', '--model', 'itpn_base.no'], '; there are: fast_itpn_base.mim_in1k, '),
     (['w.pt', '-o', 'out', '--img-size', '1', '2', '3'], '--img-size takes one or two numbers, not 3'),
