@@ -26,6 +26,7 @@ from ..weights.checkpoint import fit_to_model, to_native
 from ..weights.errors import readable_load_errors
 from ..weights.fetch import fetch
 from ..weights.layout import PRETRAIN, PYRAMID, is_native
+from ..weights.read import with_contents
 from ..weights.sources import SOURCES, drive_url, file_name
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 
@@ -309,6 +310,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Raises:
         ValueError: It is of something else, of another size, has unknown keys or lacks some; the message lists them.
     """
+    cfg = getattr(model, 'pretrained_cfg', {})
+    if cfg.get('state_dict') is state_dict:  # of `with_contents`: the model needs no second copy of its weights
+        del cfg['state_dict']
     state_dict = fit_to_model(to_native(state_dict), model)
     num_classes = len(state_dict.get('head.fc.bias', ()))
     cfg_classes = getattr(model, 'pretrained_cfg', {}).get('num_classes', num_classes)
@@ -363,7 +367,7 @@ def create(model_cls: type[BaseITPN], variant: str, pretrained: bool = False, **
     if has_pyramid and feature_cls not in ('getter', FeatureGetterNet):
         raise ValueError(f"feature_cls {feature_cls!r} cannot see the pyramid: leave it out, or use 'getter'.")
     if pretrained:
-        kwargs['pretrained_cfg_overlay'] = fetched(variant, **kwargs)
+        kwargs['pretrained_cfg_overlay'] = with_contents(fetched(variant, **kwargs))
     with readable_load_errors(variant, kwargs) if pretrained else nullcontext():
         return build_model_with_cfg(
             model_cls,
@@ -418,7 +422,7 @@ def cfg(weights: str = '', num_classes: int = 0, **kwargs: Any) -> dict[str, Any
             hf_hub_id=source.hub_repo or None,
             hf_hub_filename=source.hub_path or None,
             origin_url=drive_url(source),
-            license=source.licence,
+            license=source.license,
             description=source.contents,
         )
     return {

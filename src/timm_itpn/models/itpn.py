@@ -219,7 +219,7 @@ default_cfgs = generate_default_cfgs({
     'itpn_large_fpn.pixel_in1k': _cfg('itpn_large.pixel_in1k'),
     'itpn_large_fpn.clip_in1k': _cfg('itpn_large.clip_in1k'),
     'hivit_tiny': _hivit_cfg(num_classes=1000),
-    'hivit_small': _hivit_cfg(num_classes=1000),
+    'hivit_small.in1k': _hivit_cfg('hivit_small.in1k', num_classes=1000),
     'hivit_base.mae_in1k_ft_in1k': _hivit_cfg('hivit_base.mae_in1k_ft_in1k', num_classes=1000),
     'hivit_base.mae_in1k': _hivit_cfg('hivit_base.mae_in1k'),
 })
