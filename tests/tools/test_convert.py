@@ -271,7 +271,7 @@ def test_checkpoint_path_takes_the_written_file(num_classes, pretraining, tmp_pa
     convert(pretraining, tmp_path / 'out')
     path = str(tmp_path / 'out' / 'model.safetensors')
     if num_classes:
-        with pytest.raises(ValueError, match='no classifier, which checkpoint_path= and --initial-checkpoint need'):
+        with pytest.raises(ValueError, match='no classifier'):
             timm.create_model('fast_itpn_tiny', num_classes=num_classes, checkpoint_path=path)
     else:
         model = timm.create_model('fast_itpn_tiny', num_classes=0, checkpoint_path=path)
