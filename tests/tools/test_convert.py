@@ -83,18 +83,12 @@ def test_folder_has_weights_config_and_card(pretraining, tmp_path):
         assert part in card, part
 
 
-def test_pretraining_parts_and_pyramid_are_kept(pretraining, tmp_path):
-    convert(pretraining, tmp_path / 'out', verify=True)
-    native = load_file(tmp_path / 'out' / 'model.safetensors')
-    assert sum(value.numel() for value in native.values()) == MIM['params']
-    assert {value.dtype for value in native.values()} == {torch.float16}
-    assert torch.equal(native['pretrain.mask_token'], golden.tensor('mask_token', (1, 1, 1536)).half())
-
-
-def test_dtype_is_written(pretraining, tmp_path):
+def test_all_parts_are_written_in_the_type_asked_for(pretraining, tmp_path):
     report = convert(pretraining, tmp_path / 'out', dtype=torch.bfloat16, verify=True)
     native = load_file(tmp_path / 'out' / 'model.safetensors')
     assert report['dtypes'] == ['bfloat16'] and {value.dtype for value in native.values()} == {torch.bfloat16}
+    assert sum(value.numel() for value in native.values()) == MIM['params']
+    assert torch.equal(native['pretrain.mask_token'], golden.tensor('mask_token', (1, 1, 1536)).half().bfloat16())
 
 
 @pytest.mark.parametrize('ema, factor', [(False, 1), (True, 2)])
@@ -177,7 +171,9 @@ def test_converted_folder_says_what_it_is(pretraining, tmp_path):
 def test_pooling_of_a_training_checkpoint_is_kept(tmp_path):
     model = small_model('fast_itpn_tiny', embed_dim=384, depths=(1, 1, 12), num_heads=6, global_pool='max')
     torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace(gp='max')}, tmp_path / 'last.pth.tar')
-    assert convert(tmp_path / 'last.pth.tar', tmp_path / 'out', verify=True)['global_pool'] == 'max'
+    report = convert(tmp_path / 'last.pth.tar', tmp_path / 'out', verify=True)
+    assert (report['global_pool'], report['source']['layout'], report['num_classes']) == (
+        'max', 'native', SMALL['num_classes'])
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     x = images(2, 3, 64, 64)
     with torch.inference_mode():
@@ -278,20 +274,9 @@ def test_checkpoint_path_takes_the_written_file(num_classes, pretraining, tmp_pa
         assert torch.equal(model.stages[2].pos_embed.half(), load_file(path)['stages.2.pos_embed'])
 
 
-def test_weights_trained_here_are_converted_too(tmp_path):
-    model = small_model('fast_itpn_tiny', embed_dim=384, depths=(1, 1, 12), num_heads=6)
-    checkpoint = {'state_dict': model.state_dict(), 'epoch': 3, 'arch': 'fast_itpn_tiny', 'args': argparse.Namespace()}
-    torch.save(checkpoint, tmp_path / 'last.pth.tar')
-    report = convert(tmp_path / 'last.pth.tar', tmp_path / 'out', verify=True)
-    assert report['source']['layout'] == 'native' and report['num_classes'] == SMALL['num_classes']
-    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
-
-
 # and back
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
-@pytest.mark.parametrize('name', ['fast_itpn_tiny_mim', 'itpn_base_mae'])
+@pytest.mark.parametrize(('name', 'dtype'), [('fast_itpn_tiny_mim', torch.float32), ('itpn_base_mae', torch.float16)])
 def test_round_trip_is_the_same_to_the_bit(name, dtype, tmp_path):
     official = golden.official_state_dict(golden.load(name), dtype)
     torch.save({'module': {f'module.{key}': value for key, value in official.items()}}, tmp_path / 'w.pt')
@@ -322,12 +307,6 @@ def test_type_that_cannot_hold_a_value_is_refused(function, tmp_path):
     with pytest.raises(ValueError, match='head.fc.bias has values that torch.float16 cannot hold'):
         function(tmp_path / 'w.pt', tmp_path / 'out', dtype=torch.float16)
     assert not (tmp_path / 'out').exists()
-
-
-def test_official_file_is_not_reverted(classifier, tmp_path):
-    with pytest.raises(ValueError, match='is in official layout already'):
-        revert(classifier, tmp_path / 'back.pt')
-    assert not (tmp_path / 'back.pt').exists()
 
 
 # what goes wrong
@@ -444,15 +423,6 @@ def test_strange_entries_are_one_sentence(change, message, tmp_path):
     native = {**load_file(tmp_path / 'native' / 'model.safetensors'), **change}
     torch.save({key: value for key, value in native.items() if value is not None}, tmp_path / 'w.pt')
     with pytest.raises(ValueError, match=message):
-        convert(tmp_path / 'w.pt', tmp_path / 'out')
-
-
-def test_block_number_without_end_is_an_unknown_key(tmp_path):
-    small_file(tmp_path / 'w.pt')
-    weights = torch.load(tmp_path / 'w.pt')['model']
-    weights['blocks.999999999999.norm2.weight'] = torch.zeros(1)
-    torch.save(weights, tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match='not of an official Fast-iTPN: blocks.999999999999.norm2.weight'):
         convert(tmp_path / 'w.pt', tmp_path / 'out')
 
 
