@@ -53,7 +53,7 @@ def test_network_is_found_and_named(path, layout):
 @pytest.mark.parametrize('checkpoint', [
     {**under('student'), **under('teacher', NATIVE)}, {'student': OFFICIAL, 'teacher': under('teacher', NATIVE)}])
 def test_several_networks_are_listed_and_prefix_chooses(checkpoint):
-    with pytest.raises(ValueError, match='has 2 networks, under .*: choose one with prefix= .*--prefix') as error:
+    with pytest.raises(ValueError, match='has 2 networks, under .*: choose one with .*convert --prefix`.*prefix=') as error:
         to_native(checkpoint)
     assert "'student'" in str(error.value) and "teacher'" in str(error.value)
     assert to_native(checkpoint, prefix='student').keys() == NATIVE.keys()

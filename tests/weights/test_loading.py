@@ -20,7 +20,8 @@ from support.explosive import Explosive
 from support.hub_server import Fault
 from timm.models import load_checkpoint, save_for_hf
 
-from timm_itpn.models.fast_itpn import FastITPN, checkpoint_filter_fn
+from timm_itpn.models.itpn import ITPN
+from timm_itpn.models.loading import checkpoint_filter_fn
 from timm_itpn.weights.sources import SOURCES, file_name, plain_name, source_of
 
 EXPECTED = golden.load('fast_itpn_tiny')
@@ -189,7 +190,7 @@ def test_checkpoint_path_takes_official_files(classifier, tmp_path):
 
 def test_checkpoint_path_names_the_way_for_a_file_without_classifier(pretraining, tmp_path):
     path = save({'model': pretraining}, tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match='no classifier, which checkpoint_path= and --init.*--pretrained-path'):
+    with pytest.raises(ValueError, match='has no classifier: load it with strict=False.*--pretrained-path'):
         timm.create_model('fast_itpn_tiny', num_classes=10, checkpoint_path=str(path))
     assert_backbone_of(timm.create_model('fast_itpn_tiny', num_classes=0, checkpoint_path=str(path)), pretraining)
 
@@ -205,7 +206,7 @@ def test_parts_of_a_native_state_dict_load_as_with_any_model(native):
 
 
 def test_model_made_without_timms_factory_takes_official_weights(classifier):
-    model = FastITPN(embed_dim=384, depths=(1, 1, 12), num_heads=6)
+    model = ITPN('fast_itpn', embed_dim=384, depths=(1, 1, 12), num_heads=6)
     model.load_state_dict(classifier)
     assert_golden(model)
     model.load_state_dict(checkpoint_filter_fn({'model': classifier}, model))
@@ -362,7 +363,7 @@ def test_missing_classifier_is_an_error_when_it_is_kept(native, tmp_path):
     (None, 'does not exist'), (b'', 'is empty'), (b'<html>Virus scan warning', 'is a web page'),
     (as_bytes({'a': torch.zeros(9)})[:500], 'is truncated, damaged or not a weight file: get it again'),
     (as_bytes(torch.zeros(3)), 'holds a Tensor, not a dict of tensors'),
-    (as_bytes({'args': argparse.Namespace()}), 'not a checkpoint of Fast-iTPN, iTPN or HiViT: it holds no tensors'),
+    (as_bytes({'args': argparse.Namespace()}), 'w.pt holds no tensors'),
 ])
 def test_file_without_weights_is_named(content, what, tmp_path):
     if content is not None:
@@ -392,9 +393,9 @@ def test_weights_need_nothing_but_tensors(zipped, classifier, tmp_path):
 
 
 def test_published_configs_are_complete():
-    names = timm.list_models(module=('fast_itpn', 'itpn'), include_tags=True)
+    names = timm.list_models(module='itpn', include_tags=True)
     tagged = {name for name in names if '.' in name}
-    assert set(timm.list_models(module=('fast_itpn', 'itpn'), pretrained=True)) == tagged
+    assert set(timm.list_models(module='itpn', pretrained=True)) == tagged
     assert {plain_name(name) for name in tagged} == set(SOURCES)
     for name in names:
         cfg = timm.get_pretrained_cfg(name)

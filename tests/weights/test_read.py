@@ -21,7 +21,7 @@ import torch
 from support.pickles import FORMATS, both_formats, save, write_pickle
 
 from timm_itpn.weights import read
-from timm_itpn.weights.read import StandIn, read_checkpoint, read_contents, stand_in_name
+from timm_itpn.weights.read import StandIn, read_contents, stand_in_name
 
 
 def assert_same(found, expected, meta=False):
@@ -96,7 +96,7 @@ def test_checkpoint_of_training_agrees_with_torch_load(meta, file_format, tmp_pa
     torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16], ids=str)
 def test_dtypes_are_kept(dtype, file_format, tmp_path):
     weights = {'a': torch.arange(6.).view(2, 3).to(dtype), 'scalar': torch.ones(()).to(dtype)}
-    found = read_checkpoint(save(weights, tmp_path / 'w.pt', file_format))
+    found = read_contents(save(weights, tmp_path / 'w.pt', file_format)).tree
     for key, value in weights.items():
         assert found[key].dtype == dtype
         assert torch.equal(found[key].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8))
@@ -120,8 +120,8 @@ def test_views_and_parameters_have_their_own_shape(meta, file_format, tmp_path):
 @both_formats
 def test_tensors_can_be_changed_and_the_file_stays(file_format, tmp_path):
     path = save({'a': torch.ones(3)}, tmp_path / 'w.pt', file_format)
-    read_checkpoint(path)['a'].zero_()
-    assert torch.equal(read_checkpoint(path)['a'], torch.ones(3))
+    read_contents(path).tree['a'].zero_()
+    assert torch.equal(read_contents(path).tree['a'], torch.ones(3))
 
 
 @both_formats
@@ -186,7 +186,7 @@ def test_packed_zip_is_read_as_torch_does(tmp_path):
         with zipfile.ZipFile(tmp_path / 'packed.pt', 'w', zipfile.ZIP_DEFLATED) as new:
             for name in old.namelist():
                 new.writestr(name, old.read(name))
-    assert_same(read_checkpoint(tmp_path / 'packed.pt'), weights)
+    assert_same(read_contents(tmp_path / 'packed.pt').tree, weights)
 
 
 # broken files
@@ -401,8 +401,8 @@ def test_hostile_modules_are_not_imported(tmp_path, monkeypatch):
     (tmp_path / 'hostile_module.py').write_text('raise AssertionError("imported")')
     monkeypatch.syspath_prepend(str(tmp_path))
     path = write_pickle(b'\x80\x02chostile_module.inner\nname\n.', tmp_path / 'w.pt')
-    assert stand_in_name(read_checkpoint(path)) == 'hostile_module.inner.name'
-    assert issubclass(read_checkpoint(path), StandIn) and 'hostile_module' not in sys.modules
+    assert stand_in_name(read_contents(path).tree) == 'hostile_module.inner.name'
+    assert issubclass(read_contents(path).tree, StandIn) and 'hostile_module' not in sys.modules
 
 
 @pytest.mark.parametrize('target', [
@@ -417,7 +417,7 @@ def test_pickle_cannot_change_what_rebuilds_tensors(target, tmp_path):
             read_contents(write_pickle(pickled, tmp_path / 'bad.pt'))
         except ValueError:
             pass
-        assert_same(read_checkpoint(save(trained(), tmp_path / 'w.pt')), torch.load(tmp_path / 'w.pt'))
+        assert_same(read_contents(save(trained(), tmp_path / 'w.pt')).tree, torch.load(tmp_path / 'w.pt'))
 
 
 @both_formats
@@ -499,7 +499,7 @@ def test_zip_without_one_pickle_is_refused(names, tmp_path):
 @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
 def test_scripted_models_and_tar_files_are_not_run(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / 'scripted.pt')
-    assert stand_in_name(read_checkpoint(tmp_path / 'scripted.pt')) == '__torch__.torch.nn.modules.linear.Linear'
+    assert stand_in_name(read_contents(tmp_path / 'scripted.pt').tree) == '__torch__.torch.nn.modules.linear.Linear'
     with tarfile.open(tmp_path / 'w.tar', 'w') as archive:  # as torch.save wrote in 2016
         for name in ('sys_info', 'pickle', 'storages', 'tensors'):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, trunc_normal_
 
 from ..layers.blocks import AttentionBlock
-from ..models.base import BaseITPN
+from ..models.itpn import ITPN
 from .decoders import ConvLevels, LinearLevels
 from .objective import Objective
 from .student import STEM, levels_of, run_blocks, scale_gradient, stage_maps
@@ -30,9 +30,9 @@ class Clip(Objective):
     """
     NAME = 'clip'
     TEACHER = True
-    STUDENT: dict[str, dict[str, Any]] = {'FastITPN': dict(pyramid=True, init_values=0.1)}
+    STUDENT: dict[str, dict[str, Any]] = {'fast_itpn': dict(pyramid=True, init_values=0.1)}
 
-    def __init__(self, backbone: BaseITPN, num_masked: int, teacher_dim: int):
+    def __init__(self, backbone: ITPN, num_masked: int, teacher_dim: int):
         super().__init__(backbone, num_masked)
         dim = backbone.embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, 4 * dim))  # (channel, y, x) of the stem's 4 x 4 positions
@@ -80,12 +80,12 @@ class ClipDistill(Objective):
     """
     NAME = 'clip-distill'
     TEACHER = True
-    STUDENT: dict[str, dict[str, Any]] = {'ITPN': dict(pyramid=True, init_values=0.1, pyramid_depth=1)}
+    STUDENT: dict[str, dict[str, Any]] = {'itpn': dict(pyramid=True, init_values=0.1, pyramid_depth=1)}
     AUXILIARY_DEPTH = 2
     AUXILIARY_START = 0.75  # after the block of this share of the depth
     AUXILIARY_NORM = partial(LayerNorm, eps=1e-5)
 
-    def __init__(self, backbone: BaseITPN, num_masked: int, teacher_dim: int):
+    def __init__(self, backbone: ITPN, num_masked: int, teacher_dim: int):
         super().__init__(backbone, num_masked)
         dim, stage = backbone.embed_dim, backbone.stages[2]
         block = stage.blocks[0]

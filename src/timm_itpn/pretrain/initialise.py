@@ -4,23 +4,23 @@ import math
 import torch
 import torch.nn as nn
 
-from ..models.base import BaseITPN
+from ..models.itpn import ITPN
 
 __all__ = ['initialise']
 
-PACKED = {'attn.qkv': 3, 'mlp.fc1': 2}  # Linear layers of stage 3 that are several matrices in one
-SCALED = ('mlp.fc1', 'mlp.fc2', 'attn.proj')
+PACKED = {'attn.qkv': 3}  # Linear layers of stage 3 that are several matrices in one
+SCALED = ('mlp.fc1', 'mlp.fc1_g', 'mlp.fc1_x', 'mlp.fc2', 'attn.proj')
 
 
 @torch.no_grad()
-def initialise(backbone: BaseITPN) -> None:
+def initialise(backbone: ITPN) -> None:
     """Initialise a Fast-iTPN for pre-training, as published.
 
     Matrices of stage 3 are xavier normal, each of its own, their biases zero; the stem is xavier uniform, seen as a
     matrix; positions are trunc normal of 0.02, cut at one standard deviation. Then every MLP, values and what follows
     attention are scaled by sqrt(ln(2 * depth of stage 3)).
     """
-    if type(backbone).__name__ != 'FastITPN':
+    if backbone.family != 'fast_itpn':
         return
     third = backbone.stages[2]
     stem = backbone.patch_embed.proj.weight

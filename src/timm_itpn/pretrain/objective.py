@@ -4,7 +4,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..models.base import BaseITPN
+from ..models.itpn import ITPN
 from .student import check_student
 
 __all__ = ['Objective']
@@ -30,7 +30,7 @@ class Objective(nn.Module):
     MASK_RATIO = 75 / 196
     STUDENT: dict[str, dict[str, Any]] = {}
 
-    def __init__(self, backbone: BaseITPN, num_masked: int):
+    def __init__(self, backbone: ITPN, num_masked: int):
         super().__init__()
         if type(backbone).__name__ not in self.STUDENT:
             raise ValueError(

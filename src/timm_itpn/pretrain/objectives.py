@@ -3,7 +3,7 @@ from typing import Any
 
 import timm
 
-from ..models.base import BaseITPN
+from ..models.itpn import ITPN
 from ..models.names import check_name
 from .clip import Clip, ClipDistill
 from .initialise import initialise
@@ -16,7 +16,7 @@ __all__ = ['OBJECTIVES', 'create_objective', 'create_student']
 OBJECTIVES: dict[str, type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
 
 
-def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> BaseITPN:
+def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> ITPN:
     """Create the student of an objective, with new weights and without classifier.
 
     Args:
@@ -30,7 +30,7 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> B
     """
     check_name(name)
     needs = OBJECTIVES[objective].STUDENT
-    family = type(timm.create_model(name, device='meta')).__name__
+    family = timm.create_model(name, device='meta').family
     model = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs.get(family, {}), **kwargs})
     if model.pyramid is not None:
         model.prune_intermediate_layers([0, 1, 2])  # the head; the pyramid stays
@@ -39,7 +39,7 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> B
 
 def create_objective(
         name: str,
-        student: BaseITPN,
+        student: ITPN,
         mask_ratio: float | None = None,
         teacher_dim: int | None = None,
         **kwargs: Any,

@@ -14,7 +14,7 @@ from timm.layers import LayerNorm, trunc_normal_
 from timm.models.vision_transformer import Block
 from timm.utils import ModelEmaV3
 
-from ..models.base import BaseITPN
+from ..models.itpn import ITPN
 from .clip import init_linear
 from .decoders import LinearLevels
 from .objective import Objective
@@ -42,13 +42,13 @@ class Pixel(Objective):
     MASKING = 'random'
     MASK_RATIO = 0.75
     STUDENT: dict[str, dict[str, Any]] = {
-        'FastITPN': dict(pyramid=True),
-        'ITPN': dict(pyramid=True, init_values=0., pyramid_depth=2, rel_pos_bias=False),
+        'fast_itpn': dict(pyramid=True),
+        'itpn': dict(pyramid=True, init_values=0., pyramid_depth=2, rel_pos_bias=False),
     }
 
     def __init__(
             self,
-            backbone: BaseITPN,
+            backbone: ITPN,
             num_masked: int,
             decoder_dim: int = 512,
             decoder_depth: int = 8,
@@ -139,7 +139,7 @@ class Mfm(Pixel):
 
     def __init__(
             self,
-            backbone: BaseITPN,
+            backbone: ITPN,
             num_masked: int,
             momentum: float = 0.996,
             feature_loss: str = 'cosine',

@@ -1,5 +1,4 @@
 """Fixed sin-cos positions."""
-
 import torch
 from timm.layers import build_sincos2d_pos_embed
 

@@ -1,11 +1,10 @@
 """How objectives run a backbone with its pyramid on images of which a part is hidden."""
-
 import torch
 import torch.nn as nn
 from einops import rearrange
 from timm.models import checkpoint
 
-from ..models.base import BaseITPN
+from ..models.itpn import ITPN
 
 __all__ = [
     'LEVELS', 'STEM', 'check_no_grid', 'check_student', 'freeze', 'gather_tokens', 'keep_indices', 'levels_of',
@@ -15,7 +14,7 @@ LEVELS = (0, 1, 2)  # of the pyramid, strides 4, 8, 16
 STEM = 4  # stem positions along a side of a patch
 
 
-def check_student(backbone: BaseITPN) -> None:
+def check_student(backbone: ITPN) -> None:
     """Raise ValueError if the backbone cannot be pre-trained."""
     if backbone.pyramid is None:
         raise ValueError('The student has no feature pyramid: create it with pyramid=True.')
@@ -23,7 +22,7 @@ def check_student(backbone: BaseITPN) -> None:
         raise ValueError('The student has dynamic_img_size=True: pre-training is at one size.')
 
 
-def check_no_grid(backbone: BaseITPN) -> None:
+def check_no_grid(backbone: ITPN) -> None:
     """Raise ValueError if the backbone needs all tokens of the grid."""
     third = backbone.stages[2]
     if third.blocks[0].rel_pos_bias is not None:
@@ -63,7 +62,7 @@ def split_patches(x: torch.Tensor, side: int) -> torch.Tensor:
     return rearrange(x, 'b (h y) (w x) c -> b (h w) y x c', y=side, x=side)
 
 
-def run_blocks(backbone: BaseITPN, x: torch.Tensor, height: int, width: int, first: int, last: int) -> torch.Tensor:
+def run_blocks(backbone: ITPN, x: torch.Tensor, height: int, width: int, first: int, last: int) -> torch.Tensor:
     """Blocks `first` to `last` - 1 of stage 3 on tokens (B, N, dim)."""
     stage = backbone.stages[2]
     for block in stage.blocks[first:last]:
@@ -71,7 +70,7 @@ def run_blocks(backbone: BaseITPN, x: torch.Tensor, height: int, width: int, fir
     return x
 
 
-def stage_maps(backbone: BaseITPN, x: torch.Tensor) -> list[torch.Tensor]:
+def stage_maps(backbone: ITPN, x: torch.Tensor) -> list[torch.Tensor]:
     """Maps of the three stages for all tokens, from the stem's (B, H / 4, W / 4, dim / 4)."""
     maps = []
     for stage in backbone.stages:
@@ -80,7 +79,7 @@ def stage_maps(backbone: BaseITPN, x: torch.Tensor) -> list[torch.Tensor]:
     return maps
 
 
-def visible_maps(backbone: BaseITPN, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
+def visible_maps(backbone: ITPN, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
     """Maps of the three stages for the visible tokens only; the others are dropped before stage 1.
 
     Everything but attention stays inside one patch, so K visible patches make a map of one row: (B, 1, K, dim) after
@@ -106,7 +105,7 @@ def visible_maps(backbone: BaseITPN, images: torch.Tensor, visible: torch.Tensor
     return maps
 
 
-def levels_of(backbone: BaseITPN, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def levels_of(backbone: ITPN, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Levels of the pyramid at strides 4, 8 and 16, (B, H, W, pyramid_dim)."""
     fine, middle, coarse = backbone.pyramid(maps, list(LEVELS))
     return fine, middle, coarse

@@ -3,7 +3,6 @@
 The model of a file has no prefix for its backbone; an objective holds it as `backbone`. The average of `mfm` and the
 optimizer stay in the checkpoints of a run.
 """
-
 import torch
 
 from ..weights.layout import ITPN, PRETRAIN, Table

@@ -2,6 +2,7 @@
 import logging
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ..layers.rel_pos_bias import resample_table
 from .layout import (
     PRETRAIN,
     PYRAMID,
+    current_names,
     find_prefixes,
     layout_of,
     native_depths,
@@ -20,10 +22,11 @@ from .layout import (
     official_to_native,
     pretraining_part,
 )
+from .read import read_contents
 
 __all__ = [
     'AVERAGED', 'CLASSIFIER', 'CLASSIFIER_NORM', 'PLAIN', 'POS_EMBED', 'TABLE', 'StateDict', 'architecture',
-    'fit_to_model', 'to_native', 'unwrap',
+    'fit_to_model', 'leave_out', 'to_native', 'unwrap', 'with_weights',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -71,10 +74,10 @@ def unwrap(
         chosen = [network for network in found if network.rank == min(each.rank for each in found)]
     if len(chosen) > 1:
         raise ValueError(
-            f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with prefix= (on the '
-            'command line: --prefix).')
+            f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with '
+            '`timm-itpn convert --prefix`, or in Python with to_native(..., prefix=).')
     for network in chosen:
-        if network.is_prefixed:
+        if network.num_left is not None:
             _logger.info(f'Took the network under {network.path!r}; left out {network.num_left} other tensors.')
         return network.state_dict, network.path
     return _innermost(checkpoint, wrappers)
@@ -87,20 +90,18 @@ class _Network(NamedTuple):
         state_dict: Its tensors, without prefix.
         path: Dotted names of the dicts that it is in, and the prefix of its keys.
         rank: Of each dict, how much it is preferred.
-        is_prefixed: Whether its keys have a prefix.
-        num_left: Tensors beside it.
+        num_left: Tensors without its prefix, None if it has no prefix.
     """
     state_dict: StateDict
     path: str
     rank: tuple[int, ...]
-    is_prefixed: bool
-    num_left: int
+    num_left: int | None
 
 
 def _networks(
         tree: Any, wrappers: tuple[str, ...] | None, path: str = '', rank: tuple[int, ...] = (),
 ) -> list[_Network]:
-    """All networks; without `wrappers` also those that are in a known wrapper that is not among them."""
+    """All networks; those in a known wrapper that is not one of `wrappers` only if that is None."""
     if not isinstance(tree, dict) or len(rank) > MAX_WRAPPERS:  # a dict may hold itself
         return []
     tensors = _tensors(tree)
@@ -111,9 +112,8 @@ def _networks(
         state_dict = {
             key.removeprefix(prefix): value for key, value in tensors.items()
             if key.startswith(prefix) and not key.startswith(others)}
-        network = _Network(
-            state_dict, f'{path}{prefix}'.strip('.'), rank, bool(prefix), len(tensors) - len(state_dict))
-        found.append(network)
+        num_left = len(tensors) - len(state_dict) if prefix else None
+        found.append(_Network(state_dict, f'{path}{prefix}'.strip('.'), rank, num_left))
     for key, value in tree.items():
         if wrappers is not None and key in wrappers:
             place = wrappers.index(key)
@@ -158,7 +158,7 @@ def to_native(checkpoint: dict[str, Any], prefix: str | None = None) -> StateDic
     state_dict, _ = unwrap(checkpoint, prefix=prefix)
     layout = layout_of(state_dict)
     if layout == 'official' or layout and POS_EMBED in state_dict:
-        native = state_dict if layout == 'native' else official_to_native(state_dict)
+        native = current_names(state_dict) if layout == 'native' else official_to_native(state_dict)
         if POS_EMBED in native and native[POS_EMBED].ndim != 3:
             raise ValueError(f'The position embedding has {native[POS_EMBED].ndim} dimensions, not 3.')
         return native
@@ -166,7 +166,21 @@ def to_native(checkpoint: dict[str, Any], prefix: str | None = None) -> StateDic
     raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT: {found}.')
 
 
-def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
+def with_weights(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An overlay of timm's pretrained cfg with the weights of its file: timm refuses files that hold more than tensors.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no weights.
+    """
+    if not overlay or not overlay.get('file') or overlay.get('state_dict'):
+        return overlay
+    state_dict, _ = unwrap(read_contents(Path(overlay['file'])).tree)
+    if not state_dict:
+        raise ValueError(f'{overlay["file"]} holds no tensors.')
+    return {**overlay, 'state_dict': state_dict}
+
+
+def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> StateDict:
     """Check native weights against a model, and resample their position embeddings to its grid.
 
     The classifier is not checked: whether it is kept or replaced is decided by timm, which has the numbers of classes.
@@ -174,17 +188,22 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     Args:
         state_dict: Native weights.
         model: The model that they are for; read, not changed.
+        strict: False = only resample, and leave out what the model never has; the rest is for the caller to check.
 
     Raises:
-        ValueError: The weights are of another family or size, a key is unknown, or one is missing; the message lists
-            them.
+        ValueError: `strict`, and the weights are of another family or size, a key is unknown, or one is missing; the
+            message lists them.
     """
     target = model.state_dict()
-    _check_architecture(state_dict, target)
-    old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
-    new_grid = model.patch_embed.grid_size
-    state_dict = {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
-    state_dict = _without_pretraining(state_dict)
+    if strict:
+        _check_architecture(state_dict, target)
+    if POS_EMBED in state_dict:
+        old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
+        new_grid = model.patch_embed.grid_size
+        state_dict = {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
+    state_dict = leave_out(state_dict, target)
+    if not strict:
+        return state_dict
     state_dict = _fit_head(state_dict, target)
     state_dict = _fit_pyramid(state_dict, target, model.pyramid_init)
     unknown = [key for key in state_dict if key not in target and key not in CLASSIFIER]
@@ -194,12 +213,16 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     return state_dict
 
 
-def _without_pretraining(state_dict: StateDict) -> StateDict:
-    left = _starting(PRETRAIN, state_dict)
+def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
+    """Leave out what only pre-training needs, and a pyramid that the model has no place for; the log says so."""
+    left = [key for key in _starting(PRETRAIN, state_dict) if key not in target]
     if left:
         layout = native_layout(state_dict)
         parts = sorted({pretraining_part(key.removeprefix(PRETRAIN), layout) or 'unknown' for key in left})
         _logger.info(f'Left out {len(left)} tensors that only pre-training needs ({", ".join(parts)}).')
+    if not _starting(PYRAMID, target) and _starting(PYRAMID, state_dict):
+        _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
+        left += _starting(PYRAMID, state_dict)
     return {key: value for key, value in state_dict.items() if key not in left}
 
 
@@ -222,11 +245,8 @@ def _fit_head(state_dict: StateDict, target: StateDict) -> StateDict:
 
 
 def _fit_pyramid(state_dict: StateDict, target: StateDict, pyramid_init: str) -> StateDict:
-    """Leave out a pyramid that the model has no place for, check one that it has, let one start new if asked for."""
+    """Check the pyramid, or let one start new if that is asked for."""
     in_file, in_model = _starting(PYRAMID, state_dict), _starting(PYRAMID, target)
-    if in_file and not in_model:
-        _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
-        return {key: value for key, value in state_dict.items() if key not in in_file}
     if in_model and not in_file:
         if pyramid_init != 'random':
             raise ValueError(

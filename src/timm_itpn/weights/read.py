@@ -18,10 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-__all__ = [
-    'DAMAGED', 'Contents', 'StandIn', 'UnreadableError', 'read_checkpoint', 'read_contents', 'stand_in_name',
-    'with_contents',
-]
+__all__ = ['DAMAGED', 'Contents', 'StandIn', 'UnreadableError', 'read_contents', 'stand_in_name']
 
 MAX_PICKLE_BYTES = 2 ** 30  # unpacked; 10,000 tensors take 2 MiB
 MAX_DEPTH = 100  # of dicts and lists in one another, so that callers may recurse
@@ -109,22 +106,6 @@ def stand_in_name(value: Any) -> str | None:
     return kind.__name__ if issubclass(kind, StandIn) else None
 
 
-def read_checkpoint(path: Path) -> Any:
-    """What a weight file holds; `read_contents` says which errors it raises."""
-    return read_contents(path).tree
-
-
-def with_contents(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
-    """An overlay of timm's pretrained cfg with what is in its file: timm refuses files that hold more than tensors."""
-    if not overlay or not overlay.get('file') or overlay.get('state_dict'):
-        return overlay
-    contents = read_checkpoint(Path(overlay['file']))
-    if not isinstance(contents, dict):
-        kind = stand_in_name(contents) or type(contents).__name__
-        raise ValueError(f'{overlay["file"]} holds a {kind}, not a dict of tensors.')
-    return {**overlay, 'state_dict': contents}
-
-
 def read_contents(path: Path, meta: bool = False) -> Contents:
     """Read a weight file of any format, recognised by its first bytes, not by its name.
 
@@ -135,7 +116,6 @@ def read_contents(path: Path, meta: bool = False) -> Contents:
     Raises:
         ValueError: There is no such file, it cannot be read, or it is not a weight file; one sentence says which.
     """
-    path = Path(path)
     if path.is_dir():
         raise ValueError(f'{path} is a folder, not a weight file.')
     try:
@@ -146,8 +126,10 @@ def read_contents(path: Path, meta: bool = False) -> Contents:
         raise ValueError(f'{path} cannot be read: {error.strerror}.') from error
     with file:
         head = file.read(HEAD_BYTES)
+        is_zip, is_safetensors = head.startswith(ZIP_START), head[8:9] == b'{'
+        read = _read_zip if is_zip else _read_safetensors if is_safetensors else _read_legacy
         try:
-            contents = _read(path, file, head, meta)
+            contents = read(path, file, meta)
             _check_tree(contents.tree)
         except _Refused as refused:
             raise UnreadableError(path, str(refused)) from refused
@@ -262,15 +244,7 @@ def _tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> to
     return torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, size, stride)
 
 
-def _read(path: Path, file: BinaryIO, head: bytes, meta: bool) -> Contents:
-    if head.startswith(ZIP_START):
-        return _read_zip(path, file, meta)
-    if head[8:9] == b'{':
-        return _read_safetensors(path, meta)
-    return _read_legacy(path, file, meta)
-
-
-def _read_safetensors(path: Path, meta: bool) -> Contents:
+def _read_safetensors(path: Path, _: BinaryIO, meta: bool) -> Contents:
     tree = {}
     with safe_open(str(path), framework='pt') as file:
         for key in file.keys():
