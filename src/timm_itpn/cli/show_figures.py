@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..acceleration.stage import MigrationStage
-from ..acceleration.windows import window_places
+from ..acceleration.windows import window_positions
 
 __all__ = ['Departures', 'colours', 'departures', 'draw_features', 'draw_tokens', 'feature_maps']
 
@@ -112,7 +112,7 @@ def departures(model: Any, images: Tensor) -> Departures:
     block = torch.full((height * width,), len(left))
     for i, positions in enumerate(left):
         block[positions.flatten().cpu()] = i
-    first = window_places(height, width, stage.gather_window, torch.device('cpu'))[:, 0]  # token of each window
+    first = window_positions(height, width, stage.gather_window, torch.device('cpu'))[:, 0]  # token of each window
     return Departures(
         block.reshape(height, width), len(left), (first // width).unique().tolist(), (first % width).unique().tolist())
 

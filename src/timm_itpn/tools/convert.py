@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from .. import __version__
 from ..files import replaced
-from ..models._timm import reinit_non_persistent_buffers, save_config_for_hf
+from ..models._timm import save_config_for_hf
 from ..weights.checkpoint import StateDict, fit_to_model
 from ..weights.integrity import sha256_of
 from ..weights.layout import native_to_official
@@ -136,7 +136,6 @@ def _outputs(name: str, native: StateDict, **args: Any) -> list[torch.Tensor]:
     """Outputs of a model that takes these tensors, without a copy of them."""
     # allocated but not written to, so it takes no memory: the tensors take its place
     model: Any = timm.create_model(name, device='meta', **args).to_empty(device='cpu')
-    reinit_non_persistent_buffers(model)
     model.head.norm.reset_parameters()  # starts new if the weights have none
     model.load_state_dict(fit_to_model(native, model), assign=True)
     generator = torch.Generator().manual_seed(0)
