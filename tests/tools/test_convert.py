@@ -351,7 +351,7 @@ def test_verification_finds_what_differs(change, classifier, tmp_path, monkeypat
     monkeypatch.setattr(conversion, '_write_config', spoil_config)
     messages = {
         'value': r'differs from the checkpoint in head\.bias',
-        'key': r'head\.fc\.bias',
+        'key': r'differs from the checkpoint in head\.bias',
         'config': 'other outputs',
     }
     with pytest.raises((RuntimeError, ValueError), match=messages[change]):
