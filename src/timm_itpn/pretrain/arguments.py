@@ -4,19 +4,17 @@ Nothing here imports torch, so that `--help` is quick.
 """
 import argparse
 import ast
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ['FREE', 'MASKING_NAMES', 'OBJECTIVE_NAMES', 'ConfigurableParser', 'add_arguments', 'keyword_arguments']
+from . import MASKING_NAMES, OBJECTIVE_NAMES
 
-OBJECTIVE_NAMES = ('clip', 'clip-distill', 'pixel', 'mfm')
-MASKING_NAMES = ('block', 'random')
+__all__ = ['ConfigurableParser', 'add_arguments', 'settings_of']
 
 # may differ when a run is resumed: they do not change what is computed
-FREE = ('config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
+FREE = ('run', 'config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
         'figure_interval', 'log_tensorboard', 'data_dir')
 
 
@@ -38,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group('student, objective, teacher')
     group.add_argument('--model', default='fast_itpn_base', help='any model of this package')
-    group.add_argument('--model-kwargs', nargs='*', default=(), metavar='KEY=VALUE', help="the model's arguments")
+    pairs: dict[str, Any] = dict(nargs='*', action=_KeyValues, default={}, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', help="the model's arguments", **pairs)
     group.add_argument('--objective', default='clip', choices=OBJECTIVE_NAMES, help='what is learned')
-    group.add_argument(
-        '--objective-kwargs', nargs='*', default=(), metavar='KEY=VALUE', help="the objective's arguments")
+    group.add_argument('--objective-kwargs', help="the objective's arguments", **pairs)
     group.add_argument('--masking', choices=MASKING_NAMES, help="which tokens are masked; default: the objective's")
     group.add_argument('--mask-ratio', type=float, help="share of masked tokens; default: the objective's")
     group.add_argument('--teacher', metavar='NAME', help="timm's name of the teacher")
@@ -89,24 +87,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--log-tensorboard', action='store_true', help='also write for TensorBoard')
 
 
-def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs of a command line, or the mapping of a YAML file, as keyword arguments.
+class _KeyValues(argparse.Action):
+    """`KEY=VALUE` pairs as a dict; a YAML file has a mapping in their place."""
 
-    Raises:
-        ValueError: A pair has no `=`.
-    """
-    if isinstance(given, Mapping):
-        return dict(given)
-    values: dict[str, Any] = {}
-    for pair in given:
-        key, equals, text = pair.partition('=')
-        if not equals:
-            raise ValueError(f'{pair!r} is no argument: write KEY=VALUE.')
-        try:
-            values[key] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):  # a plain word
-            values[key] = text
-    return values
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs: dict[str, Any] = {}
+        for pair in values:
+            key, equals, text = pair.partition('=')
+            if not equals:
+                parser.error(f'{option_string}: {pair!r} is not an argument: write KEY=VALUE.')
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (SyntaxError, ValueError):  # a plain word
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that the result depends on."""
+    return {key: value for key, value in vars(args).items() if key not in FREE}
 
 
 class ConfigurableParser(argparse.ArgumentParser):
@@ -117,13 +116,13 @@ class ConfigurableParser(argparse.ArgumentParser):
         if getattr(known, 'config', None) is None:
             return known, rest
         try:
-            self.set_defaults(**read_config(known.config, vars(known)))
+            self.set_defaults(**_read_config(known.config, known))
         except ValueError as error:
             self.error(str(error))
         return super().parse_known_args(args, namespace)
 
 
-def read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+def _read_config(path: Path, known: argparse.Namespace) -> dict[str, Any]:
     """Settings of a YAML file.
 
     Raises:
@@ -135,7 +134,7 @@ def read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f'{path} cannot be read: {error}') from error
     if not isinstance(settings, dict):
         raise ValueError(f'{path} holds no settings: write one `name: value` per line.')
-    unknown: list[str] = sorted(set(settings) - set(known))
+    unknown = [key for key in settings if key not in known]
     if unknown:
-        raise ValueError(f'{path} has settings that do not exist: {", ".join(unknown)}.')
-    return {key: Path(value) if key in ('data_dir', 'output') else value for key, value in settings.items()}
+        raise ValueError(f'{path} has settings that do not exist: {", ".join(map(str, unknown))}.')
+    return settings
