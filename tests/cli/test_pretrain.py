@@ -39,7 +39,7 @@ def test_file_gives_defaults_and_the_command_line_wins(tmp_path):
 
 @pytest.mark.parametrize(('text', 'message'), [
     ('epoch: 7', 'has settings that do not exist: epoch.'),
-    ('- 7', 'holds no settings'),
+    ('- 7', 'does not hold settings'),
     ('a: b: c', 'cannot be read'),
 ])
 def test_bad_files_are_refused(text, message, tmp_path, capsys):

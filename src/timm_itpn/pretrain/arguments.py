@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('data')
     group.add_argument('--data-dir', type=Path, metavar='DIR', help='folder or tar file of images')
     group.add_argument('--dataset', default='', metavar='NAME', help="timm's name: hfds/..., wds/..., '' for a folder")
-    group.add_argument('--train-split', default='train', metavar='NAME', help='split of the data')
-    group.add_argument('--train-num-samples', type=int, metavar='N', help='images of data that do not tell (wds)')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='split of the data set')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='number of images, for streams (wds)')
     group.add_argument('--img-size', type=int, default=224, metavar='N', help="side of the student's images, pixels")
     group.add_argument('--scale', type=float, nargs=2, default=[0.2, 1.0], help="crop, share of the image's area")
     group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], help='crop, width by height')
     group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
-    group.add_argument('--train-interpolation', default='bicubic', help='of the crop')
+    group.add_argument('--train-interpolation', default='bicubic', help='interpolation of the crop')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that read, 0 for none')
 
     group = parser.add_argument_group('student, objective, teacher')
@@ -72,13 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the objective')
-    group.add_argument('--fsdp', action='store_true', help='processes share parameters (FSDP2), not copies (DDP)')
-    group.add_argument('--seed', type=int, default=42, help='of weights, order, crops and masks')
+    group.add_argument('--fsdp', action='store_true', help='each process holds a share of the parameters (FSDP2)')
+    group.add_argument('--seed', type=int, default=42, help='seed of weights, order, crops and masks')
     group.add_argument('--deterministic', action='store_true', help='deterministic algorithms only')
 
     group = parser.add_argument_group('output')
     group.add_argument('--output', type=Path, default=Path('output/pretrain'), metavar='DIR')
-    group.add_argument('--resume', metavar='auto|FILE', help='go on: from the last checkpoint, or from FILE')
+    group.add_argument('--resume', metavar='auto|FILE', help='go on from the last checkpoint, or from FILE')
     group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
                        help='updates between checkpoints; 0: only after epochs')
@@ -133,7 +133,7 @@ def _read_config(path: Path, known: argparse.Namespace) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f'{path} cannot be read: {error}') from error
     if not isinstance(settings, dict):
-        raise ValueError(f'{path} holds no settings: write one `name: value` per line.')
+        raise ValueError(f'{path} does not hold settings: write one `name: value` per line.')
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise ValueError(f'{path} has settings that do not exist: {", ".join(map(str, unknown))}.')

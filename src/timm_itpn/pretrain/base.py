@@ -21,7 +21,7 @@ class Objective(nn.Module):
 
     Attributes:
         NAME: Key of `OBJECTIVES`.
-        TEACHER: Wants tokens of a teacher.
+        TEACHER: Needs tokens of a teacher.
         MASKING: Key of `MASKINGS`, the paper's choice.
         MASK_RATIO: Share of the tokens that are masked, the paper's choice.
         STUDENT: Arguments of the student, by its family.

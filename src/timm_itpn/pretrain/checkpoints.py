@@ -2,28 +2,21 @@
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..files import replaced
 
-__all__ = ['Checkpoints', 'differences', 'load', 'random_state', 'set_random_state']
+__all__ = ['Checkpoints', 'load', 'random_state', 'set_random_state']
 
 State = dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints in a folder, named by the number of updates.
-
-    Args:
-        folder: Where they are.
-        keep: How many of the last ones stay.
-    """
-
-    def __init__(self, folder: Path, keep: int):
-        self.folder = folder
-        self.keep = keep
+class Checkpoints(NamedTuple):
+    """The checkpoints in a folder, named by the number of updates; the newest `keep` of them stay."""
+    folder: Path
+    keep: int
 
     def paths(self) -> list[Path]:
         """All that are there, the oldest first."""
@@ -35,7 +28,7 @@ class Checkpoints:
         return next(reversed(self.paths()), None)
 
     def save(self, state: State, num_updates: int) -> None:
-        """Write a checkpoint, then remove the oldest ones that are too many.
+        """Write a checkpoint, then remove the oldest ones.
 
         Raises:
             RuntimeError: It cannot be written; the earlier ones are still there.
@@ -54,7 +47,7 @@ class Checkpoints:
             old.unlink()
 
     def sweep(self) -> None:
-        """Remove what a killed process has left half written."""
+        """Remove checkpoints that a killed process left half-written."""
         for folder in self.folder.glob('.checkpoint-*.pt.*'):
             shutil.rmtree(folder)
 
@@ -71,12 +64,6 @@ def load(path: Path) -> State:
         raise RuntimeError(f'{path} does not exist: name a checkpoint with --resume, or use --resume auto.') from error
     except Exception as error:  # of torch, pickle and zipfile, for whatever a file may hold
         raise RuntimeError(f'{path} is not a checkpoint of a run: {str(error).splitlines()[0]}') from error
-
-
-def differences(saved: State, current: State) -> list[str]:
-    """Settings that differ, in words."""
-    return [f'--{key.replace("_", "-")} was {saved.get(key)!r}, now {current.get(key)!r}'
-            for key in sorted({*saved, *current}) if saved.get(key) != current.get(key)]
 
 
 def random_state() -> State:

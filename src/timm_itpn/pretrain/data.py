@@ -1,6 +1,6 @@
 """Samples of pre-training: one crop of an image for student and teacher, and a mask.
 
-What is random in a sample follows from seed, epoch and index alone, so it does not matter which worker of which process
+Everything random in a sample follows from seed, epoch and index, so it does not matter which worker of which process
 makes it, nor how often the run was interrupted.
 """
 import logging
@@ -77,11 +77,7 @@ class SampleMaker(NamedTuple):
 
 
 class Samples(Dataset):
-    """Samples of a dataset of timm that has indices.
-
-    Attributes:
-        epoch: Whose crops and masks are made.
-    """
+    """Samples, in an epoch, of a dataset of timm that has indices."""
 
     def __init__(self, dataset: Any, make: SampleMaker):
         self.dataset = dataset
@@ -98,9 +94,9 @@ class Samples(Dataset):
 
 
 class StreamedSamples(IterableDataset):
-    """Samples of a dataset of timm that can only be read from its start, as WebDataset's.
+    """Samples, in an epoch, of a dataset of timm that can only be read from its start, as WebDataset's.
 
-    What is random follows from seed, epoch, process, worker and count.
+    Everything random follows from seed, epoch, process, worker and count.
     """
 
     def __init__(self, dataset: Any, make: SampleMaker, rank: int):

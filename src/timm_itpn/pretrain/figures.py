@@ -18,7 +18,7 @@ GREY = 0.5
 
 
 @torch.no_grad()
-def draw(path: Path, task: PretrainTask, batch: dict[str, torch.Tensor], view: View) -> None:
+def draw(path: Path, task: PretrainTask, batch: dict[str, torch.Tensor]) -> None:
     """Write a PNG: one column per image.
 
     Rows for objectives of pixels: image, what is visible of it, prediction. For those of a teacher: image, what is
@@ -28,11 +28,10 @@ def draw(path: Path, task: PretrainTask, batch: dict[str, torch.Tensor], view: V
         path: Of the PNG.
         task: What predicts.
         batch: As for the task.
-        view: How the student sees images.
     """
     batch = {key: value[:NUM_IMAGES] for key, value in batch.items()}
     images, masked = batch['images'], batch['masked']
-    objective, training = task.objective, task.training
+    objective, view, training = task.objective, task.views[0], task.training
     task.eval()
     seen = _unnormalised(images, view)
     hidden = _to_pixels(masked)

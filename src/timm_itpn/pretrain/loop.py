@@ -14,10 +14,11 @@ from timm.utils import AverageMeter, init_distributed_device, random_seed
 from ..checks import require
 from .arguments import settings_of
 from .checkpoints import Checkpoints, load
-from .data import Batches, open_dataset
+from .data import Batches, SampleMaker, open_dataset
 from .export import export
 from .figures import draw
 from .log import Log
+from .masking import MASKINGS
 from .run import Batch, Run
 from .task import create_task
 
@@ -28,7 +29,7 @@ def pretrain(args: argparse.Namespace) -> dict[str, Any]:
     """Start a run, or go on with one.
 
     Args:
-        args: As of `arguments.add_arguments`.
+        args: Arguments of the command, see `arguments.add_arguments`.
 
     Returns:
         What was written, for JSON.
@@ -65,7 +66,7 @@ def _pretrain(args: argparse.Namespace) -> dict[str, Any]:
     while run.epoch < args.epochs:
         last = run_epoch(run, checkpoints, log)
         if args.figure_interval and run.epoch % args.figure_interval == 0 and args.rank == 0:
-            draw(args.output / f'epoch-{run.epoch:04d}.png', run.task, last, run.batches.samples.make.views[0])
+            draw(args.output / f'epoch-{run.epoch:04d}.png', run.task, last)
         _save(run, checkpoints)
     log.close()
     return export(run)
@@ -79,7 +80,11 @@ def create_run(args: argparse.Namespace) -> Run:
     random_seed(args.seed, 0)  # the same weights in all processes
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
-    task, make = create_task(args, device)
+    task = create_task(args, device)
+    objective = task.objective
+    make = SampleMaker(
+        tuple(task.views), objective.grid_size, MASKINGS[args.masking or objective.MASKING], objective.num_masked,
+        args.seed, tuple(args.scale), tuple(args.ratio), args.hflip, args.train_interpolation)
     dataset = open_dataset(
         args.dataset, args.data_dir, args.train_split, batch_size=args.batch_size, seed=args.seed,
         num_samples=args.train_num_samples)
@@ -141,13 +146,11 @@ def _resumed(args: argparse.Namespace, checkpoints: Checkpoints) -> Path | None:
     Raises:
         ValueError: There is a run in the folder, and --resume was not given.
     """
-    last = checkpoints.last()
-    if args.resume == 'auto':
-        if last is None:
-            print(f'no checkpoint in {args.output}: starting', file=sys.stderr)
-        return last
-    if args.resume:
+    if args.resume not in (None, 'auto'):
         return Path(args.resume)
-    if last is not None:
+    last = checkpoints.last()
+    if last is not None and args.resume is None:
         raise ValueError(f'{args.output} holds a run: go on with --resume auto, or name another folder with --output.')
-    return None
+    if last is None and args.resume == 'auto':
+        print(f'no checkpoint in {args.output}: starting', file=sys.stderr)
+    return last

@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch.distributed.fsdp import FSDPModule
 
-from .checkpoints import differences, random_state, set_random_state
+from .checkpoints import random_state, set_random_state
 from .data import Batches
 from .sharding import load_model_state, load_optimizer_state, model_state, optimizer_state, shard
 from .task import PretrainTask
@@ -26,16 +26,16 @@ class Run:
     """What a run consists of, and how far it is.
 
     Args:
-        args: As of `arguments.add_arguments`, after timm's `init_distributed_device`.
+        args: Arguments of the command, after timm's `init_distributed_device`.
         settings: What the result depends on, see `arguments.settings_of`.
         task: Gives the losses of a batch.
         batches: Of this process.
 
     Attributes:
-        epoch: That is being run.
+        epoch: The current one, from 0.
         batch: Batches of that epoch that are done.
-        num_updates: Of the weights, in the whole run.
-        skipped: Files that could not be read, so far.
+        num_updates: Updates of the weights so far.
+        skipped: Files so far that could not be read.
 
     Raises:
         ValueError: An argument is not usable.
@@ -115,7 +115,9 @@ class Run:
         Raises:
             ValueError: It is of a run with other settings; they are listed.
         """
-        changed = differences(state['settings'], self.settings)
+        was, now = state['settings'], self.settings
+        changed = [f'--{key.replace("_", "-")} was {was.get(key)!r}, now {now.get(key)!r}'
+                   for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
         if changed:
             raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed)}. Use those, or start anew.')
         load_model_state(self.objective, state['objective'])

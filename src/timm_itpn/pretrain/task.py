@@ -9,8 +9,7 @@ from timm.task import TrainingTask
 from torch.nn.parallel import DistributedDataParallel
 
 from .base import Losses, Objective
-from .data import SampleMaker, View
-from .masking import MASKINGS
+from .data import View
 from .objectives import create_objective, create_student
 from .teacher import Teacher, create_teacher
 
@@ -25,6 +24,9 @@ class PretrainTask(TrainingTask):
         teacher: Whose tokens it predicts, None for an objective without teacher.
         device: Where both are.
         amp_dtype: Type of autocast, None for none; the teacher then is of that type.
+
+    Attributes:
+        views: How the student, and the teacher if there is one, see images.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class PretrainTask(TrainingTask):
         self.trainable_module: nn.Module = objective
         self.teacher = None if teacher is None else teacher.to(device=device, dtype=amp_dtype)
         self.amp_dtype = amp_dtype
+        self.views = [_view(objective.backbone, objective.backbone.patch_embed.img_size)]
+        if teacher is not None:
+            self.views.append(_view(teacher.model, teacher.img_size))
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'PretrainTask':
         self.trainable_module = DistributedDataParallel(self.objective, device_ids=device_ids, **ddp_kwargs)
@@ -67,11 +72,11 @@ class PretrainTask(TrainingTask):
             return self.trainable_module(input['images'], input['masked'], target)
 
 
-def create_task(args: argparse.Namespace, device: torch.device) -> tuple[PretrainTask, SampleMaker]:
-    """Create student, objective and teacher, and what makes their samples.
+def create_task(args: argparse.Namespace, device: torch.device) -> PretrainTask:
+    """Create student, objective and teacher.
 
     Args:
-        args: As of `arguments.add_arguments`.
+        args: Arguments of the command, see `arguments.add_arguments`.
         device: Where the task is.
 
     Raises:
@@ -80,19 +85,14 @@ def create_task(args: argparse.Namespace, device: torch.device) -> tuple[Pretrai
     """
     student = create_student(
         args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
-    grid_size = student.patch_embed.grid_size
-    views = [_view(student, student.patch_embed.img_size)]
     teacher: Teacher | None = None
     if args.teacher is not None:
-        teacher = create_teacher(args.teacher, grid_size, args.teacher_img_size, args.teacher_path or '')
-        views.append(_view(teacher.model, teacher.img_size))
+        teacher = create_teacher(
+            args.teacher, student.patch_embed.grid_size, args.teacher_img_size, args.teacher_path or '')
     objective = create_objective(
         args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim, **args.objective_kwargs)
     objective.set_grad_checkpointing(args.grad_checkpointing)
-    make = SampleMaker(
-        tuple(views), grid_size, MASKINGS[args.masking or objective.MASKING], objective.num_masked, args.seed,
-        tuple(args.scale), tuple(args.ratio), args.hflip, args.train_interpolation)
-    return PretrainTask(objective, teacher, device, getattr(torch, args.amp_dtype) if args.amp else None), make
+    return PretrainTask(objective, teacher, device, getattr(torch, args.amp_dtype) if args.amp else None)
 
 
 def _view(model: Any, size: tuple[int, int]) -> View:
