@@ -1,6 +1,7 @@
-"""Runs of several processes that share parameters, gradients and optimizer states (FSDP2), and their whole states."""
+"""Runs whose processes share parameters, gradients and optimizer states (FSDP2), and their whole states."""
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -9,13 +10,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..layers.blocks import AttentionBlock, MlpBlock
-
-try:
-    from torch.distributed.fsdp import fully_shard
-except ImportError:  # torch 2.5
-    from torch.distributed._composable.fsdp import fully_shard
 
 __all__ = ['load_model_state', 'load_optimizer_state', 'model_state', 'optimizer_state', 'shard']
 
@@ -24,34 +21,36 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(module: nn.Module) -> None:
-    """Divide the parameters among the processes; blocks are the units that are brought together when they run."""
+    """Divide the parameters among the processes; each block's are brought together while it runs."""
     for block in module.modules():
         if isinstance(block, (AttentionBlock, MlpBlock)):
             fully_shard(block)
     fully_shard(module)
 
 
-def model_state(module: nn.Module, sharded: bool) -> State:
-    """State dict with whole tensors; with `sharded`, every process has to call it, and the first gets it."""
-    return get_model_state_dict(module, options=FULL) if sharded else module.state_dict()
+def model_state(module: nn.Module) -> State:
+    """State dict with whole tensors; of a sharded module, every process has to call it, and the first gets it."""
+    return get_model_state_dict(module, options=FULL) if isinstance(module, FSDPModule) else module.state_dict()
 
 
-def load_model_state(module: nn.Module, state: State, sharded: bool) -> None:
+def load_model_state(module: nn.Module, state: State) -> None:
     """The reverse of `model_state`; every process has the state."""
-    if sharded:
+    if isinstance(module, FSDPModule):
         set_model_state_dict(module, state, options=FULL)
     else:
         module.load_state_dict(state)
 
 
-def optimizer_state(module: nn.Module, optimizer: Any, sharded: bool) -> State:
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """State dict of the optimizer of `module`, as `model_state`."""
-    return get_optimizer_state_dict(module, optimizer, options=FULL) if sharded else optimizer.state_dict()
+    if isinstance(module, FSDPModule):
+        return get_optimizer_state_dict(module, optimizer, options=FULL)
+    return optimizer.state_dict()
 
 
-def load_optimizer_state(module: nn.Module, optimizer: Any, state: State, sharded: bool) -> None:
+def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
     """The reverse of `optimizer_state`."""
-    if sharded:
+    if isinstance(module, FSDPModule):
         set_optimizer_state_dict(module, optimizer, state, options=FULL)
     else:
         optimizer.load_state_dict(state)
