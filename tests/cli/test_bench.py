@@ -86,7 +86,6 @@ def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
     (['--mode', 'train', '--fuse'], 'a fused model cannot be trained: leave out --fuse, or the mode train'),
     (['--grad-checkpointing'], 'gradient checkpointing has no effect in the mode forward: use it with --mode train'),
     (['--acceleration', 'more'], "acceleration 'more' is unknown, choose one of: light, full"),
-    (['--mode', 'train', '--pyramid', '--objective', 'more'], "objective 'more' is unknown, choose one of: clip, "),
     ([*TINY, '--peers', 'nope'], "timm has no model 'nope'"),
     (['--suite', 'cpu', '--size', '224', '--fuse'], 'a suite is fixed: leave out --size, --fuse'),
     (['--plot', 'chart.jpg'], 'chart.jpg is not a PNG file name; --plot must end in .png'),

@@ -15,7 +15,7 @@ from .flops import Product
 __all__ = ['Ceiling']
 
 _MM = 'mm'
-_TARGET_FLOPS = {'cpu': 1e9, 'cuda': 1e11}  # of a timed call: milliseconds, of which starting it is a small share
+_TARGET_FLOPS = {'cpu': 2e8, 'cuda': 1e11}  # of a timed call: a millisecond, of which starting it is a small share
 _MOST_REPEATS = 200
 
 Call = Callable[[], object]

@@ -4,7 +4,7 @@ from itertools import groupby
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from .rows import Row
+from .rows import Row, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +26,14 @@ def draw(rows: Sequence[Row]) -> 'Figure':
     from matplotlib.figure import Figure
 
     panels = [list(group) for _, group in groupby(rows, key=lambda row: row.case)]
-    heights = [_BAR_HEIGHT * (len(panel) + 2) for panel in panels]
+    heights = [_BAR_HEIGHT * (len(panel) + 3) for panel in panels]
     figure = Figure(figsize=(_WIDTH, sum(heights) + 0.5), layout='constrained')
     all_axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axes, panel in zip(all_axes, panels):
         _draw_case(axes, panel)
     machines = sorted({str(row.machine) for row in rows})
-    figure.suptitle('\n'.join(fill(machine, _TITLE_WIDTH) for machine in machines), fontsize=7, parse_math=False)
+    title = '\n'.join(fill(machine, _TITLE_WIDTH, break_on_hyphens=False) for machine in machines)
+    figure.suptitle(title, fontsize=7, parse_math=False)
     return figure
 
 
@@ -40,10 +41,11 @@ def _draw_case(axes: 'Axes', rows: Sequence[Row]) -> None:
     times_ms = [row.ms_per_image for row in rows]
     colours = ['tab:blue' if row.candidate.split()[0] == 'ours' else 'lightgrey' for row in rows]
     bars = axes.barh([row.candidate for row in rows], times_ms, color=colours)
-    axes.bar_label(bars, [f' {value:.4g}' for value in times_ms], fontsize=7)
+    axes.bar_label(bars, [f' {number(value)}' for value in times_ms], fontsize=7)
     axes.invert_yaxis()  # ours on top
     ceiling_ms = rows[0].gflop_per_image / rows[0].ceiling_tflop_per_s
     axes.axvline(ceiling_ms, color='tab:red', linewidth=1)
     axes.set_xlim(0, 1.15 * max(*times_ms, ceiling_ms))
-    axes.set_title(f'{rows[0].case}: ms per image (line: ours at the ceiling, {ceiling_ms:.4g})', fontsize=7)
+    axes.set_title(str(rows[0].case), fontsize=8)
+    axes.set_xlabel(f'ms per image; line: ours at the ceiling, {number(ceiling_ms)}', fontsize=7)
     axes.tick_params(labelsize=7)

@@ -10,7 +10,7 @@ from ..files import replaced
 from .cases import Case
 from .machine import Machine
 
-__all__ = ['Row', 'json_line', 'markdown', 'markdown_of_case', 'measured', 'read', 'record', 'table']
+__all__ = ['Row', 'json_line', 'markdown', 'markdown_of_case', 'measured', 'number', 'read', 'record', 'table']
 
 T = TypeVar('T')
 
@@ -67,24 +67,29 @@ def markdown(rows: Iterable[Row]) -> str:
 def markdown_of_case(rows: Sequence[Row]) -> str:
     """The rows of one case as a table, below the case and the ceiling."""
     ceiling, mm = rows[0].ceiling_tflop_per_s, rows[0].mm_tflop_per_s
-    title = f'{rows[0].case}; ceiling {ceiling:.4g} TFLOP/s (`torch.mm` alone {mm:.4g})'
+    title = f'{rows[0].case}; ceiling {number(ceiling)} TFLOP/s (`torch.mm` alone {number(mm)})'
     return f'{title}:\n\n{table(_HEADER, map(_cells, rows))}'
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    latency = f' (p95 {row.p95_ms / row.case.batch:.4g})' if row.case.mode == 'latency' else ''
+    latency = f' (p95 {number(row.p95_ms / row.case.batch)})' if row.case.mode == 'latency' else ''
     return (
         row.candidate,
-        f'{row.ms_per_image:.4g}{latency}',
-        f'{1000 / row.ms_per_image:.4g}',
+        f'{number(row.ms_per_image)}{latency}',
+        number(1000 / row.ms_per_image),
         'outputs differ' if row.speedup_over_ours is None else f'{row.speedup_over_ours:.2f}x',
         '' if row.speedup_over_baseline is None else f'{row.speedup_over_baseline:.2f}x',
-        f'{row.tflop_per_s:.4g}',
+        number(row.tflop_per_s),
         f'{row.tflop_per_s / row.ceiling_tflop_per_s:.0%}',
         '' if row.peak_memory_mib is None else f'{row.peak_memory_mib:.1f}',
         f'{row.relative_iqr:.1%}',
         ', '.join(row.kernels),
     )
+
+
+def number(value: float) -> str:
+    """A number with four digits, or with those before the point."""
+    return f'{value:.0f}' if value >= 1000 else f'{value:.4g}'
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

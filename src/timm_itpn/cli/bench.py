@@ -13,6 +13,7 @@ from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Candidates, Case,
 from ..bench.rows import Row, json_line, markdown, markdown_of_case, measured, read, record
 from ..bench.suites import SUITES
 from ..checks import check_output
+from ..pretrain import OBJECTIVE_NAMES
 
 _SUITE_REPLACES = (
     'model', 'size', 'batch', 'dtype', 'mode', 'grad_checkpointing', 'pyramid', 'baseline', 'fuse', 'acceleration',
@@ -47,7 +48,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         '--acceleration', nargs='+', default=(), metavar='NAME',
         help='the model with token gathering and migration (light, full) and the same weights; other outputs by design')
     group.add_argument(
-        '--objective', default='', metavar='NAME',
+        '--objective', default='', choices=OBJECTIVE_NAMES,
         help='a step of pre-training with this objective, without its teacher; for --mode train --pyramid')
     group.add_argument(
         '--compile', nargs='?', default='', const='default', choices=COMPILE_MODES, metavar='MODE',

@@ -15,11 +15,10 @@ from timm.utils import random_seed
 
 from ..bench.machine import this_machine
 from ..bench.processes import in_processes
-from ..pretrain.initialise import initialise
 from ..pretrain.masking import random_masking
 from ..pretrain.objectives import create_student
 from ..pretrain.pixel import Mfm, Pixel
-from ..pretrain.student import visible_maps
+from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
 from .results import Row, report
 from .two_tasks import Training, TwoTasks, fit, normalised, test, train
@@ -43,15 +42,14 @@ _TEST_DRAWINGS = 3
 class _PixelOfStage3(Pixel):
     """`Pixel` whose decoder sees stage 3 and not the pyramid, which is then not trained; to compare with."""
 
-    def __init__(self, backbone: Any, num_masked: int, **kwargs: Any):
-        super().__init__(backbone, num_masked, **kwargs)
-        backbone.pyramid.requires_grad_(False)
-        del self.decoder_embed
-        dim = backbone.embed_dim
-        self.stage3_embed = nn.Sequential(LayerNorm(dim), nn.Linear(dim, self.decoder_norm.normalized_shape[0]))
+    def __init__(self, student: Student, num_masked: int, **kwargs: Any):
+        super().__init__(student, num_masked, **kwargs)
+        pyramid_of(student).requires_grad_(False)
+        dim = student.embed_dim
+        self.decoder_embed = nn.Sequential(LayerNorm(dim), nn.Linear(dim, _DECODER['decoder_dim']))
 
-    def shares(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
-        return [self.stage3_embed(visible_maps(self.backbone, images, visible)[2][:, 0])]
+    def encode(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
+        return [self.decoder_embed(visible_maps(self.backbone, images, visible)[2][:, 0])]
 
 
 class _Start(NamedTuple):
