@@ -51,10 +51,6 @@ class Objective(nn.Module):
         """Parameters without weight decay, for timm's optimizer factory."""
         return {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the student's blocks in the backward pass."""
-        self.backbone.set_grad_checkpointing(enable)
-
     def after_update(self, progress: float) -> None:
         """Called after each update of the weights.
 
