@@ -15,7 +15,6 @@ from timm.models import get_pretrained_cfg
 
 from ..layers.attention import Attention
 from ..models._timm import FeatureGetterNet
-from ..models.fast_itpn import FastITPN
 from ..models.fusion import fuse
 from ..pretrain.masking import MASKINGS
 from ..pretrain.objectives import OBJECTIVES, create_objective, create_student
@@ -167,7 +166,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def build_baseline(ours: nn.Module, case: Case) -> nn.Module:
     model = unwrapped(ours)
-    if not isinstance(model, FastITPN):
+    if getattr(model, 'family', '') != 'fast_itpn':
         raise ValueError(f'{case.model} has no baseline: only the models named fast_itpn_* have')
     state = model.state_dict()
     baseline = Baseline(

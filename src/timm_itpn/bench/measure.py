@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from ..layers.attention import Attention
-from ..ops.attention.kernels import record_kernels
+from ..ops.kernels import record_kernels
 from .cases import DTYPES, Case, Rivals, Rounds, height_width
 from .ceiling import Ceiling
 from .contestants import BASELINE, NUM_CLASSES, OURS, Contestant, Kind, build, checkpoint_gradients

@@ -1,5 +1,4 @@
 """Fixed lists of cases: what the committed rows are measured by."""
-
 from .cases import ACCELERATIONS, PEERS, Case, Rivals, Rounds
 
 __all__ = ['SUITES']

@@ -9,7 +9,7 @@ from einops import rearrange
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import init_weights_vit_timm
 
-from .student import Student, check_student, family_of
+from .student import Student, check_student
 
 __all__ = ['Losses', 'LevelsToTokens', 'Objective', 'init_linear']
 
@@ -38,9 +38,9 @@ class Objective(nn.Module):
 
     def __init__(self, student: Student, num_masked: int):
         super().__init__()
-        if family_of(student) not in self.STUDENT:
+        if student.family not in self.STUDENT:
             raise ValueError(
-                f'The objective {self.NAME} is for {" and ".join(self.STUDENT)} models, not for {family_of(student)}: '
+                f'The objective {self.NAME} is for {" and ".join(self.STUDENT)} models, not for {student.family}: '
                 'choose another --model or --objective.')
         check_student(student)
         self.backbone = student
