@@ -8,7 +8,6 @@ from support.pretrain_runs import command, parse, write_images
 from timm_itpn.cli import main
 from timm_itpn.cli.recipe import RECIPES
 from timm_itpn.pretrain.objectives import OBJECTIVES, create_student
-from timm_itpn.pretrain.student import family_of
 
 NAMES = ('pretrain_fast_itpn', 'pretrain_itpn_clip', 'pretrain_itpn_pixel', 'pretrain_mfm')
 
@@ -58,7 +57,7 @@ def test_recipes_are_settings_of_a_run(name):
     objective = OBJECTIVES[args.objective]
     assert objective.TEACHER == (args.teacher is not None) and objective.MASKING == args.masking
     student = create_student(args.model, args.objective, args.img_size, device='meta')
-    assert family_of(student) in objective.STUDENT
+    assert student.family in objective.STUDENT
     assert args.mask_ratio in (None, objective.MASK_RATIO)
 
 

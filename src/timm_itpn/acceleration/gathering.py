@@ -1,21 +1,14 @@
 """Token gathering: a gathering token per window tells the other windows what is in it.
 
-Tokens are (B, W, G + K, C): in each of W windows G gathering tokens, then K tokens. A query sees the tokens of its
-window and the gathering tokens of the others, in one softmax. A gathering token stands for the tokens of its window:
-its logit is raised by the logarithm of their number, as if each of them had its key. It has one of two forms:
-
-    'mean': in every block anew, its key and value are the means of those of its window's tokens. G = 0.
-    'token': a token that starts as the mean of its window's tokens and goes through the blocks like them. G = 1.
+Tokens are (B, W, K, C): K tokens in each of W windows. A query sees the tokens of its window and the gathering tokens
+of the others, in one softmax. Key and value of a gathering token are the means over its window's tokens, made anew in
+every block. It stands for the tokens of its window: its logit is raised by the logarithm of their number, as if each of
+them had its key.
 """
-
 import torch
 import torch.nn.functional as F
 
-__all__ = [
-    'FORMS', 'attention_bias', 'gathering_bias', 'global_heads', 'key_places', 'query_places', 'window_heads',
-    'window_mean']
-
-FORMS = ('mean', 'token')
+__all__ = ['attention_bias', 'gathering_bias', 'global_heads', 'key_positions', 'window_heads', 'window_mean']
 
 
 def window_mean(x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -23,7 +16,7 @@ def window_mean(x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tens
 
     Args:
         x: What the tokens of each window have.
-        real: (1 or B, W, K), True where a place is not padded; None if none is.
+        real: (1 or B, W, K), True where a position is not padded; None if none is.
     """
     if real is None:
         return x.mean(dim=2)
@@ -48,45 +41,41 @@ def gathering_bias(num_tokens: torch.Tensor) -> torch.Tensor:
 
 def window_heads(
         qkv: torch.Tensor,
-        num_gathering: int,
-        gathered: torch.Tensor | None = None,
+        gathering: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of attention in windows.
 
     Args:
-        qkv: (B, W, G + K, 3, num_heads, head_dim).
-        num_gathering: G.
-        gathered: Keys and values of the gathering tokens (B, W, 2, num_heads, head_dim); None = windows see nothing of
+        qkv: (B, W, K, 3, num_heads, head_dim).
+        gathering: Keys and values of the gathering tokens (B, W, 2, num_heads, head_dim); None = windows see nothing of
             each other.
 
     Returns:
-        q (B * W, num_heads, G + K, head_dim); k and v (B * W, num_heads, K + W, head_dim), or without the W.
+        q (B * W, num_heads, K, head_dim); k and v (B * W, num_heads, K + W, head_dim), or without the W.
     """
     W = qkv.shape[1]
-    q, kv = qkv[:, :, :, 0], qkv[:, :, num_gathering:, 1:]
-    if gathered is not None:
-        kv = torch.cat((kv, gathered[:, None].expand(-1, W, -1, -1, -1, -1)), dim=2)
+    q, kv = qkv[:, :, :, 0], qkv[:, :, :, 1:]
+    if gathering is not None:
+        kv = torch.cat((kv, gathering[:, None].expand(-1, W, -1, -1, -1, -1)), dim=2)
     k, v = kv.flatten(0, 1).permute(2, 0, 3, 1, 4).unbind(0)
     return q.flatten(0, 1).transpose(1, 2), k, v
 
 
-def global_heads(qkv: torch.Tensor, num_gathering: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of attention among all tokens that have not left; gathering tokens only ask.
+def global_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of attention among all tokens that have not left.
 
     Args:
-        qkv: (B, W, G + K, 3, num_heads, head_dim).
-        num_gathering: G.
+        qkv: (B, W, K, 3, num_heads, head_dim).
 
     Returns:
-        q (B, num_heads, W * (G + K), head_dim); k and v (B, num_heads, W * K, head_dim).
+        q, k and v, each (B, num_heads, W * K, head_dim).
     """
-    q = qkv[:, :, :, 0].flatten(1, 2).transpose(1, 2)
-    k, v = qkv[:, :, num_gathering:, 1:].flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
 def attention_bias(
-        places: torch.Tensor,
+        positions: torch.Tensor,
         num_tokens: int,
         gathering: torch.Tensor | None,
         padded: bool,
@@ -95,10 +84,10 @@ def attention_bias(
     """What is added to the logits of the keys of `window_heads` or `global_heads`.
 
     Args:
-        places: (1 or B, W, K), `num_tokens` where padded.
+        positions: (1 or B, W, K), `num_tokens` where padded.
         num_tokens: Tokens of the whole grid.
         gathering: (W, W), as from `gathering_bias`; None without gathering tokens.
-        padded: There are padded places.
+        padded: There are padded positions.
         windowed: Attention is in windows.
 
     Returns:
@@ -107,7 +96,7 @@ def attention_bias(
     """
     if not padded and (gathering is None or not windowed):
         return None
-    bias = torch.zeros(places.shape, device=places.device).masked_fill(places == num_tokens, float('-inf'))
+    bias = torch.zeros(positions.shape, device=positions.device).masked_fill(positions == num_tokens, float('-inf'))
     if not windowed:
         bias = bias.flatten(1, 2)[:, None]
     elif gathering is not None:
@@ -115,28 +104,12 @@ def attention_bias(
     return bias[:, :, None, None]
 
 
-def key_places(places: torch.Tensor, num_tokens: int, gathers: bool, windowed: bool) -> torch.Tensor:
-    """Places of the keys: (1 or B, W, K + W) for windows, (1 or B, 1, W * K) otherwise; gathering tokens have none.
+def key_positions(positions: torch.Tensor, num_tokens: int, gathers: bool) -> torch.Tensor:
+    """Positions of the keys of attention in windows, (1 or B, W, K + W); gathering tokens have none.
 
     Args:
-        places: (1 or B, W, K).
-        num_tokens: Tokens of the whole grid, which stands for no place.
+        positions: (1 or B, W, K).
+        num_tokens: Tokens of the whole grid, which stands for no position.
         gathers: There are gathering tokens.
-        windowed: Attention is in windows.
     """
-    if not windowed:
-        return places.flatten(1, 2)[:, None]
-    return F.pad(places, (0, places.shape[1]), value=float(num_tokens)) if gathers else places
-
-
-def query_places(places: torch.Tensor, num_tokens: int, num_gathering: int, windowed: bool) -> torch.Tensor:
-    """Places of the queries: (1 or B, W, G + K) for windows, (1 or B, 1, W * (G + K)) otherwise. See `key_places`.
-
-    Args:
-        places: (1 or B, W, K).
-        num_tokens: Tokens of the whole grid, which stands for no place.
-        num_gathering: G.
-        windowed: Attention is in windows.
-    """
-    places = F.pad(places, (num_gathering, 0), value=float(num_tokens))
-    return places if windowed else places.flatten(1, 2)[:, None]
+    return F.pad(positions, (0, positions.shape[1]), value=float(num_tokens)) if gathers else positions

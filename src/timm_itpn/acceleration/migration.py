@@ -1,8 +1,7 @@
-"""Token migration: in each window the tokens that are most like others leave, and return later to their places.
+"""Token migration: in each window the tokens that are most like others leave, and return later to their positions.
 
-Pure functions on tokens (B, W, K, C) of W windows. The K tokens of a window are in raster order, padded places last.
+Pure functions on tokens (B, W, K, C) of W windows. The K tokens of a window are in raster order, padded positions last.
 """
-
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +19,7 @@ def similarity(features: torch.Tensor, real: torch.Tensor | None = None) -> torc
         real: (1 or B, W, K), True where a place is not padded; None if none is.
 
     Returns:
-        (B, W, K // 2), -1 to 1 for tokens 1, 3, 5, ...; -inf for padded places.
+        (B, W, K // 2), -1 to 1 for tokens 1, 3, 5, ...; -inf for padded positions.
     """
     features = F.normalize(features, dim=-1)
     cosine = features[:, :, 1::2] @ features[:, :, ::2].transpose(-2, -1)  # (B, W, K // 2, K - K // 2)
@@ -37,7 +36,7 @@ def select(nearest: torch.Tensor, num_tokens: int, num_leave: int) -> tuple[torc
 
     Args:
         nearest: (B, W, K // 2), as from `similarity`.
-        num_tokens: K, places in a window.
+        num_tokens: K, positions in a window.
         num_leave: Tokens of each window that leave, at most half of its real ones.
 
     Returns:
@@ -62,19 +61,19 @@ def take(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return x.reshape(B * W * K, C).index_select(0, (first + indices).flatten()).reshape(B, W, indices.shape[2], C)
 
 
-def replenish(tokens: list[torch.Tensor], places: list[torch.Tensor], num_tokens: int) -> torch.Tensor:
+def replenish(tokens: list[torch.Tensor], positions: list[torch.Tensor], num_tokens: int) -> torch.Tensor:
     """Bring all tokens back to the grid, those that stayed and those that left.
 
     Args:
         tokens: Groups of tokens (B, W, K, C), each token in one of them.
-        places: Their places (B, W, K) on the grid; `num_tokens` for what is to be dropped.
+        positions: Their positions (B, W, K) on the grid; `num_tokens` for what is to be dropped.
         num_tokens: N, tokens of the grid.
 
     Returns:
         (B, N, C), row-major.
     """
     x = torch.cat(tokens, dim=2).flatten(1, 2)
-    index = torch.cat(places, dim=2).flatten(1, 2)
+    index = torch.cat(positions, dim=2).flatten(1, 2)
     B, _, C = x.shape
-    grid = x.new_zeros(B, num_tokens + 1, C)  # padded places meet in the last row
+    grid = x.new_zeros(B, num_tokens + 1, C)  # padded positions meet in the last row
     return grid.scatter(1, index[:, :, None].expand(x.shape), x)[:, :num_tokens]

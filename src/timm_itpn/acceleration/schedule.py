@@ -2,8 +2,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from .gathering import FORMS
-
 __all__ = ['ACCELERATIONS', 'Schedule', 'num_leaving', 'parse_schedule']
 
 Amount = int | float
@@ -17,12 +15,10 @@ class Schedule(NamedTuple):
         windowed: For each block: attention is in windows, not among all tokens.
         migrate: For each block: how much leaves each window. Below 1 it is a share of the tokens that the smallest
             window begins with, from 1 on a number of tokens.
-        gather_form: Of the gathering tokens, one of `gathering.FORMS`.
     """
     gather_window: int
     windowed: tuple[bool, ...]
     migrate: tuple[float, ...]
-    gather_form: str = FORMS[0]
 
 
 def _light(depth: int) -> Schedule:
@@ -48,10 +44,9 @@ def parse_schedule(
         acceleration: str | None = None,
         gather_window: int | None = None,
         gather_blocks: Sequence[int] | None = None,
-        gather_form: str | None = None,
         migrate: Mapping[int | str, Amount] | None = None,
 ) -> Schedule | None:
-    """Make a schedule of the arguments of a model. Each of the last four replaces that part of `acceleration`.
+    """Make a schedule of the arguments of a model. Each of the last four repositions that part of `acceleration`.
 
     Args:
         depth: Blocks of stage 3.
@@ -59,7 +54,6 @@ def parse_schedule(
         gather_window: Largest side of a window in tokens; 0 for one window that is the whole map.
         gather_blocks: Blocks with attention in windows, counted from 0, or from the end if negative; None for all,
             where there are windows.
-        gather_form: Of the gathering tokens, 'mean' or 'token', see `gathering`; None for 'mean'.
         migrate: Block -> how many tokens leave each window there: a number (int), or a share, above 0 and below 1, of
             those that the smallest window begins with. Keys may be strings, as JSON has them.
 
@@ -85,10 +79,6 @@ def parse_schedule(
             raise ValueError(f'gather_blocks {gather_blocks!r} is not usable: give a list of blocks, such as [0, 1, 2]')
         chosen = {_block(block, depth, 'gather_blocks') for block in gather_blocks}
         schedule = schedule._replace(windowed=tuple(i in chosen for i in range(depth)))
-    if gather_form is not None:
-        if gather_form not in FORMS:
-            raise ValueError(f'gather_form {gather_form!r} is unknown, use one of {FORMS}')
-        schedule = schedule._replace(gather_form=gather_form)
     if migrate is not None:
         schedule = schedule._replace(migrate=_amounts(migrate, depth))
     gathers = schedule.gather_window > 0 and any(schedule.windowed)

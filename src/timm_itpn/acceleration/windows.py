@@ -1,13 +1,12 @@
 """Windows of a grid of tokens.
 
-Sides need not divide: the windows of a side differ by at most one token. All are stored with as many places as the
-largest has; a smaller one has its padded places last. A token's place is its index on the grid, row-major; padded
-places have the number of tokens as place, one beyond the last.
+Sides need not divide: the windows of a side differ by at most one token. All are stored with as many positions as the
+largest has; a smaller one has its padded positions last. A token's position is its index on the grid, row-major; padded
+ones have the number of tokens as position, one beyond the last.
 """
-
 import torch
 
-__all__ = ['is_padded', 'num_windows', 'partition', 'smallest_window', 'window_places']
+__all__ = ['is_padded', 'num_windows', 'partition', 'smallest_window', 'window_positions']
 
 
 def num_windows(side: int, window: int) -> int:
@@ -25,7 +24,7 @@ def is_padded(height: int, width: int, window: int) -> bool:
     return height % num_windows(height, window) + width % num_windows(width, window) > 0
 
 
-def window_places(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
+def window_positions(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
     """Places of the tokens of each window.
 
     Args:
@@ -43,9 +42,9 @@ def window_places(height: int, width: int, window: int, device: torch.device) ->
     rank = torch.arange(num_rows * num_columns, device=device)
     y = rank // columns[:, None]  # (window columns, P)
     x = rank - y * columns[:, None]
-    places = (top[:, None, None] + y) * width + left[:, None] + x  # (window rows, window columns, P)
-    places = torch.where(y < rows[:, None, None], places, height * width)
-    return places.flatten(0, 1)
+    positions = (top[:, None, None] + y) * width + left[:, None] + x  # (window rows, window columns, P)
+    positions = torch.where(y < rows[:, None, None], positions, height * width)
+    return positions.flatten(0, 1)
 
 
 def _spans(side: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,11 +53,11 @@ def _spans(side: int, count: int, device: torch.device) -> tuple[torch.Tensor, t
     return ends[:-1], ends[1:] - ends[:-1]
 
 
-def partition(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Bring tokens (B, N, C) into windows (B, W, P, C), by the places (W, P) of each.
+def partition(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Bring tokens (B, N, C) into windows (B, W, P, C), by the positions (W, P) of each.
 
-    Padded places get the last token; nothing may look at it.
+    Padded positions get the last token; nothing may look at it.
     """
     B, N, C = x.shape
-    x = x.index_select(1, places.flatten().clamp(max=N - 1))
-    return x.reshape(B, places.shape[0], places.shape[1], C)
+    x = x.index_select(1, positions.flatten().clamp(max=N - 1))
+    return x.reshape(B, positions.shape[0], positions.shape[1], C)

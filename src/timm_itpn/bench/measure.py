@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.attention.kernels import record_kernels
+from ..ops.kernels import record_kernels
 from .candidates import BASELINE, NUM_CLASSES, OURS, Candidate, Kind, build, checkpoint_gradients
 from .cases import DTYPES, Candidates, Case, Rounds
 from .ceiling import Ceiling

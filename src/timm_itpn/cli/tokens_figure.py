@@ -30,7 +30,7 @@ def departures(model: Any, images: Any) -> Departures:
     import torch
 
     from ..acceleration.stage import MigrationStage
-    from ..acceleration.windows import window_places
+    from ..acceleration.windows import window_positions
 
     stage = model.stages[2]
     places: list[Any] = []
@@ -45,7 +45,7 @@ def departures(model: Any, images: Any) -> Departures:
     block = torch.full((height * width,), len(places))
     for i, each in enumerate(places):
         block[each[0].flatten().cpu()] = i if each.shape[2] else len(places)
-    index = window_places(height, width, stage.gather_window, torch.device('cpu'))
+    index = window_positions(height, width, stage.gather_window, torch.device('cpu'))
     window = torch.empty(height * width + 1, dtype=torch.int64)
     window[index] = torch.arange(len(index))[:, None].expand(index.shape)
     return Departures(block.reshape(height, width), len(places), window[:-1].reshape(height, width))

@@ -1,12 +1,40 @@
 """Multi-head self-attention of stage 3."""
-
 import torch
 import torch.nn as nn
 
-from ..ops.attention import IMPLEMENTATIONS, choose
-from .linear import apply_linear, linear
+from ..ops.attention import attention_weights, choose_attention, fused_attention
 
-__all__ = ['Attention']
+__all__ = ['Attention', 'QkvLinear']
+
+
+class QkvLinear(nn.Linear):
+    """Queries, keys and values as one Linear layer, with biases of their own for q and v. (..., dim) -> (..., 3 * dim).
+
+    k has no bias: it would add the same number to all scores of a query, which softmax removes.
+
+    Args:
+        dim: Width of a token.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        nn.Module.__init__(self)
+        self.in_features = dim
+        self.out_features = 3 * dim
+        self.weight = nn.Parameter(torch.empty(3 * dim, dim, **dd))
+        self.q_bias = nn.Parameter(torch.empty(dim, **dd))
+        self.v_bias = nn.Parameter(torch.empty(dim, **dd))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)  # as nn.Linear
+        nn.init.zeros_(self.q_bias)
+        nn.init.zeros_(self.v_bias)
+
+    @property
+    def bias(self) -> torch.Tensor:  # type: ignore[override]
+        """Bias of the whole layer (3 * dim,), for `forward` and for those who rebuild the layer; k's part is zero."""
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
 
 class Attention(nn.Module):
@@ -15,16 +43,20 @@ class Attention(nn.Module):
     Args:
         dim: Width of a token.
         num_heads: Number of heads; must divide `dim`.
-        k_bias: One bias for q, k and v, as a part of their Linear layer. False = biases of their own for q and v, none
-            for k, where it would add the same number to all scores of a query, which softmax removes.
-        attn_impl: Key of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
+        k_bias: One bias for q, k and v, as part of a plain Linear layer; False = k has none, see `QkvLinear`.
+        attn_impl: One of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
         attn_drop: Dropout rate of the attention weights, 0..1.
         proj_drop: Dropout rate after the output projection, 0..1.
+
+    Attributes:
+        attn_drop: Sees the attention weights (B, num_heads, N, N). None with fused attention, which makes no such
+            tensor.
 
     Raises:
         ValueError: `num_heads` does not divide `dim`, or `attn_impl` is unknown.
         RuntimeError: The `attn_impl` that is asked for cannot run.
     """
+    fused_attn: torch.jit.Final[bool]
 
     def __init__(
             self,
@@ -42,42 +74,20 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f'embed_dim {dim} is not a multiple of num_heads {num_heads}')
         self.num_heads = num_heads
-        self.asked = attn_impl
-        self.attn_impl = choose(attn_impl)
-        self.attention = IMPLEMENTATIONS[self.attn_impl].forward
-        self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=k_bias, **dd)
-        if k_bias:
-            self.q_bias = self.v_bias = self.k_bias = None
-        else:
-            self.q_bias = nn.Parameter(torch.empty(dim, **dd))
-            self.v_bias = nn.Parameter(torch.empty(dim, **dd))
-            self.register_buffer('k_bias', torch.empty(dim, **dd), persistent=False)
+        self.attn_impl = choose_attention(attn_impl)
+        self.fused_attn = self.attn_impl == 'sdpa'
+        self.attn_drop_rate = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, **dd) if k_bias else QkvLinear(dim, **dd)
+        self.attn_drop = None if self.fused_attn else nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for bias in (self.q_bias, self.v_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        if self.k_bias is not None:
-            nn.init.zeros_(self.k_bias)
 
     def extra_repr(self) -> str:
-        return f'num_heads={self.num_heads}, attn_impl={self.attn_impl}{" (auto)" if self.asked == "auto" else ""}'
+        return f'num_heads={self.num_heads}, attn_impl={self.attn_impl}'
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
-        if self.q_bias is None:
-            qkv = self.qkv(x) if torch.jit.is_scripting() else apply_linear(self.qkv, x)
-        else:
-            k_bias = self.k_bias.type_as(self.q_bias)  # mixed precision of FSDP2 casts parameters, not buffers
-            qkv = linear(x, self.qkv.weight, torch.cat((self.q_bias, k_bias, self.v_bias)))
-        return qkv.unflatten(-1, (3, self.num_heads, -1))
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
 
     def attend(
             self,
@@ -87,10 +97,12 @@ class Attention(nn.Module):
             bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Queries (B, num_heads, N, head_dim), keys and values (B, num_heads, M, head_dim) -> (B, N, dim)."""
-        x = self.attention(q, k, v, bias, self.attn_drop if self.training else 0.)
+        if self.fused_attn:
+            x = fused_attention(q, k, v, bias, self.attn_drop_rate if self.training else 0.)
+        else:
+            x = self.attn_drop(attention_weights(q, k, bias).type_as(v)) @ v
         x = x.transpose(1, 2).flatten(2)  # (B, num_heads, N, head_dim) -> (B, N, dim)
-        x = self.proj(x) if torch.jit.is_scripting() else apply_linear(self.proj, x)
-        return self.proj_drop(x)
+        return self.proj_drop(self.proj(x))
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""

@@ -3,12 +3,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, LayerNorm, LayerScale
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
 
-from ..ops.attention import IMPLEMENTATIONS
 from .attention import Attention
 from .fused import FusedAttentionBlock, FusedMlp
-from .mlp import GatedMlp, Mlp
+from .mlp import SwiGLU
 from .rel_pos_bias import RelPosBias
 
 __all__ = ['AttentionBlock', 'MlpBlock']
@@ -69,10 +68,10 @@ class AttentionBlock(nn.Module):
         dim: Token width.
         num_heads: Attention heads.
         mlp_ratio: Hidden width per token width.
-        swiglu_mlp: Gated MLP (SwiGLU) instead of a plain one.
+        swiglu_mlp: Gated MLP (SwiGLU) instead of a plain one; it has no `act_layer`.
         scale_mlp: Put a norm before the last layer of the MLP.
-        k_bias: One bias for q, k and v, as a part of their Linear layer; False = k has none.
-        attn_impl: Key of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
+        k_bias: One bias for q, k and v; False = k has none.
+        attn_impl: One of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
         window_size: Grid (height, width) of the relative position bias, None for no such bias.
         dynamic_window_size: Resample that bias in forward when the map has another size.
         proj_drop: Dropout rate after attention and MLP.
@@ -109,19 +108,37 @@ class AttentionBlock(nn.Module):
             dim, num_heads, k_bias=k_bias, attn_impl=attn_impl, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.rel_pos_bias = None
         if window_size is not None:
-            spread = not IMPLEMENTATIONS[self.attn.attn_impl].TAKES_TABLE
-            self.rel_pos_bias = RelPosBias(window_size, num_heads, dynamic_window_size, spread, **dd)
+            self.rel_pos_bias = RelPosBias(window_size, num_heads, dynamic_window_size, **dd)
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        mlp_kwargs = dict(
-            act_layer=act_layer, norm_layer=norm_layer if scale_mlp else None, drop=(0., proj_drop), **dd)
+        mlp_norm = norm_layer if scale_mlp else None
+        hidden_dim = int(dim * mlp_ratio)
         if swiglu_mlp:
-            self.mlp = GatedMlp(dim, 2 * int(dim * mlp_ratio), **mlp_kwargs)  # gate and value together
+            self.mlp = SwiGLU(dim, hidden_dim, norm_layer=mlp_norm, drop=(0., proj_drop), **dd)
         else:
-            self.mlp = Mlp(dim, int(dim * mlp_ratio), **mlp_kwargs)
+            self.mlp = Mlp(dim, hidden_dim, act_layer=act_layer, norm_layer=mlp_norm, drop=(0., proj_drop), **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
+        return self.attn.project(self.norm1(x))
+
+    def attend(
+            self,
+            x: torch.Tensor,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add to the tokens what attention makes of queries, keys and values."""
+        return x + self.drop_path1(self.ls1(self.attn.attend(q, k, v, bias).reshape(x.shape)))
+
+    def feed(self, x: torch.Tensor) -> torch.Tensor:
+        """Add to the tokens what the MLP makes of them."""
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
@@ -129,7 +146,7 @@ class AttentionBlock(nn.Module):
         if self.rel_pos_bias is not None:
             bias = self.rel_pos_bias(height, width)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return self.feed(x)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:

@@ -4,13 +4,16 @@
 of the attention scores; layer scale goes into the linear layer before it; activations and residual sums are done by
 `ops.linear`. Sums are in another order than before, so results are equal to float error, not to the bit.
 """
-
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import GELU, LayerScale
 
-from ..ops.linear import IMPLEMENTATIONS, choose, reference
-from .mlp import GatedMlp
+from ..ops.attention import attention_weights, fused_attention
+from ..ops.linear import IMPLEMENTATIONS, choose_linear, reference
+from .linear import LINEAR_LAYERS
+from .mlp import SwiGLU
+from .run import is_eager
 
 __all__ = ['FusedAttentionBlock', 'FusedGatedMlp', 'FusedLinear', 'FusedMlp', 'InferenceOnly']
 
@@ -34,9 +37,11 @@ class FusedLinear(InferenceOnly):
     Args:
         weight: (out_features, in_features).
         bias: (out_features,).
-        act: Key of `ops.linear.ACTIVATIONS`.
+        act: One of `ops.linear.ACTIVATIONS`.
         implementation: Key of `ops.linear.IMPLEMENTATIONS`, 'auto' for the first that can run where the weight is.
     """
+
+    __jit_ignored_attributes__ = ['_forward', '_packed']
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, act: str = 'none', implementation: str = 'auto'):
         super().__init__()
@@ -47,7 +52,7 @@ class FusedLinear(InferenceOnly):
         self._pack()
 
     def _pack(self) -> None:
-        self.implementation = choose(self.asked, self.weight)
+        self.implementation = choose_linear(self.asked, self.weight)
         self._forward = IMPLEMENTATIONS[self.implementation].forward
         self._packed = IMPLEMENTATIONS[self.implementation].pack(self.weight)
 
@@ -72,11 +77,13 @@ class FusedLinear(InferenceOnly):
         return f'{in_features}, {out_features}, act={self.act}, implementation={self.implementation}'
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu'):
-            return reference.forward(x, self.weight, self.bias, self.act, residual)
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError('A fused model has no gradients: call it under torch.no_grad(), or use the original.')
-        return self._forward(x, self._packed, self.bias, self.act, residual)
+        if not torch.jit.is_scripting():
+            if is_eager(x) and not torch.is_autocast_enabled('cpu'):
+                if torch.is_grad_enabled() and x.requires_grad:
+                    raise RuntimeError(
+                        'A fused model has no gradients: call it under torch.no_grad(), or use the original.')
+                return self._forward(x, self._packed, self.bias, self.act, residual)
+        return reference.forward(x, self.weight, self.bias, self.act, residual)
 
 
 class FusedMlp(InferenceOnly):
@@ -102,28 +109,27 @@ class FusedMlp(InferenceOnly):
 
 
 class FusedGatedMlp(InferenceOnly):
-    """As `FusedMlp`, with a gate: the first layer gives gate and value. (..., dim) -> (..., dim).
+    """As `FusedMlp`, with a gate. (..., dim) -> (..., dim).
 
     On the CPU gate and value are two products, and the activation is done within the first; elsewhere they are one.
 
     Args:
         norm: Norm before the MLP.
-        mlp: `GatedMlp`.
+        mlp: `SwiGLU`.
         ls: Layer scale after it, or Identity.
     """
+    split: torch.jit.Final[bool]
 
     def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
         super().__init__()
-        self.norm1, weight, bias = fold_norm(norm, *weights_of(mlp.fc1))
-        act = name_of(mlp.act)
-        self.split = weight.device.type == 'cpu' and act is not None
+        self.norm1, *gate = fold_norm(norm, *weights_of(mlp.fc1_g))
+        _, *value = fold_norm(norm, *weights_of(mlp.fc1_x))
+        self.split = gate[0].device.type == 'cpu'
         if self.split:
-            weights, biases = weight.chunk(2), bias.chunk(2)
-            self.gate = FusedLinear(weights[0], biases[0], act=act)
-            self.value = FusedLinear(weights[1], biases[1])
+            self.gate = FusedLinear(*gate, act='silu')
+            self.value = FusedLinear(*value)
         else:
-            self.fc1 = FusedLinear(weight, bias)
-            self.act = mlp.act
+            self.fc1 = FusedLinear(*[torch.cat(both) for both in zip(gate, value)])
         self.norm2, *weights = fold_norm(mlp.norm, *weights_of(mlp.fc2))
         self.fc2 = FusedLinear(*fold_scale(ls, *weights))
 
@@ -133,29 +139,27 @@ class FusedGatedMlp(InferenceOnly):
             y = self.gate(y) * self.value(y)
         else:
             gate, value = self.fc1(y).chunk(2, dim=-1)
-            y = self.act(gate) * value
+            y = F.silu(gate) * value
         return self.fc2(self.norm2(y), x)
 
 
 class FusedAttentionBlock(InferenceOnly):
     """`AttentionBlock` for inference. (B, N, dim) -> (B, N, dim)."""
+    fused_attn: torch.jit.Final[bool]
 
     def __init__(self, block: nn.Module):
         super().__init__()
         attn = block.attn
         self.num_heads = attn.num_heads
-        self.attention = attn.attention
+        self.fused_attn = attn.fused_attn
         self.rel_pos_bias = block.rel_pos_bias
-        weight, bias = weights_of(attn.qkv)
-        if attn.q_bias is not None:
-            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        self.norm, weight, bias = fold_norm(block.norm1, weight, bias)
+        self.norm, weight, bias = fold_norm(block.norm1, *weights_of(attn.qkv))
         dim = attn.proj.in_features
         scale = torch.ones(3 * dim, dtype=weight.dtype, device=weight.device)
         scale[:dim] = (dim // attn.num_heads) ** -0.5  # of the scores, in q
         self.qkv = FusedLinear(scale[:, None] * weight, scale * bias)
         self.proj = FusedLinear(*fold_scale(block.ls1, *weights_of(attn.proj)))
-        fused_mlp = FusedGatedMlp if isinstance(block.mlp, GatedMlp) else FusedMlp
+        fused_mlp = FusedGatedMlp if isinstance(block.mlp, SwiGLU) else FusedMlp
         self.mlp = fused_mlp(block.norm2, block.mlp, block.ls2)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +175,10 @@ class FusedAttentionBlock(InferenceOnly):
             bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """Add to the tokens what attention makes of queries, keys and values."""
-        y = self.attention(q, k, v, bias, scale=1.)
+        if self.fused_attn:
+            y = fused_attention(q, k, v, bias, scale=1.)
+        else:
+            y = attention_weights(q, k, bias, scale=1.).type_as(v) @ v
         return self.proj(y.transpose(1, 2).reshape(x.shape), x)
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
@@ -180,7 +187,9 @@ class FusedAttentionBlock(InferenceOnly):
 
     def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias(height, width)
+        bias: torch.Tensor | None = None
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias(height, width)
         q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
         return self.feed(self.attend(x, q, k, v, bias))
 
@@ -198,7 +207,7 @@ def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     Raises:
         ValueError: It is of another class, an adapter say, whose weight is not all that it does.
     """
-    if type(layer) is not nn.Linear:
+    if type(layer) not in LINEAR_LAYERS:
         raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
     return layer.weight, layer.bias
 

@@ -11,7 +11,6 @@ from einops import rearrange, reduce
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
 from .fused import FusedLinear, fold_norm, weights_of
-from .linear import apply_linear
 
 __all__ = [
     'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
@@ -144,7 +143,7 @@ class LinearPatchMerge(nn.Module):
         B, H, W, C = x.shape
         x = x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # column before row
         x = self.norm(x.reshape(B, H // 2, W // 2, 4 * C))
-        return self.reduction(x) if torch.jit.is_scripting() else apply_linear(self.reduction, x)
+        return self.reduction(x)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -203,9 +202,7 @@ class LinearPatchSplit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
-        x = self.norm(x)
-        x = self.reduction(x) if torch.jit.is_scripting() else apply_linear(self.reduction, x)
-        x = x.reshape(B, H, W, 2, 2, -1)
+        x = self.reduction(self.norm(x)).reshape(B, H, W, 2, 2, -1)
         return x.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1)  # (B, H, W, 2, 2, D) -> (B, 2H, 2W, D)
 
     @torch.jit.ignore

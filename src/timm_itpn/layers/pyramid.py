@@ -8,12 +8,10 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm
-from timm.models import checkpoint, checkpoint_seq
 
 from .blocks import MlpBlock
-from .linear import apply_linear
-from .parts import in_parts
 from .patch_embed import ConvPatchSplit
+from .run import run_blocks
 
 __all__ = ['FeaturePyramid']
 
@@ -63,27 +61,17 @@ class PyramidLevel(nn.Module):
     def forward(self, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Stage features (B, H, W, in_dim) and the level above (B, H/2, W/2, above_dim) -> (B, H, W, dim)."""
         if self.align is not None:
-            x = self.align(x) if torch.jit.is_scripting() else apply_linear(self.align, x)
+            x = self.align(x)
         if self.split is not None:
             x = x + self.split(above)
         if self.blocks is not None:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(self.blocks, x)
-            elif torch.jit.is_scripting():
-                x = self.blocks(x)
-            else:
-                x = in_parts(self.blocks, x)
+            x = self.blocks(x) if torch.jit.is_scripting() else run_blocks(self.blocks, x, self.grad_checkpointing)
         return x
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """The block between what the level below sees, and the level's output. (B, H, W, dim) -> (B, H, W, dim)."""
         if self.out is not None:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(self.out, x)
-            elif torch.jit.is_scripting():
-                x = self.out(x)
-            else:
-                x = in_parts(self.out, x)
+            x = self.out(x) if torch.jit.is_scripting() else run_blocks(self.out, x, self.grad_checkpointing)
         return x
 
 
@@ -99,7 +87,7 @@ class FeaturePyramid(nn.Module):
         align_bias: Bias in the layers that bring stages 1 and 2 to `dim` channels.
         split_layer: Class of the splits.
         pool: How strides 32 and 64 are pooled: 'max', 'avg' or 'subsample'.
-        concat: Put the stage's own features before each level's; the pooled levels have those of stage 3.
+        concat: Join each level with the stage's own features, level first; the pooled levels have those of stage 3.
         act_layer: Activation of the blocks.
 
     Raises:
@@ -185,5 +173,5 @@ class FeaturePyramid(nn.Module):
         return maps[::-1]
 
     def join(self, stage: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) and (B, H, W, dim) -> (B, H, W, dim), or (B, H, W, C + dim) with `concat`."""
-        return torch.cat((stage, level), dim=-1) if self.concat else level
+        """(B, H, W, C) and (B, H, W, dim) -> (B, H, W, dim), or (B, H, W, dim + C) with `concat`."""
+        return torch.cat((level, stage), dim=-1) if self.concat else level

@@ -5,6 +5,7 @@ block, as timm's module has it, would be 3.2 GB for 24 blocks at 1024 pixels.
 """
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -49,10 +50,10 @@ def _neighbours(old: int, new: int, dim: int, device: torch.device) -> tuple[tor
     else:
         q = _stretch(old - 1, new - 1)
         steps = torch.arange(1 - old, old, device=device, dtype=torch.float32)
-        places = steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
-        left = (torch.searchsorted(places, targets) - 1).clamp(0, 2 * old - 3)
+        positions = steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
+        left = (torch.searchsorted(positions, targets) - 1).clamp(0, 2 * old - 3)
         right = left + 1
-        start, end = places.index_select(0, left), places.index_select(0, right)
+        start, end = positions.index_select(0, left), positions.index_select(0, right)
         weight = ((targets - start) / (end - start)).clamp(0, 1)
     return left, right, weight.reshape(-1, 1, 1) if dim == 0 else weight.reshape(-1, 1)
 
@@ -71,7 +72,7 @@ def _stretch(old: int, new: int) -> float:
 
 
 def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Spread a table over all pairs of tokens.
+    """Look up the table for all pairs of tokens.
 
     Args:
         table: ((2 * height - 1) * (2 * width - 1), num_heads).
@@ -97,30 +98,6 @@ def _offsets(height: int, width: int, device: torch.device) -> torch.Tensor:
     return F.pad(index, (0, -(height * width) % 8))
 
 
-def _resampled_bias(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    """Bias of a table that is resampled from the old grid. Both steps are linear in the table."""
-    return bias_of_table(resample_table(table, (height, width), (old_height, old_width)), height, width)
-
-
-def _resampled_bias_fake(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    N = height * width
-    return table.new_empty(1, table.shape[1], N, N + -N % 8)
-
-
-def _table_gradient(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    """Gradient of the table, from that of the bias: what each step has spread is summed."""
-    index = _offsets(height, width, grad.device).flatten()
-    dtype = torch.promote_types(grad.dtype, torch.float32)  # each entry sums up to N gradients
-    values = grad.new_zeros(grad.shape[1], (2 * height - 1) * (2 * width - 1), dtype=dtype)
-    values.index_add_(1, index, grad.reshape(grad.shape[1], -1).to(dtype))
-    values = _resampling_gradient(values.t().contiguous(), height, width, old_height, old_width)
-    return values.to(grad.dtype)
-
-
-def _table_gradient_fake(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    return grad.new_empty((2 * old_height - 1) * (2 * old_width - 1), grad.shape[1])
-
-
 def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
     return resample_table(table, (height, width), (old_height, old_width)).clone()  # an operator's output is no input
 
@@ -129,7 +106,7 @@ def _resampled_fake(table: torch.Tensor, height: int, width: int, old_height: in
     return table.new_empty((2 * height - 1) * (2 * width - 1), table.shape[1])
 
 
-def _resampling_gradient(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+def _gradient(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
     """Gradient of a table, from that of the resampled one."""
     if (height, width) == (old_height, old_width):
         return grad.clone()
@@ -143,31 +120,31 @@ def _resampling_gradient(grad: torch.Tensor, height: int, width: int, old_height
     return values.flatten(0, 1).to(grad.dtype)
 
 
+def _gradient_fake(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
+    return grad.new_empty((2 * old_height - 1) * (2 * old_width - 1), grad.shape[1])
+
+
 def _save_sizes(ctx, inputs, output) -> None:
     _, *ctx.sizes = inputs
 
 
-def _resampled_bias_backward(ctx, grad: torch.Tensor):
-    return torch.ops.timm_itpn.resampled_rel_pos_bias_backward(grad, *ctx.sizes), None, None, None, None
-
-
-def _resampled_backward(ctx, grad: torch.Tensor):
+def _backward(ctx, grad: torch.Tensor):
     return torch.ops.timm_itpn.resampled_rel_pos_table_backward(grad, *ctx.sizes), None, None, None, None
 
 
 # for sizes that are known in forward only: operators, which compilers and exporters need not look into
-_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_bias', _resampled_bias, mutates_args=())
-_op.register_fake(_resampled_bias_fake)
-_op.register_autograd(_resampled_bias_backward, setup_context=_save_sizes)
-_gradient_op = torch.library.custom_op(
-    'timm_itpn::resampled_rel_pos_bias_backward', _table_gradient, mutates_args=())
-_gradient_op.register_fake(_table_gradient_fake)
 _table_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_table', _resampled, mutates_args=())
 _table_op.register_fake(_resampled_fake)
-_table_op.register_autograd(_resampled_backward, setup_context=_save_sizes)
-_table_gradient_op = torch.library.custom_op(
-    'timm_itpn::resampled_rel_pos_table_backward', _resampling_gradient, mutates_args=())
-_table_gradient_op.register_fake(_table_gradient_fake)
+_table_op.register_autograd(_backward, setup_context=_save_sizes)
+_gradient_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_table_backward', _gradient, mutates_args=())
+_gradient_op.register_fake(_gradient_fake)
+
+
+class _Kept(NamedTuple):
+    """A bias that was made, and of what."""
+    grid_size: tuple[int, int]
+    table: torch.Tensor
+    bias: torch.Tensor
 
 
 @register_notrace_module
@@ -176,17 +153,15 @@ class RelPosBias(nn.Module):
 
     Offset (dy, dx) = query - key; its row in the table is (dy + h - 1) * (2w - 1) + dx + w - 1.
 
-    In evaluation without gradients the bias is kept until the table changes (bounded by `MAX_CACHED`). Only changes
-    through `.data` of a table, in evaluation, go unnoticed.
+    In evaluation without gradients on the CPU the bias is kept, with the table that it was made of (bounded by
+    `MAX_CACHED`). On other devices comparing the tables would have to wait, and making the bias costs little.
 
     Args:
         window_size: Grid (h, w), in tokens.
         num_heads: Attention heads.
         dynamic_window_size: Resample the table in forward when the map has another size.
-        spread: True = forward gives the bias of all pairs of tokens, False = the table of offsets.
     """
     dynamic_window_size: torch.jit.Final[bool]
-    spread: torch.jit.Final[bool]
     __jit_ignored_attributes__ = ['_cache']
 
     def __init__(
@@ -194,18 +169,16 @@ class RelPosBias(nn.Module):
             window_size: tuple[int, int],
             num_heads: int,
             dynamic_window_size: bool = False,
-            spread: bool = True,
             device=None,
             dtype=None,
     ):
         super().__init__()
         self.window_size = window_size
         self.dynamic_window_size = dynamic_window_size
-        self.spread = spread
         num_offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
         self.relative_position_bias_table = nn.Parameter(
             torch.empty(num_offsets, num_heads, device=device, dtype=dtype))
-        self._cache: tuple | None = None
+        self._cache: _Kept | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -220,29 +193,24 @@ class RelPosBias(nn.Module):
             resampled = resample_table(table, window_size, self.window_size)
         self.relative_position_bias_table = nn.Parameter(resampled, requires_grad=table.requires_grad)
         self.window_size = window_size
-        self._cache = None
 
     def extra_repr(self) -> str:
         return f'window_size={self.window_size}'
 
     def forward(self, height: int, width: int) -> torch.Tensor:
-        """Return the bias (1, num_heads, N, N), N = height * width; rows are aligned in memory.
-
-        Without `spread` it is the table, (2 * height - 1, 2 * width - 1, num_heads).
-        """
-        if not self.spread:
-            table = resample_table(self.relative_position_bias_table, (height, width), self.window_size)
-            return table.reshape(2 * height - 1, 2 * width - 1, -1)
+        """Return the bias (1, num_heads, N, N), N = height * width; rows are aligned in memory."""
+        if not self.dynamic_window_size:
+            height, width = self.window_size  # constants for tracers
         if not torch.jit.is_scripting():
-            if self._may_cache():
-                return self._cached(height, width)
+            if self._may_keep():
+                return self._kept(height, width)
         return self._compute(height, width)
 
     def between(self, queries: torch.Tensor, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Return the bias between some tokens of a height x width grid only.
 
         Args:
-            queries: Their places on the grid (..., Q), row-major; height * width for a token without place.
+            queries: Their positions on the grid (..., Q), row-major; height * width for a token without place.
             keys: Likewise, (..., K).
             height: Of the grid, in tokens.
             width: Of the grid, in tokens.
@@ -250,10 +218,7 @@ class RelPosBias(nn.Module):
         Returns:
             (..., num_heads, Q, K), 0 for tokens without place.
         """
-        table = self.relative_position_bias_table
-        if self.dynamic_window_size:
-            H, W = self.window_size
-            table = torch.ops.timm_itpn.resampled_rel_pos_table(table, height, width, H, W)
+        table = self._table(height, width)
         num_offsets = table.shape[0]
         y, x = queries[..., :, None] // width, queries[..., :, None] % width
         rows = (y - keys[..., None, :] // width + height - 1) * (2 * width - 1)  # (..., Q, K)
@@ -264,49 +229,41 @@ class RelPosBias(nn.Module):
         bias = values.index_select(1, index.flatten()).reshape([-1] + list(index.shape))
         return bias.movedim(0, -3)
 
-    def _compute(self, height: int, width: int) -> torch.Tensor:
+    def _table(self, height: int, width: int) -> torch.Tensor:
+        """The table for a grid, ((2 * height - 1) * (2 * width - 1), num_heads)."""
         table = self.relative_position_bias_table
-        H, W = self.window_size
         if self.dynamic_window_size:
-            bias = torch.ops.timm_itpn.resampled_rel_pos_bias(table, height, width, H, W)
-            return bias[..., :height * width]
-        return bias_of_table(table, H, W)[..., :H * W]
+            table = torch.ops.timm_itpn.resampled_rel_pos_table(
+                table, height, width, self.window_size[0], self.window_size[1])
+        return table
 
-    def _may_cache(self) -> bool:
+    def _compute(self, height: int, width: int) -> torch.Tensor:
+        return bias_of_table(self._table(height, width), height, width)[..., :height * width]
+
+    @torch.jit.unused
+    def _may_keep(self) -> bool:
         table = self.relative_position_bias_table
-        return not (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or table.is_cuda and torch.cuda.is_current_stream_capturing()  # its graph would outlive what is kept
-            or type(table) is not nn.Parameter  # a tracer's or functorch's stand-in
-            or table.is_inference()  # has no version
+        return (
+            type(table) is nn.Parameter  # not a stand-in of a tracer or of functorch
+            and table.is_cpu
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
         )
 
-    def _cached(self, height: int, width: int) -> torch.Tensor:
+    @torch.jit.unused
+    def _kept(self, height: int, width: int) -> torch.Tensor:
         table = self.relative_position_bias_table
-        key = (table._version, table.dtype, table.device, height, width)
-        cache = self._cache
-        if cache is not None and cache[0] is table and cache[1] == key:
-            return cache[2]
+        kept = self._cache
+        if (
+                kept is not None and kept.grid_size == (height, width) and kept.table.dtype == table.dtype
+                and torch.equal(kept.table, table)
+        ):
+            return kept.bias
         bias = self._compute(height, width)
-        if bias.numel() <= MAX_CACHED:
-            self._cache = (table, key, bias)
+        self._cache = _Kept((height, width), table.detach().clone(), bias) if bias.numel() <= MAX_CACHED else None
         return bias
-
-    def __setattr__(self, name: str, value) -> None:
-        if name == 'relative_position_bias_table':  # FSDP2 gathers new values into the old table, unseen, and sets it
-            self._cache = None
-        super().__setattr__(name, value)
-
-    def train(self, mode: bool = True) -> nn.Module:
-        self._cache = None
-        return super().train(mode)
-
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        self._cache = None
-        return super()._apply(fn, recurse)
 
     def __getstate__(self):
         return {**self.__dict__, '_cache': None}

@@ -4,12 +4,12 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm, trunc_normal_
-from timm.models import checkpoint, checkpoint_seq
+from timm.models import checkpoint
 
 from .blocks import AttentionBlock, MlpBlock
-from .parts import in_parts
 from .patch_embed import ConvPatchMerge
 from .pos_embed import resample_pos_embed
+from .run import run_blocks
 
 __all__ = ['AttentionStage', 'MlpStage']
 
@@ -47,13 +47,7 @@ class MlpStage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        elif torch.jit.is_scripting():
-            x = self.blocks(x)
-        else:
-            x = in_parts(self.blocks, x)
-        return x
+        return self.blocks(x) if torch.jit.is_scripting() else run_blocks(self.blocks, x, self.grad_checkpointing)
 
 
 class AttentionStage(nn.Module):

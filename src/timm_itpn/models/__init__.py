@@ -1,3 +1,2 @@
-"""Model families; importing this package registers them with timm."""
-from .fast_itpn import FastITPN as FastITPN
+"""The models; importing this package registers them with timm."""
 from .itpn import ITPN as ITPN

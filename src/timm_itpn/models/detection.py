@@ -11,7 +11,7 @@ __all__ = ['DetectionBackbone']
 class DetectionBackbone(nn.Module):
     """A model with feature pyramid, as torchvision's detectors take it.
 
-    Levels are named by their place among those returned: '0' to '4' are strides 4, 8, 16, 32, 64. The defaults of
+    Levels are named by their index among those returned: '0' to '4' are strides 4, 8, 16, 32, 64. The defaults of
     `FasterRCNN`, `MaskRCNN` and `RetinaNet` are made for such five levels. torchvision pads images to multiples of 32,
     which suits, and its default mean and std are those of the models.
 
@@ -19,6 +19,7 @@ class DetectionBackbone(nn.Module):
         model_name: Name of a model with pyramid, such as 'fast_itpn_tiny_fpn'.
         dynamic_img_size: Take images of any size. False, with `img_size`, saves resampling the position embeddings in
             detectors of one image size (torchvision's `fixed_size`).
+        pyramid_pool: How strides 32 and 64 are made of 16; the authors' detectors pool by average.
         kwargs: For `timm.create_model`, such as `pretrained`, `out_indices`, `img_size` or `drop_path_rate`.
 
     Attributes:
@@ -29,11 +30,12 @@ class DetectionBackbone(nn.Module):
         ValueError: The levels have unequal numbers of channels.
     """
 
-    def __init__(self, model_name: str, dynamic_img_size: bool = True, **kwargs):
+    def __init__(self, model_name: str, dynamic_img_size: bool = True, pyramid_pool: str = 'avg', **kwargs):
         super().__init__()
         # feature_cls: the other feature classes of timm give maps that are channels last
         self.body = create_model(
-            model_name, features_only=True, feature_cls='getter', dynamic_img_size=dynamic_img_size, **kwargs)
+            model_name, features_only=True, feature_cls='getter', dynamic_img_size=dynamic_img_size,
+            pyramid_pool=pyramid_pool, **kwargs)
         channels = self.body.feature_info.channels()
         if len(set(channels)) > 1:
             raise ValueError(

@@ -4,7 +4,7 @@ from timm.models import is_model_in_modules
 
 __all__ = ['MODULES', 'check_name']
 
-MODULES = ('fast_itpn', 'itpn')  # timm.list_models(module=MODULES)
+MODULES = ('itpn',)  # timm.list_models(module=MODULES)
 
 
 def check_name(name: str) -> None:

@@ -9,7 +9,7 @@ from einops import rearrange
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import init_weights_vit_timm
 
-from .student import Student, check_student, family_of
+from .student import Student, check_student
 
 __all__ = ['Losses', 'LevelsToTokens', 'Objective', 'init_linear']
 
@@ -38,9 +38,9 @@ class Objective(nn.Module):
 
     def __init__(self, student: Student, num_masked: int):
         super().__init__()
-        if family_of(student) not in self.STUDENT:
+        if student.family not in self.STUDENT:
             raise ValueError(
-                f'The objective {self.NAME} is for {" and ".join(self.STUDENT)} models, not for {family_of(student)}: '
+                f'The objective {self.NAME} is for {" and ".join(self.STUDENT)} models, not for {student.family}: '
                 'choose another --model or --objective.')
         check_student(student)
         self.backbone = student
@@ -50,10 +50,6 @@ class Objective(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, for timm's optimizer factory."""
         return {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the student's blocks in the backward pass."""
-        self.backbone.set_grad_checkpointing(enable)
 
     def after_update(self, progress: float) -> None:
         """Called after each update of the weights.

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from ..files import replaced
 from ..weights.layout import ITPN, PRETRAIN, native_to_official
 from .run import Run
-from .sharding import model_state
+from .sharding import whole_state
 
 __all__ = ['export', 'native_weights']
 
@@ -24,9 +24,9 @@ def export(run: Run) -> dict[str, Any]:
     Returns:
         The paths and how far the run got, for JSON; nothing in other processes than the first.
     """
-    state_dict = model_state(run.objective)
+    state_dict = whole_state(run.objective)
     if run.ema is not None:
-        averaged = model_state(run.ema.module)
+        averaged = whole_state(run.ema.module)
         state_dict.update({BACKBONE + key: value for key, value in averaged.items()})
     if run.args.rank > 0:
         return {}
@@ -41,8 +41,10 @@ def export(run: Run) -> dict[str, Any]:
 
 
 def native_weights(state_dict: StateDict) -> StateDict:
-    """State dict of an objective -> native weights: the backbone's, and with `pretrain.` before them the official names
-    of what only pre-training needs. The average of `mfm` stays in the checkpoints of the run."""
+    """State dict of an objective -> native weights.
+
+    What only pre-training needs has `pretrain.` before its official name; the average of `mfm` is left out.
+    """
     native: StateDict = {}
     for key, value in state_dict.items():
         if key.startswith(BACKBONE):

@@ -9,7 +9,7 @@ from .base import Objective
 from .clip import Clip, ClipDistill
 from .masking import check_num_masked
 from .pixel import Mfm, Pixel
-from .student import Student, family_of, initialise
+from .student import Student, initialise
 
 __all__ = ['OBJECTIVES', 'create_objective', 'create_student']
 
@@ -30,7 +30,7 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> S
         ValueError: There is no such model.
     """
     check_name(name)
-    family = family_of(timm.create_model(name, device='meta'))
+    family = str(timm.create_model(name, device='meta').family)
     needs = OBJECTIVES[objective].STUDENT.get(family, {})
     student = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
     assert isinstance(student, Student)

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .checkpoints import random_state, set_random_state
 from .data import Batches
-from .sharding import load_model_state, load_optimizer_state, model_state, optimizer_state, shard
+from .sharding import load_whole_state, shard, whole_state
 from .task import PretrainTask
 
 __all__ = ['Batch', 'Run']
@@ -102,10 +102,10 @@ class Run:
             'batch': self.batch,
             'num_updates': self.num_updates,
             'skipped': self.skipped,
-            'objective': model_state(self.objective),
-            'optimizer': optimizer_state(self.objective, self.optimizer),
+            'objective': whole_state(self.objective),
+            'optimizer': whole_state(self.objective, self.optimizer),
             'scaler': self.scaler.state_dict(),
-            'ema': None if self.ema is None else model_state(self.ema.module),
+            'ema': None if self.ema is None else whole_state(self.ema.module),
             'random_states': states,
         }
 
@@ -120,11 +120,11 @@ class Run:
                    for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
         if changed:
             raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed)}. Use those, or start anew.')
-        load_model_state(self.objective, state['objective'])
-        load_optimizer_state(self.objective, self.optimizer, state['optimizer'])
+        load_whole_state(state['objective'], self.objective)
+        load_whole_state(state['optimizer'], self.objective, self.optimizer)
         self.scaler.load_state_dict(state['scaler'])
         if self.ema is not None:
-            load_model_state(self.ema.module, state['ema'])
+            load_whole_state(state['ema'], self.ema.module)
         self.epoch, self.batch = state['epoch'], state['batch']
         self.num_updates, self.skipped = state['num_updates'], state['skipped']
         self.scheduler.step_update(self.num_updates)

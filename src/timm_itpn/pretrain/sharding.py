@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..layers.blocks import AttentionBlock, MlpBlock
 
-__all__ = ['load_model_state', 'load_optimizer_state', 'model_state', 'optimizer_state', 'shard']
+__all__ = ['load_whole_state', 'shard', 'whole_state']
 
 State = dict[str, Any]
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(module: nn.Module) -> None:
@@ -28,29 +28,23 @@ def shard(module: nn.Module) -> None:
     fully_shard(module)
 
 
-def model_state(module: nn.Module) -> State:
-    """State dict with whole tensors; of a sharded module, every process has to call it, and the first gets it."""
-    return get_model_state_dict(module, options=FULL) if isinstance(module, FSDPModule) else module.state_dict()
+def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
+    """State dict, with whole tensors, of a module or of the optimizer of its parameters.
+
+    Of a sharded module, every process has to call it, and the first gets it.
+    """
+    if not isinstance(module, FSDPModule):
+        return (optimizer or module).state_dict()
+    if optimizer is None:
+        return get_model_state_dict(module, options=WHOLE)
+    return get_optimizer_state_dict(module, optimizer, options=WHOLE)
 
 
-def load_model_state(module: nn.Module, state: State) -> None:
-    """The reverse of `model_state`; every process has the state."""
-    if isinstance(module, FSDPModule):
-        set_model_state_dict(module, state, options=FULL)
+def load_whole_state(state: State, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """The reverse of `whole_state`; every process has the state."""
+    if not isinstance(module, FSDPModule):
+        (optimizer or module).load_state_dict(state)
+    elif optimizer is None:
+        set_model_state_dict(module, state, options=WHOLE)
     else:
-        module.load_state_dict(state)
-
-
-def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """State dict of the optimizer of `module`, as `model_state`."""
-    if isinstance(module, FSDPModule):
-        return get_optimizer_state_dict(module, optimizer, options=FULL)
-    return optimizer.state_dict()
-
-
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """The reverse of `optimizer_state`."""
-    if isinstance(module, FSDPModule):
-        set_optimizer_state_dict(module, optimizer, state, options=FULL)
-    else:
-        optimizer.load_state_dict(state)
+        set_optimizer_state_dict(module, optimizer, state, options=WHOLE)

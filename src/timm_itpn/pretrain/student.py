@@ -9,21 +9,15 @@ from timm.models import checkpoint
 
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage
-from ..models.base import BaseITPN as Student
+from ..models.itpn import ITPN as Student
 
 __all__ = [
-    'STEM_SIDE', 'Student', 'check_no_grid', 'check_student', 'family_of', 'initialise', 'keep_indices',
+    'STEM_SIDE', 'Student', 'check_no_grid', 'check_student', 'initialise', 'keep_indices',
     'pyramid_levels', 'pyramid_of', 'run_blocks', 'split_patches', 'stage_maps', 'third_stage',
     'visible_maps']
 
 STEM_SIDE = 4  # stem positions along a side of a patch
-PACKED = {'attn.qkv': 3, 'mlp.fc1': 2}  # Linear layers of stage 3 that hold several matrices
-SCALED = ('mlp.fc1', 'mlp.fc2', 'attn.proj')
-
-
-def family_of(student: nn.Module) -> str:
-    """'fast_itpn' or 'itpn'; HiViT is 'itpn'."""
-    return getattr(student, 'family', None) or {'FastITPN': 'fast_itpn', 'ITPN': 'itpn'}[type(student).__name__]
+SCALED = ('mlp.fc1', 'mlp.fc1_g', 'mlp.fc1_x', 'mlp.fc2', 'attn.proj')
 
 
 def third_stage(student: Student) -> AttentionStage:
@@ -69,7 +63,7 @@ def initialise(student: Student) -> None:
     matrix; positions are trunc normal of 0.02, cut at one standard deviation. Then every MLP, the values and what
     follows attention are scaled by sqrt(ln(2 * depth of stage 3)).
     """
-    if family_of(student) != 'fast_itpn':
+    if student.family != 'fast_itpn':
         return
     stage = third_stage(student)
     stem = student.patch_embed.proj.weight
@@ -81,7 +75,7 @@ def initialise(student: Student) -> None:
             continue
         leaf = '.'.join(name.split('.')[-2:])
         if name.startswith('stages.2.blocks.'):
-            for matrix in module.weight.chunk(PACKED.get(leaf, 1)):
+            for matrix in module.weight.chunk(3 if leaf == 'attn.qkv' else 1):
                 nn.init.xavier_normal_(matrix)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -85,13 +85,13 @@ def create_task(args: argparse.Namespace, device: torch.device) -> PretrainTask:
     """
     student = create_student(
         args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
+    student.set_grad_checkpointing(args.grad_checkpointing)
     teacher: Teacher | None = None
     if args.teacher is not None:
         teacher = create_teacher(
             args.teacher, student.patch_embed.grid_size, args.teacher_img_size, args.teacher_path or '')
     objective = create_objective(
         args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim, **args.objective_kwargs)
-    objective.set_grad_checkpointing(args.grad_checkpointing)
     return PretrainTask(objective, teacher, device, getattr(torch, args.amp_dtype) if args.amp else None)
 
 

@@ -13,6 +13,7 @@ from ..layers.rel_pos_bias import resample_table
 from .layout import (
     PRETRAIN,
     PYRAMID,
+    current_names,
     layout_of,
     native_depths,
     native_layout,
@@ -21,7 +22,7 @@ from .layout import (
     pretraining_part,
 )
 
-__all__ = ['AVERAGED', 'PLAIN', 'architecture', 'fit_to_model', 'to_native', 'unwrap']
+__all__ = ['AVERAGED', 'PLAIN', 'architecture', 'fit_to_model', 'leave_out', 'to_native', 'unwrap']
 
 _logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def to_native(checkpoint: dict[str, Any]) -> StateDict:
         other = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
         if other:
             raise ValueError(f'The checkpoint has entries that are no tensors: {_listed(other)}.')
-        native = state_dict if layout == 'native' else official_to_native(state_dict)
+        native = current_names(state_dict) if layout == 'native' else official_to_native(state_dict)
         if POS_EMBED in native and native[POS_EMBED].ndim != 3:
             raise ValueError(f'The position embedding has {native[POS_EMBED].ndim} dimensions, not 3.')
         return native
@@ -89,7 +90,7 @@ def to_native(checkpoint: dict[str, Any]) -> StateDict:
     raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT, {found}.')
 
 
-def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
+def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> StateDict:
     """Check native weights against a model, and resample their position embeddings to its grid.
 
     The classifier is not checked: whether it is kept or replaced is decided by timm, which has the numbers of classes.
@@ -97,17 +98,22 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     Args:
         state_dict: Native weights.
         model: The model that they are for; read, not changed.
+        strict: False = only resample, and leave out what the model never has; the rest is for the caller to check.
 
     Raises:
-        ValueError: The weights are of another family or size, a key is unknown, or one is missing; the message lists
-            them.
+        ValueError: `strict`, and the weights are of another family or size, a key is unknown, or one is missing; the
+            message lists them.
     """
     target = model.state_dict()
-    _check_architecture(state_dict, target)
-    old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
-    new_grid = model.patch_embed.grid_size
-    state_dict = {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
-    state_dict = _without_pretraining(state_dict)
+    if strict:
+        _check_architecture(state_dict, target)
+    if POS_EMBED in state_dict:
+        old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
+        new_grid = model.patch_embed.grid_size
+        state_dict = {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
+    state_dict = leave_out(state_dict, target)
+    if not strict:
+        return state_dict
     state_dict = _fit_head(state_dict, target)
     state_dict = _fit_pyramid(state_dict, target, model.pyramid_init)
     unknown = [key for key in state_dict if key not in target and key not in CLASSIFIER]
@@ -117,12 +123,16 @@ def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     return state_dict
 
 
-def _without_pretraining(state_dict: StateDict) -> StateDict:
-    left = _starting(PRETRAIN, state_dict)
+def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
+    """Leave out what only pre-training needs, and a pyramid that the model has no place for; the log says so."""
+    left = [key for key in _starting(PRETRAIN, state_dict) if key not in target]
     if left:
         layout = native_layout(state_dict)
         parts = sorted({pretraining_part(key.removeprefix(PRETRAIN), layout) or 'unknown' for key in left})
         _logger.info(f'Left out {len(left)} tensors that only pre-training needs ({", ".join(parts)}).')
+    if not _starting(PYRAMID, target) and _starting(PYRAMID, state_dict):
+        _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
+        left += _starting(PYRAMID, state_dict)
     return {key: value for key, value in state_dict.items() if key not in left}
 
 
@@ -145,11 +155,8 @@ def _fit_head(state_dict: StateDict, target: StateDict) -> StateDict:
 
 
 def _fit_pyramid(state_dict: StateDict, target: StateDict, pyramid_init: str) -> StateDict:
-    """Leave out a pyramid that the model has no place for, check one that it has, let one start new if asked for."""
+    """Check the pyramid, or let one start new if that is asked for."""
     in_file, in_model = _starting(PYRAMID, state_dict), _starting(PYRAMID, target)
-    if in_file and not in_model:
-        _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
-        return {key: value for key, value in state_dict.items() if key not in in_file}
     if in_model and not in_file:
         if pyramid_init != 'random':
             raise ValueError(

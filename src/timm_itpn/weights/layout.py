@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 
 __all__ = [
-    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'is_native', 'is_official', 'key_table', 'layout_of',
-    'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native',
+    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'current_names', 'is_native', 'is_official', 'key_table',
+    'layout_of', 'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native',
     'pretraining_part',
 ]
 
@@ -87,13 +87,13 @@ FAST_ITPN = Layout(
     attention_block={
         **_same_leaves('norm1', 'norm1'),
         'attn.qkv.weight': ('attn.q_proj.weight', 'attn.k_proj.weight', 'attn.v_proj.weight'),
-        'attn.q_bias': ('attn.q_bias',),
-        'attn.v_bias': ('attn.v_bias',),
+        'attn.qkv.q_bias': ('attn.q_bias',),
+        'attn.qkv.v_bias': ('attn.v_bias',),
         **_same_leaves('attn.proj', 'attn.proj'),
         'ls1.gamma': ('gamma_1',),
         **_same_leaves('norm2', 'norm2'),
-        'mlp.fc1.weight': ('mlp.w1.weight', 'mlp.w2.weight'),
-        'mlp.fc1.bias': ('mlp.w1.bias', 'mlp.w2.bias'),
+        **_same_leaves('mlp.fc1_g', 'mlp.w1'),
+        **_same_leaves('mlp.fc1_x', 'mlp.w2'),
         **_same_leaves('mlp.norm', 'mlp.ffn_ln'),
         **_same_leaves('mlp.fc2', 'mlp.w3'),
         'ls2.gamma': ('gamma_2',),
@@ -233,16 +233,31 @@ def pretraining_part(key: str, layout: Layout) -> str:
     return next((part for start, part in layout.pretraining.items() if key.startswith(start)), '')
 
 
-def official_to_native(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def current_names(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Native weights under the names of this version: before 0.1, Fast-iTPN had gate and value in one layer."""
+    if native_layout(state_dict) is not FAST_ITPN:
+        return state_dict
+    current: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        packed = re.fullmatch(r'(stages\.2\.blocks\.\d+\.mlp)\.fc1\.(weight|bias)', key)
+        if packed:
+            current[f'{packed[1]}.fc1_g.{packed[2]}'], current[f'{packed[1]}.fc1_x.{packed[2]}'] = value.chunk(2)
+        else:
+            current[re.sub(r'\.attn\.([qv]_bias)$', r'.attn.qkv.\1', key)] = value
+    return current
+
+
+def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True) -> dict[str, torch.Tensor]:
     """Convert official names and shapes to native ones, those of the pyramid and of pre-training too.
 
     Index buffers of the relative position bias are left out: they follow from the size of its table.
 
     Args:
         state_dict: Official weights, of a classifier or of a whole pre-training model.
+        strict: False = what is unknown or incomplete keeps its name.
 
     Raises:
-        ValueError: A key is unknown, or a tensor that is packed with others is missing.
+        ValueError: `strict`, and a key is unknown, or a tensor that is packed with others is missing.
     """
     first, second = _merges(state_dict)
     layout = FAST_ITPN if state_dict[f'blocks.{first}.reduction.weight'].ndim == 4 else ITPN
@@ -253,7 +268,7 @@ def official_to_native(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     left = {key for key in state_dict if not key.endswith('relative_position_index')}
     for key, sources in key_table(layout, depths, pyramid_depth).items():
         present = [source for source in sources if source in state_dict]
-        if not present:
+        if not present or (len(present) < len(sources) and not strict):
             continue  # whether the model can do without is for the caller to say
         if len(present) < len(sources):
             missing = ', '.join(sorted(set(sources) - set(present)))
@@ -267,10 +282,11 @@ def official_to_native(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
         left.difference_update(sources)
 
     unknown = sorted(key for key in left if not pretraining_part(key, layout))
-    if unknown:
+    if unknown and strict:
         raise ValueError(f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(unknown)}.')
+    left.difference_update(unknown)
     native.update({f'{PRETRAIN}{key}': value for key, value in state_dict.items() if key in left})
-    return native
+    return {**native, **{key: state_dict[key] for key in unknown}}
 
 
 def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 The weight is kept in the blocked layout of the kernel, and the activation or the sum is done on each tile of the
 output while it is in the cache.
 """
-
 import torch
 
 EPILOGUES = {'none': ('none', ''), 'gelu': ('gelu', 'none'), 'silu': ('swish', '')}  # act -> oneDNN's name, algorithm

@@ -1,14 +1,8 @@
 """The layers one after the other, as PyTorch has them; on any device, and what compilers and exporters see."""
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    'none': lambda x: x,
-    'gelu': F.gelu,
-    'silu': F.silu,
-}
+ACTIVATIONS = ('none', 'gelu', 'silu')
 
 
 def why_not(weight: torch.Tensor) -> str | None:
@@ -26,10 +20,9 @@ def forward(
         act: str = 'none',
         residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return finish(F.linear(x, packed, bias), act, residual)
-
-
-def finish(x: torch.Tensor, act: str, residual: torch.Tensor | None) -> torch.Tensor:
-    """What follows the product."""
-    x = ACTIVATIONS[act](x)
+    x = F.linear(x, packed, bias)
+    if act == 'gelu':
+        x = F.gelu(x)
+    elif act == 'silu':
+        x = F.silu(x)
     return x if residual is None else residual + x

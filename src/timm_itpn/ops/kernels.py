@@ -14,7 +14,6 @@ KERNELS: dict[str, str] = {
     'scaled_dot_product_efficient_attention': 'memory-efficient',
     'scaled_dot_product_flash_attention': 'flash',
     'scaled_dot_product_fused_attention_overrideable': "the device's own",
-    'flex_attention': 'flex',
     '_safe_softmax': 'maths',  # scores of N x N
     '_softmax': 'maths',
 }
@@ -32,7 +31,7 @@ class Kernels(TorchDispatchMode):
 
     @property
     def names(self) -> list[str]:
-        """Kernels that ran, sorted: 'cuDNN', 'flash', 'flex', 'memory-efficient' or 'maths' (unfused)."""
+        """Kernels that ran, sorted: 'cuDNN', 'flash', 'memory-efficient' or 'maths' (unfused)."""
         return sorted(self._names)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

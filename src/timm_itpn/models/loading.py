@@ -1,0 +1,112 @@
+"""How weights get into a model: where they are fetched from, and what converts them."""
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
+
+from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap
+from ..weights.fetch import fetch
+from ..weights.layout import current_names, is_native, layout_of, official_to_native
+
+__all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
+
+_logger = logging.getLogger(__name__)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Fit a checkpoint to `model`: official or native layout, wrapped or bare, of any image size.
+
+    Raises:
+        ValueError: It is of something else, of another size, has unknown keys or lacks some; the message lists them.
+    """
+    native = fit_to_model(to_native(state_dict), model)
+    num_classes = len(native.get('head.fc.bias', ()))
+    cfg_classes = getattr(model, 'pretrained_cfg', {}).get('num_classes', num_classes)
+    if num_classes == model.num_classes > 0 and cfg_classes not in (num_classes, -1):  # -1: replacing it is asked for
+        _logger.warning(
+            f'The classifier in the checkpoint is not used: it has {num_classes} classes, but pretrained_cfg says '
+            f'{cfg_classes}. To keep it, pass pretrained_cfg_overlay=dict(num_classes={num_classes}).')
+    return native
+
+
+def prepare_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
+    """What `model.load_state_dict()` is to load, for loaders of timm that run no filter and for users.
+
+    `checkpoint_path=` and `--initial-checkpoint` are such loaders. Native weights, or a part of them, stay as they are.
+
+    Raises:
+        ValueError: `strict`, and weights in official layout do not fit.
+    """
+    if is_native(state_dict) or set(state_dict) <= set(model.state_dict()):
+        return state_dict
+    if not strict:
+        return _unwrapped(state_dict)
+    native = fit_to_model(to_native(state_dict), model)
+    if model.num_classes > 0 and 'head.fc.weight' not in native:
+        raise ValueError(
+            'The checkpoint has no classifier: load it with strict=False, or create the model with pretrained=True '
+            "and pretrained_cfg_overlay=dict(file=...) (timm's scripts: --pretrained-path) for a new one.")
+    return native
+
+
+def convert_on_load(
+        model: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *_: Any,
+) -> None:
+    """Convert what lies under `prefix`: PyTorch calls this before the model, or what contains it, loads its weights.
+
+    Official names become native ones, position embeddings fit the model's grid, and what only pre-training needs is
+    left out, as is a pyramid that the model has no place for. All other keys stay, for PyTorch to report.
+    """
+    weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    layout = layout_of(weights)
+    if layout == 'official':
+        converted = fit_to_model(official_to_native(weights, strict=False), model, strict=False)
+    elif layout == 'native':
+        converted = leave_out(current_names(weights), model.state_dict())
+    else:
+        return
+    for key in weights:
+        del state_dict[prefix + key]
+    state_dict.update({prefix + key: value for key, value in converted.items()})
+
+
+def _unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict in a checkpoint, or what was given if there is none, for PyTorch to report."""
+    try:
+        return unwrap(state_dict)[0]
+    except ValueError:
+        return state_dict
+
+
+def fetched(
+        variant: str,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        cache_dir: str | Path | None = None,
+        **_: Any,
+) -> dict[str, Any] | None:
+    """Overlay of the pretrained cfg that names the weight file on this machine, fetched if need be.
+
+    If the caller names a source other than the registered one, the overlay comes back as it is: timm looks there.
+    """
+    asked = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    name = f'{variant}.{asked.tag}' if asked.tag else variant
+    registered = get_pretrained_cfg(name)
+    if registered is None or _sources(asked) != _sources(registered):
+        return pretrained_cfg_overlay
+    path = fetch(name, cache_dir)
+    return pretrained_cfg_overlay if path is None else {**(pretrained_cfg_overlay or {}), 'file': str(path)}
+
+
+def _sources(pretrained_cfg: PretrainedCfg) -> list[Any]:
+    """Where a pretrained cfg says that its weights are."""
+    keys = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
+    values = [getattr(pretrained_cfg, key) for key in keys]
+    return [tuple(value) if isinstance(value, list) else value for value in values]  # lists: a pair that was in JSON

@@ -1,0 +1,93 @@
+"""Scaled dot-product attention: PyTorch's fused kernels, and the maths as written in the papers.
+
+    q: (B, num_heads, N, head_dim); k, v: (B, num_heads, M, head_dim), one floating dtype.
+    bias: None, or what broadcasts to the scores (B, num_heads, N, M) and is added to them.
+    scale: factor on the scores, None for head_dim ** -0.5.
+
+`kernels.record_kernels` tells which of PyTorch's kernels ran.
+"""
+import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_function, use_fused_attn
+
+__all__ = ['IMPLEMENTATIONS', 'attention_weights', 'choose_attention', 'fused_attention', 'why_not']
+
+IMPLEMENTATIONS = ('sdpa', 'reference')
+MANY_TOKENS = 2048
+
+
+def why_not(name: str) -> str | None:
+    """Reason why an implementation cannot run here, None if it can."""
+    if name == 'sdpa' and not use_fused_attn():
+        return 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
+    return None
+
+
+def choose_attention(name: str = 'auto') -> str:
+    """Return the name of the implementation to use.
+
+    Args:
+        name: One of `IMPLEMENTATIONS`, or 'auto' for the first of them that can run.
+
+    Raises:
+        ValueError: `name` is unknown.
+        RuntimeError: The implementation asked for cannot run; the message gives the reason.
+    """
+    if name == 'auto':
+        return next(n for n in IMPLEMENTATIONS if why_not(n) is None)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f'attn_impl {name!r} is unknown, use one of: auto, {", ".join(IMPLEMENTATIONS)}')
+    reason = why_not(name)
+    if reason is not None:
+        raise RuntimeError(f'attention {name!r} cannot run: {reason}')
+    return name
+
+
+@torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
+@register_notrace_function
+def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values (B, num_heads, N, head_dim), on the CPU with the rows of a head next to each other if N is large.
+
+    The kernel reads them once for each block of queries, so a copy soon pays.
+    """
+    if torch.jit.is_scripting():
+        return x
+    else:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_cpu or x.shape[-2] < MANY_TOKENS:
+            return x
+        return x.contiguous()
+
+
+def fused_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        dropout_p: float = 0.,
+        scale: float | None = None,
+) -> torch.Tensor:
+    """Attention in one kernel, without an (N, M) tensor; (B, num_heads, N, head_dim).
+
+    PyTorch itself falls back to plain maths for attention dropout on the CPU.
+    """
+    k, v = _contiguous_heads(k), _contiguous_heads(v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
+
+
+def attention_weights(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scale: float | None = None,
+) -> torch.Tensor:
+    """Softmax of the scores, (B, num_heads, N, M); the yardstick for the fused kernels.
+
+    Scores and softmax run in float32 when the inputs are shorter, as in the official models; float64 stays float64.
+    """
+    # float32 factors of one element, not .float(): they lengthen half precision, leave float64, and FX can trace them
+    q = q * q.new_full((1,), q.shape[-1] ** -0.5 if scale is None else scale, dtype=torch.float32)
+    k = k * k.new_ones((1,), dtype=torch.float32)
+    scores = q @ k.transpose(-2, -1)  # (B, num_heads, N, M)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1)
