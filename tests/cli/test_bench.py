@@ -19,10 +19,10 @@ def recorded(path):
     return rows.read(path, rows.Row.of_json)
 
 
-def test_every_combination_is_a_case(capsys):
+def test_every_combination_is_a_case(capfd):
     argv = ['bench', *TINY, '--baseline', '--mode', 'forward', 'latency']
     assert main(argv) == 0
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()  # not capsys: several cases run in a process each
     lines = captured.out.splitlines()
     assert lines[0].startswith('fast_itpn_tiny, forward, 32 px, batch 1, float32; ceiling ')
     assert [line.split()[1] for line in lines[2:6]] == ['candidate', ':--------', 'ours', 'baseline']
