@@ -4,11 +4,13 @@ Everything before stage 3, and in the pyramid, stays inside one 16 x 16 pixel pa
 patch's border.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 from einops import rearrange, reduce
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
+from torch.types import Device
 
 from .fused import FusedLinear, fold_norm, weights_of
 
@@ -67,10 +69,10 @@ class StemPatchEmbed(nn.Module):
             embed_dim: int = 96,
             strict_img_size: bool = True,
             norm_layer: Callable | None = None,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
         self.token_stride = token_stride
@@ -100,8 +102,15 @@ class ConvPatchMerge(nn.Module):
         norm_layer: Normalisation of each input position.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            norm_layer: Callable = LayerNorm,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+    ):
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -133,8 +142,15 @@ class LinearPatchMerge(nn.Module):
         norm_layer: Normalisation of the four positions together.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            norm_layer: Callable = LayerNorm,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+    ):
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm = norm_layer(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
@@ -162,8 +178,15 @@ class ConvPatchSplit(nn.Module):
         norm_layer: Normalisation of each input position.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            norm_layer: Callable = LayerNorm,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+    ):
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.ConvTranspose2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -194,8 +217,15 @@ class LinearPatchSplit(nn.Module):
         norm_layer: Normalisation of each input position.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            norm_layer: Callable = LayerNorm,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+    ):
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Linear(dim, 4 * out_dim, bias=False, **dd)

@@ -17,7 +17,7 @@ __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_
 _logger = logging.getLogger(__name__)
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
     """Fit a checkpoint to `model`: official or native layout, wrapped or bare, of any image size.
 
     Raises:
@@ -33,7 +33,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return native
 
 
-def prepare_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
+def prepare_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
     """What `model.load_state_dict()` is to load, for loaders of timm that run no filter and for users.
 
     `checkpoint_path=` and `--initial-checkpoint` are such loaders. Native weights, or a part of them, stay as they are.
@@ -41,11 +41,11 @@ def prepare_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: 
     Raises:
         ValueError: `strict`, and weights in official layout do not fit.
     """
-    if is_native(state_dict) or set(state_dict) <= set(model.state_dict()):
+    if is_native(dict(state_dict)) or set(state_dict) <= set(model.state_dict()):
         return state_dict
     if not strict:
         return _unwrapped(state_dict)
-    native = fit_to_model(to_native(state_dict), model)
+    native = fit_to_model(to_native(dict(state_dict)), model)
     if model.num_classes > 0 and 'head.fc.weight' not in native:
         raise ValueError(
             'The checkpoint has no classifier: load it with strict=False, or create the model with pretrained=True '
@@ -80,7 +80,7 @@ def convert_on_load(
 def _unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state dict in a checkpoint, or what was given if there is none, for PyTorch to report."""
     try:
-        return unwrap(state_dict)[0]
+        return unwrap(dict(state_dict))[0]
     except ValueError:
         return state_dict
 
