@@ -77,8 +77,9 @@ def initialise(student: Student) -> None:
         if name.startswith('stages.2.blocks.'):
             for matrix in module.weight.chunk(3 if leaf == 'attn.qkv' else 1):
                 nn.init.xavier_normal_(matrix)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            for key, parameter in module.named_parameters(recurse=False):
+                if key.endswith('bias'):
+                    nn.init.zeros_(parameter)
         if leaf == 'attn.qkv':
             module.weight.chunk(3)[2].mul_(scale)  # the values
         elif leaf in SCALED:
