@@ -85,7 +85,7 @@ def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
     (['--threads', '0'], '0 threads are not usable: ask for at least 1'),
     (['--mode', 'train', '--fuse'], 'a fused model cannot be trained: leave out --fuse, or the mode train'),
     (['--grad-checkpointing'], 'gradient checkpointing has no effect in the mode forward: use it with --mode train'),
-    (['--acceleration', 'more'], "acceleration 'more' is unknown, choose one of: light, full"),
+    (['--acceleration', 'more'], "acceleration 'more' is unknown, use one of ('light', 'full') or None"),
     ([*TINY, '--peers', 'nope'], "timm has no model 'nope'"),
     (['--suite', 'cpu', '--size', '224', '--fuse'], 'a suite is fixed: leave out --size, --fuse'),
     (['--plot', 'chart.jpg'], 'chart.jpg is not a PNG file name; --plot must end in .png'),

@@ -242,6 +242,7 @@ def test_too_few_images_are_refused(data, tmp_path):
 
 
 @pytest.mark.parametrize(('more', 'message'), [
+    (('--mask-ratio', '0'), '0 masked tokens of a 4 x 4 grid: there must be at least 1, and at most 15'),
     (('--mask-ratio', '1'), '16 masked tokens of a 4 x 4 grid'),
     (('--teacher', TEACHER), 'The objective pixel takes no teacher: leave out --teacher'),
     (('--objective-kwargs', 'width=3'), "The objective pixel cannot be created: .*'width'"),

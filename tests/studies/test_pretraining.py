@@ -1,5 +1,6 @@
 """The experiment on pre-training, much shortened."""
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ def short(monkeypatch):
     for name in ('_PRETRAINING', '_TUNING'):
         monkeypatch.setattr(pretraining, name, Training(1, 2, 1e-3))
     monkeypatch.setattr(pretraining, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
-    monkeypatch.setattr(pretraining, 'in_processes', lambda function, items, **kwargs: map(function, items))
+    monkeypatch.setattr(pretraining, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
 
 
 def test_command_measures_all_starts_and_writes_rows(short, tmp_path, capsys):

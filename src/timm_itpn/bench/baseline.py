@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from timm.models import checkpoint
 
 from ..layers.pyramid import FeaturePyramid
@@ -24,48 +25,30 @@ EPS = 1e-6
 NUM_LEVELS = 5  # of the pyramid, strides 4 to 64
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm of each position of a (B, C, H, W) map."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ConvMlp(nn.Module):
-    """MLP of 1x1 convolutions."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.ffn_ln = ChannelNorm(hidden_dim, eps=EPS)
-        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.ffn_ln(F.gelu(self.fc1(x))))
-
-
 class ConvBlock(nn.Module):
     """Block of stages 1 and 2 on (B, C, H, W)."""
 
     def __init__(self, dim: int, mlp_ratio: int):
         super().__init__()
-        self.norm2 = ChannelNorm(dim, eps=EPS)
-        self.mlp = ConvMlp(dim, mlp_ratio * dim)
+        hidden_dim = mlp_ratio * dim
+        self.norm2 = LayerNorm2d(dim, eps=EPS)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Conv2d(dim, hidden_dim, 1),
+            act=nn.GELU(),
+            ffn_ln=LayerNorm2d(hidden_dim, eps=EPS),
+            fc2=nn.Conv2d(hidden_dim, dim, 1),
+        ))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.mlp(self.norm2(x))
 
 
-class Merge(nn.Module):
+class Merge(nn.Sequential):
     """(B, C, H, W) -> (B, 2C, H/2, W/2)."""
 
     def __init__(self, dim: int):
-        super().__init__()
-        self.norm = ChannelNorm(dim, eps=EPS)
-        self.reduction = nn.Conv2d(dim, 2 * dim, kernel_size=2, stride=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.reduction(self.norm(x))
+        super().__init__(OrderedDict(
+            norm=LayerNorm2d(dim, eps=EPS), reduction=nn.Conv2d(dim, 2 * dim, kernel_size=2, stride=2)))
 
 
 class Attention(nn.Module):
@@ -124,11 +107,10 @@ class TokenBlock(nn.Module):
 
 
 class Baseline(nn.Module):
-    """Fast-iTPN classifier, unfused. (B, in_chans, H, W) -> (B, num_classes), or a list of maps (B, C, H, W).
+    """Fast-iTPN classifier, unfused. (B, 3, H, W) -> (B, num_classes), or a list of maps (B, C, H, W).
 
     Args:
         img_size: (height, width) in pixels, multiples of 16.
-        in_chans: Image channels.
         num_classes: Classes.
         embed_dim: Width of stage 3.
         depths: Blocks of stages 1, 2 and 3.
@@ -140,7 +122,6 @@ class Baseline(nn.Module):
     def __init__(
             self,
             img_size: tuple[int, int] = (224, 224),
-            in_chans: int = 3,
             num_classes: int = 1000,
             embed_dim: int = 512,
             depths: tuple[int, int, int] = (3, 3, 24),
@@ -150,11 +131,10 @@ class Baseline(nn.Module):
     ):
         super().__init__()
         self.grad_checkpointing = False
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_chans, embed_dim // 4, 4, stride=4)))
-        blocks: list[nn.Module] = [ConvBlock(embed_dim // 4, mlp_ratio) for _ in range(depths[0])]
-        blocks += [Merge(embed_dim // 4)]
-        blocks += [ConvBlock(embed_dim // 2, mlp_ratio) for _ in range(depths[1])]
-        blocks += [Merge(embed_dim // 2)]
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim // 4, 4, stride=4)))
+        blocks: list[nn.Module] = []
+        for dim, depth in zip((embed_dim // 4, embed_dim // 2), depths):
+            blocks += [*(ConvBlock(dim, mlp_ratio) for _ in range(depth)), Merge(dim)]
         self.num_maps = len(blocks)  # blocks on (B, C, H, W)
         blocks += [TokenBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depths[2])]
         self.blocks = nn.ModuleList(blocks)

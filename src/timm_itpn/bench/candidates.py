@@ -68,7 +68,7 @@ class PretrainingStep(nn.Module):
         self.register_buffer('target', target if teacher_dim else None)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.objective.set_grad_checkpointing(enable)
+        self.objective.backbone.set_grad_checkpointing(enable)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [self.objective(images, self.masked, self.target)['loss']]

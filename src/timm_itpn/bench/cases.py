@@ -61,12 +61,6 @@ class Rounds(NamedTuple):
     repeats: int | None = None
     warmup: int | None = None
 
-    def resolved(self, mode: str, device: str) -> tuple[int, int]:
-        """Repeats and warm-up as numbers: on CUDA clocks and graphs take more calls to settle."""
-        repeats = 50 if mode == 'latency' else 10 if device == 'cpu' else 30
-        warmup = 1 if device == 'cpu' else 5
-        return self.repeats or repeats, self.warmup or warmup
-
 
 def parse_size(text: str) -> tuple[int, int]:
     """'N', the side of a square, or 'HEIGHTxWIDTH' -> (height, width).
@@ -89,7 +83,6 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
     """
     import torch
 
-    from ..acceleration import ACCELERATIONS
     from ..models.names import check_name
 
     check_name(case.model)
@@ -98,9 +91,6 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
         raise ValueError(f'images of {height} x {width} pixels are not usable: sides must be multiples of {_STRIDE}')
     if case.batch < 1:
         raise ValueError(f'batch {case.batch} is not usable: it must be at least 1')
-    for acceleration in candidates.accelerations:
-        if acceleration not in ACCELERATIONS:
-            raise ValueError(f'acceleration {acceleration!r} is unknown, choose one of: {", ".join(ACCELERATIONS)}')
     if candidates.baseline and not case.model.startswith('fast_itpn'):
         raise ValueError(f'{case.model} has no baseline, only fast_itpn_* models have one: leave out --baseline')
     if candidates.objective and (case.mode != 'train' or not case.pyramid or height != width):

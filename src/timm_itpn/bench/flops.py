@@ -1,4 +1,5 @@
 """Operations of a model, and the matrix products in it, found by running it on the meta device: shapes without data."""
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +9,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['Outputs', 'Product', 'as_list', 'count_flops', 'count_products', 'training_loss']
@@ -54,21 +54,39 @@ def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) 
         images: Input; only its shape and type matter.
         backward: Count the backward pass of `training_loss` too.
     """
+    counter = FlopCounterMode(display=False)
     try:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with counter, sdpa_kernel(SDPBackend.MATH):
             _run_on_meta(model, images, backward)
     except (NotImplementedError, RuntimeError, TypeError):  # the meta device gave no data; other faults come up again
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        with counter, sdpa_kernel(SDPBackend.MATH):
             _run(model, images, backward)
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
     return int(counter.get_total_flops())
 
 
 def count_products(model: nn.Module, images: torch.Tensor) -> dict[Product, int]:
-    """Matrix products of the linear and convolution layers in one forward pass, and how often each occurs."""
-    with _Products() as products, sdpa_kernel(SDPBackend.MATH):
+    """Matrix products of the linear and convolution layers in one forward pass, and how often each occurs.
+
+    Those of attention are batched and do not count.
+    """
+    found: Counter[Product] = Counter()
+
+    def matrices(*args: Any, **_: Any) -> int:
+        a, b = args[-2:]  # before them, addmm has the bias
+        found[Product(a[0], a[1], b[1])] += 1
+        return 0
+
+    def convolution(x: Any, weight: Any, *args: Any, out_shape: Any) -> int:
+        rows, groups = out_shape[0] * math.prod(out_shape[2:]), args[-1]  # rows: images x positions
+        found[Product(rows, math.prod(weight[1:]), weight[0] // groups)] += groups
+        return 0
+
+    aten = torch.ops.aten
+    mapping = {aten.mm: matrices, aten.addmm: matrices, aten.convolution: convolution}
+    with FlopCounterMode(display=False, custom_mapping=mapping), sdpa_kernel(SDPBackend.MATH):
         _run_on_meta(model, images, False)
-    return dict(products.found)
+    return dict(found)
 
 
 def _run_on_meta(model: nn.Module, images: torch.Tensor, backward: bool) -> None:
@@ -84,24 +102,3 @@ def _run(model: Callable[[torch.Tensor], Outputs], images: torch.Tensor, backwar
         outputs = model(images)
         if backward:
             training_loss(outputs, torch.zeros(len(images), dtype=torch.long, device=images.device)).backward()
-
-
-class _Products(TorchDispatchMode):
-    """Collects the shapes of products with a weight; those of attention are batched and do not count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[Product] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if name in ('mm', 'addmm'):
-            a, b = args[-2:] if name == 'mm' else args[1:3]
-            self.found[Product(a.shape[0], a.shape[1], b.shape[1])] += 1
-        elif name == 'convolution':
-            weight, groups = args[1], args[8]
-            rows = out.shape[0] * out[0, 0].numel()  # images x positions
-            inner = weight[0].numel()  # input channels of a group x kernel
-            self.found[Product(rows, inner, weight.shape[0] // groups)] += groups
-        return out

@@ -2,8 +2,10 @@
 import statistics
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
@@ -11,11 +13,10 @@ import torch
 from ..ops.kernels import record_kernels
 from .candidates import BASELINE, NUM_CLASSES, OURS, Candidate, Kind, build, checkpoint_gradients
 from .cases import DTYPES, Candidates, Case, Rounds
-from .ceiling import Ceiling
+from .ceiling import product_calls, rates
 from .flops import as_list, count_flops, count_products, training_loss
 from .machine import this_machine
 from .memory import peak_bytes
-from .processes import in_processes
 from .rows import Row
 from .timing import Call, Read, alternate, event_time, median_ratio, relative_iqr, wall_time
 
@@ -48,7 +49,8 @@ def measure(case: Case, asked: Candidates, rounds: Rounds, device: str) -> list[
     Returns:
         A row for each candidate, ours first.
     """
-    repeats, warmup = rounds.resolved(case.mode, device)
+    repeats = rounds.repeats or (50 if case.mode == 'latency' else 10 if device == 'cpu' else 30)
+    warmup = rounds.warmup or (1 if device == 'cpu' else 5)  # on CUDA clocks and graphs take more calls to settle
     _say(f'{case}, {device}: building')
     candidates = build(case, asked, device)
     images, targets = _inputs(case, device)
@@ -64,9 +66,11 @@ def measure(case: Case, asked: Candidates, rounds: Rounds, device: str) -> list[
         peaks_mib[c.name] = _peak_memory_mib(c, calls[c.name], device)
 
     _say(f'  {repeats} rounds of {", ".join(calls)}')
-    ceiling = Ceiling(count_products(candidates[0].model, images), _compute_dtype(case), device)
-    times_ms = alternate({**calls, **ceiling.calls}, repeats, warmup, _timer(case, device))
-    fastest, mm = ceiling.rates(times_ms)
+    products = count_products(candidates[0].model, images)
+    ceiling_calls = product_calls(products, _compute_dtype(case), device)
+    times = alternate({**calls, **ceiling_calls}, repeats, warmup, _timer(case, device))
+    times_ms = {name: times[name] for name in calls}
+    fastest, mm = rates(products, {key: times[key] for key in ceiling_calls})
     if asked.compile:
         torch.compiler.reset()  # it holds the models
     has_baseline = asked.baseline and outputs[BASELINE].agree
@@ -99,8 +103,8 @@ def measure(case: Case, asked: Candidates, rounds: Rounds, device: str) -> list[
 
 def measure_alone(case: Case, asked: Candidates, rounds: Rounds, device: str) -> list[Row]:
     """As `measure`, in a process of its own, whose memory no other case used before."""
-    rows, = in_processes(partial(measure, case, asked, rounds), [device], 1, torch.get_num_threads())
-    return rows
+    with ProcessPoolExecutor(1, get_context('spawn'), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+        return pool.submit(measure, case, asked, rounds, device).result()
 
 
 def _say(text: str) -> None:
@@ -135,7 +139,7 @@ def _workload(candidate: Candidate, case: Case, images: torch.Tensor, targets: t
         with _autocast(case, images):
             outputs = candidate.run(images)
         training_loss(outputs, targets).backward()
-        candidate.model.zero_grad(set_to_none=True)
+        candidate.model.zero_grad()
 
     return train if case.mode == 'train' else forward
 

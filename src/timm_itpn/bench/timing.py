@@ -2,11 +2,13 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 __all__ = ['alternate', 'event_time', 'median_ratio', 'relative_iqr', 'wall_time']
 
+Key = TypeVar('Key')
 Call = Callable[[], object]
 Read = Callable[[], float]  # milliseconds of a call, asked for at the end of a round
 
@@ -41,11 +43,11 @@ def event_time(call: Call) -> Read:
 
 
 def alternate(
-        calls: Mapping[str, Call], repeats: int, warmup: int, timer: Callable[[Call], Read]) -> dict[str, list[float]]:
+        calls: Mapping[Key, Call], repeats: int, warmup: int, timer: Callable[[Call], Read]) -> dict[Key, list[float]]:
     """Time calls in turn, round by round.
 
     Args:
-        calls: What to time, by name, in the order of a round.
+        calls: What to time, in the order of a round.
         repeats: Rounds that count.
         warmup: Rounds before them that do not.
         timer: `wall_time` or `event_time`.
@@ -53,7 +55,7 @@ def alternate(
     Returns:
         Milliseconds of each call in each round.
     """
-    times_ms: dict[str, list[float]] = {name: [] for name in calls}
+    times_ms: dict[Key, list[float]] = {name: [] for name in calls}
     for number in range(-warmup, repeats):
         reads = [timer(call) for call in calls.values()]
         for name, read in zip(calls, reads):

@@ -11,7 +11,7 @@ import yaml
 
 from . import MASKING_NAMES, OBJECTIVE_NAMES
 
-__all__ = ['ConfigurableParser', 'add_arguments', 'settings_of']
+__all__ = ['FREE', 'ConfigurableParser', 'add_arguments']
 
 # may differ when a run is resumed: they do not change what is computed
 FREE = ('run', 'config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
@@ -103,11 +103,6 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that the result depends on."""
-    return {key: value for key, value in vars(args).items() if key not in FREE}
-
-
 class ConfigurableParser(argparse.ArgumentParser):
     """Parser whose --config, where it has one, names a YAML file of defaults."""
 
@@ -115,26 +110,18 @@ class ConfigurableParser(argparse.ArgumentParser):
         known, rest = super().parse_known_args(args, namespace)
         if getattr(known, 'config', None) is None:
             return known, rest
-        try:
-            self.set_defaults(**_read_config(known.config, known))
-        except ValueError as error:
-            self.error(str(error))
+        self.set_defaults(**self._read_config(known.config, known))
         return super().parse_known_args(args, namespace)
 
-
-def _read_config(path: Path, known: argparse.Namespace) -> dict[str, Any]:
-    """Settings of a YAML file.
-
-    Raises:
-        ValueError: It cannot be read, or has a name that is not known.
-    """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f'{path} cannot be read: {error}') from error
-    if not isinstance(settings, dict):
-        raise ValueError(f'{path} does not hold settings: write one `name: value` per line.')
-    unknown = [key for key in settings if key not in known]
-    if unknown:
-        raise ValueError(f'{path} has settings that do not exist: {", ".join(map(str, unknown))}.')
-    return settings
+    def _read_config(self, path: Path, known: argparse.Namespace) -> dict[str, Any]:
+        """Settings of a YAML file; exits if it cannot be read, or has a name that is not known."""
+        try:
+            settings = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f'{path} cannot be read: {error}')
+        if not isinstance(settings, dict):
+            self.error(f'{path} does not hold settings: write one `name: value` per line.')
+        unknown = [key for key in settings if key not in known]
+        if unknown:
+            self.error(f'{path} has settings that do not exist: {", ".join(map(str, unknown))}.')
+        return settings

@@ -19,22 +19,15 @@ Losses = dict[str, torch.Tensor]
 class Objective(nn.Module):
     """A student with the layers that predict. `forward` gives the loss.
 
-    Attributes:
-        NAME: Key of `OBJECTIVES`.
-        TEACHER: Needs tokens of a teacher.
-        MASKING: Key of `MASKINGS`, the paper's choice.
-        MASK_RATIO: Share of the tokens that are masked, the paper's choice.
-        STUDENT: Arguments of the student, by its family.
-
     Args:
         student: Backbone with pyramid, without classifier.
         num_masked: Tokens that are masked in every image.
     """
-    NAME = ''
-    TEACHER = False
-    MASKING = 'block'
-    MASK_RATIO = 75 / 196
-    STUDENT: dict[str, dict[str, Any]] = {}
+    NAME = ''  # key of `OBJECTIVES`
+    TEACHER = False  # needs tokens of a teacher
+    MASKING = 'block'  # key of `MASKINGS`, the paper's choice
+    MASK_RATIO = 75 / 196  # share of the tokens that are masked, the paper's choice
+    STUDENT: dict[str, dict[str, Any]] = {}  # arguments of the student, by its family
 
     def __init__(self, student: Student, num_masked: int):
         super().__init__()

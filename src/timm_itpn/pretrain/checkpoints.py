@@ -1,5 +1,4 @@
 """Checkpoints of a run: written whole or not at all, the last few kept, read without running pickled code."""
-import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ class Checkpoints(NamedTuple):
 
     def paths(self) -> list[Path]:
         """All that are there, the oldest first."""
-        found = self.folder.glob('checkpoint-*.pt')
-        return sorted(path for path in found if re.fullmatch(r'checkpoint-\d{8}\.pt', path.name))
+        return sorted(self.folder.glob(f'checkpoint-{8 * "[0-9]"}.pt'))
 
     def last(self) -> Path | None:
         """The last one, None if there is none."""

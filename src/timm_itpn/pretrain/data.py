@@ -4,8 +4,10 @@ Everything random in a sample follows from seed, epoch and index, so it does not
 makes it, nor how often the run was interrupted.
 """
 import logging
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,28 +30,16 @@ class View(NamedTuple):
 
 
 class SampleMaker(NamedTuple):
-    """Crops an image for student and teacher, and adds a mask.
-
-    Attributes:
-        views: Of the student and, if there is one, of the teacher.
-        grid_size: Tokens (height, width) of the student.
-        masking: Value of `MASKINGS`.
-        num_masked: Tokens that are masked.
-        seed: Of everything random.
-        scale: Smallest and largest share of the image's area that is cropped.
-        ratio: Smallest and largest width by height of the crop.
-        hflip: Probability of a horizontal flip.
-        interpolation: As timm names it.
-    """
-    views: tuple[View, ...]
-    grid_size: tuple[int, int]
-    masking: Callable
-    num_masked: int
-    seed: int
-    scale: tuple[float, float] = (0.2, 1.)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    interpolation: str = 'bicubic'
+    """Crops an image for student and teacher, and adds a mask."""
+    views: tuple[View, ...]  # of the student and, if there is one, of the teacher
+    grid_size: tuple[int, int]  # tokens (height, width) of the student
+    masking: Callable  # value of `MASKINGS`
+    num_masked: int  # tokens that are masked
+    seed: int  # of everything random
+    scale: tuple[float, float] = (0.2, 1.)  # smallest and largest share of the image's area that is cropped
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width by height of the crop
+    hflip: float = 0.5  # probability of a horizontal flip
+    interpolation: str = 'bicubic'  # as timm names it
 
     def __call__(self, image: Any, skipped: int, *number: int) -> Sample:
         """Make a sample.
@@ -88,9 +78,9 @@ class Samples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Sample:
-        with _Skipped() as skipped:
+        with _skipped_samples() as skipped:
             image, _ = self.dataset[index]
-        return self.make(image, skipped.count, self.epoch, index)
+        return self.make(image, len(skipped), self.epoch, index)
 
 
 class StreamedSamples(IterableDataset):
@@ -114,22 +104,21 @@ class StreamedSamples(IterableDataset):
             yield self.make(image, 0, self.epoch, self.rank, 0 if worker is None else worker.id, count)
 
 
-class _Skipped(logging.Handler):
-    """Counts the files that timm's dataset skips because they cannot be read; only its log tells of them."""
+@contextmanager
+def _skipped_samples() -> Iterator[list[str]]:
+    """What timm's dataset says of the files that it skips because they cannot be read; only its log tells of them."""
+    messages: list[str] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    def note(record: logging.LogRecord) -> bool:
+        messages.extend(re.findall('^Skipped sample.*', record.getMessage()))
+        return True
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.count += record.getMessage().startswith('Skipped sample')
-
-    def __enter__(self) -> '_Skipped':
-        logging.getLogger('timm.data.dataset').addHandler(self)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        logging.getLogger('timm.data.dataset').removeHandler(self)
+    logger = logging.getLogger('timm.data.dataset')
+    logger.addFilter(note)
+    try:
+        yield messages
+    finally:
+        logger.removeFilter(note)
 
 
 class Batches:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import AverageMeter, init_distributed_device, random_seed
+from timm.utils import AverageMeter, init_distributed_device, random_seed, reduce_tensor
 
 from ..checks import require
-from .arguments import settings_of
+from .arguments import FREE
 from .checkpoints import Checkpoints, load
 from .data import Batches, SampleMaker, open_dataset
 from .export import export
@@ -74,7 +74,7 @@ def _pretrain(args: argparse.Namespace) -> dict[str, Any]:
 
 def create_run(args: argparse.Namespace) -> Run:
     """Create a run; `args` gets the device, rank and number of processes."""
-    settings = settings_of(args)
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
     device = init_distributed_device(args)
     settings['world_size'] = args.world_size
     random_seed(args.seed, 0)  # the same weights in all processes
@@ -98,7 +98,6 @@ def create_run(args: argparse.Namespace) -> Run:
 def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> Batch:
     """The rest of an epoch, with checkpoints and log; gives its last batch."""
     args = run.args
-    images = args.batch_size * args.grad_accum_steps * args.world_size
     meters: dict[str, AverageMeter] = defaultdict(AverageMeter)
     start = asked = time.perf_counter()
     waited = 0.
@@ -109,7 +108,7 @@ def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> Batch:
         if losses is not None:
             for name, value in losses.items():
                 meters[name].update(value)
-            rate = images / (time.perf_counter() - start)
+            rate = run.images_per_update / (time.perf_counter() - start)
             start = time.perf_counter()
             log.update(images_per_s=f'{rate:.1f}', epoch=run.epoch, loss=f'{losses["loss"]:.4f}')
             if run.num_updates % args.log_interval == 0:
@@ -128,8 +127,7 @@ def _mean_of_processes(values: dict[str, float], args: argparse.Namespace) -> di
     if not args.distributed:
         return values
     tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=args.device)
-    dist.all_reduce(tensor)
-    return dict(zip(values, (tensor / args.world_size).tolist()))
+    return dict(zip(values, reduce_tensor(tensor, args.world_size).tolist()))
 
 
 def _save(run: Run, checkpoints: Checkpoints) -> None:

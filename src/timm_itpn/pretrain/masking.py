@@ -6,20 +6,11 @@ import torch
 
 from . import MASKING_NAMES
 
-__all__ = ['MASKINGS', 'block_masking', 'check_num_masked', 'random_masking']
+__all__ = ['MASKINGS', 'block_masking', 'random_masking']
 
 MIN_BLOCK = 16  # tokens of a block
 MIN_ASPECT = 0.3  # of a block, height by width or width by height
 MAX_TRIES = 10  # of one block
-
-
-def check_num_masked(num_masked: int, grid_size: tuple[int, int]) -> None:
-    """Raise ValueError if that many tokens of such a grid cannot be masked."""
-    num_tokens = grid_size[0] * grid_size[1]
-    if not 0 < num_masked < num_tokens:
-        raise ValueError(
-            f'{num_masked} masked tokens of a {grid_size[0]} x {grid_size[1]} grid: there must be at least 1, and at '
-            f'most {num_tokens - 1}. Choose another --mask-ratio.')
 
 
 def random_masking(grid_size: tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
@@ -46,10 +37,7 @@ def block_masking(grid_size: tuple[int, int], num_masked: int, generator: torch.
     height, width = grid_size
     masked = torch.zeros(height, width, dtype=torch.bool)
     left = num_masked
-    while left > 0:
-        added = _add_block(masked, left, generator)
-        if added == 0:
-            break
+    while left > 0 and (added := _add_block(masked, left, generator)):
         left -= added
     if left > 0:
         free = (~masked).flatten().nonzero()[:, 0]

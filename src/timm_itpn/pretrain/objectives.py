@@ -7,7 +7,6 @@ from ..models.names import check_name
 from . import OBJECTIVE_NAMES
 from .base import Objective
 from .clip import Clip, ClipDistill
-from .masking import check_num_masked
 from .pixel import Mfm, Pixel
 from .student import Student, initialise
 
@@ -66,7 +65,10 @@ def create_objective(
         raise ValueError(f'The objective {name} takes no teacher: leave out --teacher.')
     height, width = student.patch_embed.grid_size
     num_masked = round((cls.MASK_RATIO if mask_ratio is None else mask_ratio) * height * width)
-    check_num_masked(num_masked, (height, width))
+    if not 0 < num_masked < height * width:
+        raise ValueError(
+            f'{num_masked} masked tokens of a {height} x {width} grid: there must be at least 1, and at most '
+            f'{height * width - 1}. Choose another --mask-ratio.')
     if cls.TEACHER:
         kwargs['teacher_dim'] = teacher_dim
     initialise(student)

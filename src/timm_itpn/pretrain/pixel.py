@@ -4,7 +4,6 @@ Masked tokens are dropped before stage 1. Mask tokens fill the gaps in what the 
 decoder predicts.
 """
 import math
-from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -114,31 +113,20 @@ class Mfm(Pixel):
     """The paper's masked feature modelling: what a moving average of the student's stages makes of the whole image.
 
     Stages 1, 2 and 3 of the average are the targets of the levels at strides 4, 8 and 16, normalised per token; the
-    finest level predicts pixels too. One decoder serves all levels. The paper leaves the momentum, the loss and the
-    normalisation open.
+    finest level predicts pixels too. One decoder serves all levels. The paper leaves the momentum, the loss (here
+    cosine similarity) and the normalisation open.
 
     Args:
         student: As in `Pixel`.
         num_masked: Tokens that are masked in every image.
         momentum: Of the average at the start; it grows to 1 at the end as half a cosine.
-        feature_loss: 'cosine' or 'smooth_l1'.
         kwargs: As for `Pixel`.
     """
     NAME = 'mfm'
 
-    def __init__(
-            self,
-            student: Student,
-            num_masked: int,
-            momentum: float = 0.996,
-            feature_loss: str = 'cosine',
-            **kwargs: Any,
-    ):
+    def __init__(self, student: Student, num_masked: int, momentum: float = 0.996, **kwargs: Any):
         super().__init__(student, num_masked, **kwargs)
-        if feature_loss not in FEATURE_LOSSES:
-            raise ValueError(f'feature_loss {feature_loss!r} is unknown, use one of {tuple(FEATURE_LOSSES)}')
         self.momentum = momentum
-        self.feature_error = FEATURE_LOSSES[feature_loss]
         dim, decoder_dim = student.embed_dim, self.decoder_pos_embed.shape[-1]
         # of a token, all positions of a level together: dim, 4 * dim / 2, 16 * dim / 4
         self.decoder_features = nn.ModuleList([nn.Linear(decoder_dim, dim * 2 ** i) for i in range(3)])
@@ -169,7 +157,7 @@ class Mfm(Pixel):
         levels = zip((16, 8, 4), self.encode(images, visible), self.decoder_features, self.targets(images))
         for stride, level, head, features in levels:
             decoded = self.decode(level, visible, 1)
-            error = self.feature_error(head(decoded).float(), features)
+            error = 1 - F.cosine_similarity(head(decoded).float(), features, dim=-1)
             losses[f'stride{stride}'] = self.mean_of_masked(error, masked)
         losses['pixel'] = self.mean_of_masked(pixel_error(self.decoder_pred(decoded), images), masked)
         return {'loss': torch.stack(list(losses.values())).sum(), **{k: loss.detach() for k, loss in losses.items()}}
@@ -177,17 +165,6 @@ class Mfm(Pixel):
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         visible = keep_indices(masked, self.num_masked)
         return self.decoder_pred(self.decode(self.encode(images, visible)[-1], visible, 1))
-
-
-def cosine_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return 1 - F.cosine_similarity(prediction, target, dim=-1)
-
-
-def smooth_l1_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return F.smooth_l1_loss(prediction, target, reduction='none').mean(dim=-1)
-
-
-FEATURE_LOSSES: dict[str, Callable] = {'cosine': cosine_error, 'smooth_l1': smooth_l1_error}
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:

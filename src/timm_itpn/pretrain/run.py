@@ -27,7 +27,7 @@ class Run:
 
     Args:
         args: Arguments of the command, after timm's `init_distributed_device`.
-        settings: What the result depends on, see `arguments.settings_of`.
+        settings: What the result depends on, all arguments but `arguments.FREE`.
         task: Gives the losses of a batch.
         batches: Of this process.
 
@@ -47,6 +47,7 @@ class Run:
         self.task = task
         self.batches = batches
         self.objective = task.objective
+        self.images_per_update = args.batch_size * args.grad_accum_steps * args.world_size
         self.updates_per_epoch = batches.per_epoch // args.grad_accum_steps
         if self.updates_per_epoch == 0:
             raise ValueError(
@@ -56,7 +57,7 @@ class Run:
         self.ema = ModelEmaV3(self.objective.backbone, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=task.amp_dtype == torch.float16)
         if args.torchcompile:
-            task.compile(backend=args.torchcompile)
+            self.objective.compile(backend=args.torchcompile)
         if args.fsdp:
             self._shard()
         elif args.distributed:
@@ -76,8 +77,7 @@ class Run:
 
     def _create_optimizer(self) -> None:
         args = self.args
-        images = args.batch_size * args.grad_accum_steps * args.world_size
-        lr = args.lr if args.lr is not None else args.lr_base * images / args.lr_base_size
+        lr = args.lr if args.lr is not None else args.lr_base * self.images_per_update / args.lr_base_size
         options = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
         self.optimizer = create_optimizer_v2(
             self.objective, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options)

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 
 from ..layers.blocks import AttentionBlock, MlpBlock
 
@@ -31,10 +31,8 @@ def shard(module: nn.Module) -> None:
 def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
     """State dict, with whole tensors, of a module or of the optimizer of its parameters.
 
-    Of a sharded module, every process has to call it, and the first gets it.
+    Every process has to call it, and the first gets it.
     """
-    if not isinstance(module, FSDPModule):
-        return (optimizer or module).state_dict()
     if optimizer is None:
         return get_model_state_dict(module, options=WHOLE)
     return get_optimizer_state_dict(module, optimizer, options=WHOLE)
@@ -42,9 +40,7 @@ def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 
 def load_whole_state(state: State, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     """The reverse of `whole_state`; every process has the state."""
-    if not isinstance(module, FSDPModule):
-        (optimizer or module).load_state_dict(state)
-    elif optimizer is None:
+    if optimizer is None:
         set_model_state_dict(module, state, options=WHOLE)
     else:
         set_optimizer_state_dict(module, optimizer, state, options=WHOLE)

@@ -1,6 +1,5 @@
 """Objective and teacher as a task of timm: only the objective is compiled, distributed and averaged."""
 import argparse
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -49,13 +48,6 @@ class PretrainTask(TrainingTask):
         self.trainable_module = DistributedDataParallel(self.objective, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        self.objective.compile(*args, **kwargs)
-
-    def autocast(self) -> AbstractContextManager:
-        """Autocast, if it is on."""
-        return torch.autocast(self.device.type, dtype=self.amp_dtype) if self.amp_dtype else nullcontext()
-
     def target(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """The teacher's tokens, if there is a teacher."""
         return None if self.teacher is None else self.teacher(batch['teacher_images'])
@@ -68,7 +60,7 @@ class PretrainTask(TrainingTask):
             target: Not used: the target is in the images.
         """
         target = self.target(input)
-        with self.autocast():
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             return self.trainable_module(input['images'], input['masked'], target)
 
 

@@ -22,15 +22,11 @@ _TEST_SHARE = 5  # every fifth digit is for testing
 class Canvases(NamedTuple):
     """Canvases and what is on them.
 
-    Attributes:
-        images: (M, 3, side, side), uint8.
-        labels: (M,), the digit.
-        token_labels: (M, side / stride, side / stride), for each square of `stride` pixels which photograph it is of
-            (0 on plain ground), or 2 + digit.
+    Token labels are, for each square of `stride` pixels, which photograph it is of (0 on plain ground), or 2 + digit.
     """
-    images: torch.Tensor
-    labels: torch.Tensor
-    token_labels: torch.Tensor
+    images: torch.Tensor  # (M, 3, side, side), uint8
+    labels: torch.Tensor  # (M,), the digit
+    token_labels: torch.Tensor  # (M, side / stride, side / stride)
 
 
 def load_digits(test: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,8 @@ see the same labels in the same order; only their weights at the start differ.
 """
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import timm
@@ -14,7 +16,6 @@ from timm.layers import LayerNorm
 from timm.utils import random_seed
 
 from ..bench.machine import this_machine
-from ..bench.processes import in_processes
 from ..pretrain.masking import random_masking
 from ..pretrain.objectives import create_student
 from ..pretrain.pixel import Mfm, Pixel
@@ -78,8 +79,10 @@ def study(seeds: Sequence[int]) -> Iterator[Row]:
     Yields:
         A row for each seed, start and number of labels.
     """
-    for rows in in_processes(_study_seed, seeds, processes=min(len(seeds), os.cpu_count() or 1), threads=1):
-        yield from rows
+    processes = min(len(seeds), os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        for rows in pool.map(_study_seed, seeds):
+            yield from rows
 
 
 def _study_seed(seed: int) -> list[Row]:
