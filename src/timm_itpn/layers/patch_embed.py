@@ -100,17 +100,10 @@ class ConvPatchMerge(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -140,17 +133,10 @@ class LinearPatchMerge(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of the four positions together.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
@@ -176,17 +162,10 @@ class ConvPatchSplit(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.ConvTranspose2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -215,17 +194,10 @@ class LinearPatchSplit(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Linear(dim, 4 * out_dim, bias=False, **dd)
