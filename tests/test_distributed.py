@@ -248,17 +248,6 @@ def test_pyramids_have_the_gradients_of_one_process(ranks, name, wrapper, out_in
     ranks.run(train_pyramid, name=name, wrapper=wrapper, out_indices=out_indices)
 
 
-def train_in_single_precision(name, wrapper, dynamic):
-    model = small_model(name, dynamic_img_size=dynamic, head_init_scale=1.).train()
-    assert all(output.dtype == torch.float32 for output in train(wrap(model, wrapper), dynamic))
-
-
-@pytest.mark.parametrize('wrapper', ['ddp', 'fsdp2'])
-@every_model
-def test_float32_trains_without_warnings(ranks, name, dynamic, wrapper):
-    ranks.run(train_in_single_precision, name=name, wrapper=wrapper, dynamic=dynamic)
-
-
 # evaluation
 
 def evaluate_between_steps(name, dynamic, mode, reshard):

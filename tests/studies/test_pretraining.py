@@ -55,9 +55,3 @@ def test_pyramid_of_the_comparison_is_not_trained():
     objective(torch.randn(1, 3, 64, 64), masked)['loss'].backward()
     assert all(p.grad is None for p in student.pyramid.parameters())
     assert all(p.grad is not None for p in student.stages[2].blocks.parameters())
-
-
-def test_labelled_canvases_are_of_few_digits(monkeypatch):
-    monkeypatch.setattr(pretraining, 'draw', lambda digits, labels, **kwargs: labels)
-    labels = torch.arange(10).repeat(9)
-    assert pretraining._labelled(torch.zeros(90, 8, 8), labels, 3).bincount().tolist() == [3] * 10

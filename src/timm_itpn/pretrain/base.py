@@ -51,6 +51,10 @@ class Objective(nn.Module):
             progress: Share of all updates that are done, 0..1.
         """
 
+    def mean_of_masked(self, values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Mean over the masked tokens of (B, N)."""
+        return (values * masked.flatten(1)).sum() / (len(values) * self.num_masked)
+
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> Any:
         """What the objective predicts of all tokens; arguments as in `forward`."""
         raise NotImplementedError

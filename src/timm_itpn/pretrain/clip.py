@@ -58,7 +58,7 @@ class Clip(Objective):
     def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:
         assert target is not None
         similarity = F.cosine_similarity(self.predict(images, masked).float(), target.float(), dim=-1)  # (B, N)
-        return {'loss': -(similarity * masked.flatten(1)).sum() / (len(images) * self.num_masked)}
+        return {'loss': -self.mean_of_masked(similarity, masked)}
 
 
 class ClipDistill(Objective):

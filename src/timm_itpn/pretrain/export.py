@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ..files import replaced
 from ..weights.layout import ITPN, PRETRAIN, native_to_official
-from .run import Run
-from .sharding import whole_state
+from .run import WHOLE, Run
 
 __all__ = ['export', 'native_weights']
 
-StateDict = dict[str, torch.Tensor]
+StateDict = dict[str, Any]
 BACKBONE = 'backbone.'
 BRANCH = 'cls_pt_layers.'  # the auxiliary branch of `clip-distill`, whose blocks have official names in a file
 BRANCH_NAMES = {native: official for native, (official,) in ITPN.attention_block.items()}
@@ -24,9 +24,9 @@ def export(run: Run) -> dict[str, Any]:
     Returns:
         The paths and how far the run got, for JSON; nothing in other processes than the first.
     """
-    state_dict = whole_state(run.objective)
+    state_dict = get_model_state_dict(run.objective, options=WHOLE)
     if run.ema is not None:
-        averaged = whole_state(run.ema.module)
+        averaged = get_model_state_dict(run.ema.module, options=WHOLE)
         state_dict.update({BACKBONE + key: value for key, value in averaged.items()})
     if run.args.rank > 0:
         return {}

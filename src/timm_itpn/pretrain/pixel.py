@@ -104,10 +104,6 @@ class Pixel(Objective):
     def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:
         return {'loss': self.mean_of_masked(pixel_error(self.predict(images, masked), images), masked)}
 
-    def mean_of_masked(self, error: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Mean over the masked tokens of (B, N)."""
-        return (error * masked.flatten(1)).sum() / (len(error) * self.num_masked)
-
 
 class Mfm(Pixel):
     """The paper's masked feature modelling: what a moving average of the student's stages makes of the whole image.

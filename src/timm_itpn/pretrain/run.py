@@ -10,15 +10,23 @@ import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from ..layers.blocks import AttentionBlock, MlpBlock
 from .checkpoints import random_state, set_random_state
 from .data import Batches
-from .sharding import load_whole_state, shard, whole_state
 from .task import PretrainTask
 
-__all__ = ['Batch', 'Run']
+__all__ = ['WHOLE', 'Batch', 'Run']
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # every process has to ask, the first gets the state
 Batch = dict[str, torch.Tensor]
 
 
@@ -71,9 +79,11 @@ class Run:
             raise ValueError('--fsdp is for several processes: start the run with torchrun.')
         if self.args.figure_interval:
             raise ValueError('--figure-interval does not work with --fsdp: the first process alone cannot predict.')
-        shard(self.objective)
-        if self.ema is not None:
-            shard(self.ema.module)
+        for module in (self.objective, self.ema.module) if self.ema is not None else (self.objective,):
+            for block in module.modules():
+                if isinstance(block, (AttentionBlock, MlpBlock)):
+                    fully_shard(block)  # its parameters are brought together while it runs
+            fully_shard(module)
 
     def _create_optimizer(self) -> None:
         args = self.args
@@ -96,16 +106,17 @@ class Run:
         if self.args.distributed:
             states = [None] * self.args.world_size
             dist.all_gather_object(states, random_state())
+        objective, optimizer = get_state_dict(self.objective, self.optimizer, options=WHOLE)
         return {
             'settings': self.settings,
             'epoch': self.epoch,
             'batch': self.batch,
             'num_updates': self.num_updates,
             'skipped': self.skipped,
-            'objective': whole_state(self.objective),
-            'optimizer': whole_state(self.objective, self.optimizer),
+            'objective': objective,
+            'optimizer': optimizer,
             'scaler': self.scaler.state_dict(),
-            'ema': None if self.ema is None else whole_state(self.ema.module),
+            'ema': None if self.ema is None else get_model_state_dict(self.ema.module, options=WHOLE),
             'random_states': states,
         }
 
@@ -120,11 +131,12 @@ class Run:
                    for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
         if changed:
             raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed)}. Use those, or start anew.')
-        load_whole_state(state['objective'], self.objective)
-        load_whole_state(state['optimizer'], self.objective, self.optimizer)
+        set_state_dict(
+            self.objective, self.optimizer, model_state_dict=state['objective'], optim_state_dict=state['optimizer'],
+            options=WHOLE)
         self.scaler.load_state_dict(state['scaler'])
         if self.ema is not None:
-            load_whole_state(state['ema'], self.ema.module)
+            set_model_state_dict(self.ema.module, state['ema'], options=WHOLE)
         self.epoch, self.batch = state['epoch'], state['batch']
         self.num_updates, self.skipped = state['num_updates'], state['skipped']
         self.scheduler.step_update(self.num_updates)

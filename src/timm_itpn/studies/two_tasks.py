@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import random_seed
+from torchvision.transforms import functional as TF
 
 from .canvases import NUM_CLASSES, NUM_TEXTURES, Canvases
 
@@ -48,9 +49,7 @@ class TwoTasks(nn.Module):
 
 def normalised(images: torch.Tensor, model: Any) -> torch.Tensor:
     """uint8 to what the model takes."""
-    cfg = model.pretrained_cfg
-    mean, std = (torch.tensor(cfg[key]).reshape(3, 1, 1) for key in ('mean', 'std'))
-    return (images / 255 - mean) / std
+    return TF.normalize(images / 255, list(model.pretrained_cfg['mean']), list(model.pretrained_cfg['std']))
 
 
 def fit(
