@@ -15,7 +15,7 @@ QUICK = Rounds(3, 1)
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'amp_bfloat16'])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'amp_bfloat16'])
 def test_rows_of_a_forward_case(dtype, capsys):
     case = replace(CASE, dtype=dtype)
     rows = measure(case, Candidates(baseline=True, peers=('test_vit',)), QUICK, 'cpu')
@@ -32,12 +32,13 @@ def test_rows_of_a_forward_case(dtype, capsys):
         assert all(value for name, value in asdict(row.machine).items() if name != 'gpu')
 
 
-@pytest.mark.parametrize('case', [CASE, PYRAMID])
-def test_training_may_recompute_activations(case):
-    asked = Candidates(baseline=True)
-    train = measure(replace(case, mode='train'), asked, QUICK, 'cpu')
-    checkpointed = measure(replace(case, mode='train', grad_checkpointing=True), asked, QUICK, 'cpu')
-    assert train[0].gflop_per_image == train[1].gflop_per_image
+def test_training_may_recompute_activations():
+    case, asked = replace(PYRAMID, mode='train'), Candidates(baseline=True, objective='clip')
+    train = measure(case, asked, QUICK, 'cpu')
+    checkpointed = measure(replace(case, grad_checkpointing=True), asked, QUICK, 'cpu')
+    ours, baseline, step = train
+    assert ours.gflop_per_image == baseline.gflop_per_image < step.gflop_per_image
+    assert step.output_error is None and step.speedup_over_ours > 0
     for plain, less in zip(train, checkpointed):
         assert less.gflop_per_image == plain.gflop_per_image
         assert 0 < less.peak_memory_mib < plain.peak_memory_mib
@@ -56,11 +57,6 @@ def test_rows_of_a_pyramid():
     assert full == full_fused < ours == fused == baseline
 
 
-def test_step_of_pre_training_has_its_operations():
-    ours, step = measure(replace(PYRAMID, mode='train'), Candidates(objective='clip'), QUICK, 'cpu')
-    assert step.gflop_per_image > ours.gflop_per_image and step.speedup_over_ours > 0 and step.output_error is None
-
-
 def test_module_against_ours_may_return_anything(tmp_path):
     (tmp_path / 'mine.py').write_text(
         'import torch.nn as nn\n'
@@ -73,13 +69,12 @@ def test_module_against_ours_may_return_anything(tmp_path):
     assert row.output_error is None and row.speedup_over_ours > 0 and row.gflop_per_image > 0
 
 
-@pytest.mark.parametrize('change', [0.5, float('nan')])
-def test_outputs_that_differ_give_no_ratio(change, monkeypatch, capsys):
-    """A baseline that is wrong in one bias."""
+def test_outputs_that_differ_give_no_ratio(monkeypatch, capsys):
+    """A baseline that is wrong in one bias, and gives NaN."""
     class Wrong(candidates.Baseline):
         def load_state_dict(self, state):
             super().load_state_dict(state)
-            self.blocks[0].mlp.fc1.bias.data += change
+            self.blocks[0].mlp.fc1.bias.data += torch.nan
 
     monkeypatch.setattr(candidates, 'Baseline', Wrong)
     ours, baseline = measure(CASE, Candidates(baseline=True), QUICK, 'cpu')
