@@ -100,7 +100,7 @@ def _offsets(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    return resample_table(table, (height, width), (old_height, old_width)).clone()  # an operator may not return its input
+    return resample_table(table, (height, width), (old_height, old_width)).clone()  # not the input itself
 
 
 def _resampled_fake(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
