@@ -28,11 +28,12 @@ def hub():
 
 @pytest.fixture(scope='session', autouse=True)
 def no_drive():
-    """Google Drive is out of reach, and no test waits for it; those of `drive` start a server of their own."""
-    from timm_itpn.weights import drive
+    """Google Drive is out of reach, as is everything by https; tests of it start a server of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drive, 'ENDPOINT', 'http://127.0.0.1:9/download')  # the discard port: nothing listens
-        patch.setattr(drive, 'PAUSES_S', ())
+        patch.delenv('NO_PROXY', raising=False)
+        patch.delenv('no_proxy', raising=False)
+        for name in ('HTTPS_PROXY', 'https_proxy'):
+            patch.setenv(name, 'http://127.0.0.1:9')  # the discard port: nothing listens
         yield
 
 

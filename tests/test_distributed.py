@@ -21,15 +21,11 @@ import torch.nn.functional as F
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_itpn.layers import AttentionBlock, MlpBlock
-
-try:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-except ImportError:  # torch 2.5
-    from torch.distributed._composable.fsdp import MixedPrecisionPolicy, fully_shard
 
 NUM_RANKS = 2
 TIMEOUT_S = 100
@@ -283,8 +279,7 @@ def evaluate_between_steps(name, dynamic, mode, reshard):
             assert_close(model(x), reference(x), dynamic)
 
 
-@pytest.mark.parametrize('reshard', [True, False], ids=['resharded', 'kept whole'])
-@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize(('mode', 'reshard'), [('train', True), ('eval', True), ('eval', False)])
 @every_model
 def test_evaluation_under_fsdp2_sees_each_step(ranks, name, dynamic, mode, reshard):
     ranks.run(evaluate_between_steps, name=name, dynamic=dynamic, mode=mode, reshard=reshard)
@@ -359,7 +354,6 @@ def train_from_meta_device(name, dynamic):
     for (key, p), like in zip(model.named_parameters(), reference.parameters()):
         actual, expected = whole(p).square().mean().sqrt(), like.square().mean().sqrt()
         assert abs(actual - expected) <= (0.1 if p.numel() > 1000 else 0.5) * expected, f'{key}: {actual}, {expected}'
-    assert all((buffer == 0.).all() for buffer in model.buffers())
     for _ in train(model, dynamic):
         pass
 

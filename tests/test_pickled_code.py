@@ -1,16 +1,15 @@
-"""A weight file that would run code when it is unpickled runs none, whichever way it is opened."""
+"""A weight file that would run code when it is unpickled runs none, by whatever way it is opened."""
 import json
 
 import pytest
 import timm
 import torch
 from PIL import Image
-from support import drive_server, hub_server
+from support import drive_server
 from support.explosive import Explosive
 from timm.models import load_checkpoint, load_state_dict
 
 from timm_itpn.cli import main
-from timm_itpn.weights import drive
 from timm_itpn.weights.sources import SOURCES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -58,13 +57,9 @@ def by_published_hub(bomb, tmp_path, hub, **_):
 
 
 def by_drive(bomb, tmp_path, hub, monkeypatch, **_):
-    server = drive_server.Drive(bomb.read_bytes())
-    monkeypatch.setattr(drive_server, 'FILE_ID', SOURCE.drive_id)
-    monkeypatch.setattr(drive, 'ENDPOINT', server.endpoint)
-    try:
-        timm.create_model('fast_itpn_tiny', pretrained=True, cache_dir=tmp_path / 'cache')
-    finally:
-        server.close()
+    pytest.importorskip('gdown')
+    drive_server.Drive(bomb.read_bytes(), monkeypatch)
+    timm.create_model('fast_itpn_tiny', pretrained=True, cache_dir=tmp_path / 'cache')
 
 
 def by_local_dir(bomb, tmp_path, **_):
@@ -96,7 +91,6 @@ def by_convert(bomb, tmp_path, **_):
 def by_inspect(bomb, tmp_path, **_):
     command('inspect', bomb)
     command('inspect', bomb, '--json', '--model', NAME)
-    command('inspect', bomb, '--record', NAME)
 
 
 def by_show(bomb, tmp_path, **_):
@@ -104,26 +98,15 @@ def by_show(bomb, tmp_path, **_):
     command('show', tmp_path / 'image.png', '--checkpoint', bomb, '--output', tmp_path / 'shown.png')
 
 
-def by_push(bomb, tmp_path, hub, monkeypatch, **_):
-    monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
-    (tmp_path / 'dir').mkdir()
-    (tmp_path / 'dir' / 'config.json').write_text(json.dumps({'architecture': 'fast_itpn_tiny'}))
-    (tmp_path / 'dir' / 'README.md').write_text('---\nlicense: mit\n---\n')
-    (tmp_path / 'dir' / 'model.safetensors').write_bytes(bomb.read_bytes())
-    command('push', tmp_path / 'dir', 'someone/model', '--yes')
-    assert not hub.uploads
-
-
 DOORS = [value for key, value in list(globals().items()) if key.startswith('by_')]
 
 
 @pytest.mark.parametrize('door', DOORS)
 def test_code_never_runs(door, bomb, tmp_path, hub, monkeypatch):
-    monkeypatch.setenv('TIMM_ITPN_HASHES', str(tmp_path / 'hashes.json'))
     try:
         door(bomb=bomb, tmp_path=tmp_path, hub=hub, monkeypatch=monkeypatch)
-    except (RuntimeError, ValueError) as error:
-        assert '\n' not in str(error)
+    except (RuntimeError, ValueError):
+        pass  # the file has no weights of the model
     assert not (tmp_path / 'mark').exists()
 
 

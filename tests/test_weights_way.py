@@ -1,52 +1,44 @@
-"""The whole way of a weight file, for every model: official checkpoint, converted and verified folder, model, upload to
-the Hub, model from there, official checkpoint again. Weights follow the goldens' formula; the same outputs everywhere.
+"""The whole way of a weight file, for every model: official checkpoint, converted and verified folder, model, the
+Hub, model from there, official checkpoint again. Weights follow the goldens' formula; the same outputs everywhere.
 
-The tiny models go by default, the others with `-m slow`: they take about 12 minutes, and 4 GB of disk each.
+Each goes at reduced size, as if it were registered so; tiny ones at full size too, where goldens are compared with.
 """
 import argparse
+import functools
 
 import pytest
 import timm
 import torch
-from support import golden, hub_server
+from support import golden
 
 from timm_itpn.cli import main
 from timm_itpn.models.names import MODULES
+from timm_itpn.tools import match
 from timm_itpn.weights.layout import native_to_official
 
-GOLDENS = {  # model: classifier with just its parameters
-    'fast_itpn_tiny': 'fast_itpn_tiny',
-    'fast_itpn_small': 'fast_itpn_small',
-    'fast_itpn_base': 'fast_itpn_base',
-    'fast_itpn_large': 'fast_itpn_large',
-    'itpn_base.clip_in1k': 'itpn_base_clip',
-    'itpn_base.pixel_in1k': 'itpn_base_pixel',
-    'itpn_large.pixel_in1k': 'itpn_large_pixel',
-    'hivit_base': 'hivit_base',
-    'fast_itpn_tiny_fpn': 'fast_itpn_tiny_mim',
-    'fast_itpn_base_fpn': 'fast_itpn_base_mim',
-    'itpn_base_fpn.pixel_in1k': 'itpn_base_pyramid',
-}
-ARGS = {'itpn_base_fpn.pixel_in1k': dict(pyramid_depth=1)}  # the golden has one block per level, the tag's file two
+GOLDENS = {'fast_itpn_tiny': 'fast_itpn_tiny', 'fast_itpn_tiny_fpn': 'fast_itpn_tiny_mim'}  # full size
+REDUCED = dict(embed_dim=128, depths=(1, 1, 2), num_heads=2)
 NAMES = [
-    *GOLDENS, 'itpn_base_fpn.clip_in1k', 'itpn_large.clip_in1k',
-    *(name for name in timm.list_models(module=MODULES) if name not in {key.partition('.')[0] for key in GOLDENS}),
+    *timm.list_models(module=MODULES),
+    'itpn_base.clip_in1k', 'itpn_base.pixel_in1k', 'itpn_large.clip_in1k', 'itpn_large.pixel_in1k',
+    'itpn_base_fpn.clip_in1k', 'itpn_base_fpn.pixel_in1k',
 ]
-CASES = [
-    pytest.param(name, dtype, marks=() if 'tiny' in name else pytest.mark.slow)
-    for name in NAMES for dtype in ('float16', 'float32')
-]
+CASES = [(name, 'float16', True) for name in NAMES] + [
+    (name, dtype, False) for name in GOLDENS for dtype in ('float16', 'float32')]
 
 
-def published(name, dtype):
+def published(name, dtype, reduced):
     """Checkpoint as the official code writes it, and its golden, None if there is none."""
-    if name in GOLDENS:
+    if not reduced:
         expected = golden.load(GOLDENS[name])
         keys = expected['keys']
     else:
         expected = None
-        model = timm.create_model(name, device='meta', num_classes=1000, pyramid='_fpn' in name)
-        keys = [(key, value.shape) for key, value in native_to_official(model.state_dict()).items()]
+        num_classes = timm.get_pretrained_cfg(name).num_classes if '.' in name else 1000
+        model = timm.create_model(
+            name, device='meta', num_classes=num_classes, pyramid='_fpn' in name or not num_classes)
+        native = {key: value for key, value in model.state_dict().items() if num_classes or key[:5] != 'head.'}
+        keys = [(key, value.shape) for key, value in native_to_official(native).items()]
     weights = {key: golden.tensor(key, shape).to(getattr(torch, dtype)) for key, shape in keys}
     moments = {key: {'exp_avg': torch.zeros_like(value)} for key, value in weights.items()}
     checkpoint = {'model': weights, 'optimizer': {'state': moments}, 'epoch': 0, 'args': argparse.Namespace(lr=1e-4)}
@@ -76,12 +68,16 @@ def check(model, expected, reference, dtype):
 
 
 @pytest.mark.usefixtures('one_thread')
-@pytest.mark.parametrize('name, dtype', CASES)
-def test_outputs_are_the_same_all_the_way(name, dtype, hub, tmp_path, monkeypatch):
-    monkeypatch.setenv('HF_TOKEN', hub_server.TOKEN)
-    checkpoint, expected = published(name, dtype)
-    torch.save(checkpoint, tmp_path / 'w.pt')
+@pytest.mark.parametrize('name, dtype, reduced', CASES)
+def test_outputs_are_the_same_all_the_way(name, dtype, reduced, hub, tmp_path, monkeypatch):
     arch = name.partition('.')[0]
+    if reduced:
+        monkeypatch.setattr(match, '_default', match._default.__wrapped__)  # or it would keep these for other tests
+        for key in timm.list_models(module=MODULES):
+            create = functools.partial(timm.models.model_entrypoint(key), **REDUCED)
+            monkeypatch.setitem(timm.models._registry._model_entrypoints, key, create)
+    checkpoint, expected = published(name, dtype, reduced)
+    torch.save(checkpoint, tmp_path / 'w.pt')
     args = dict(features_only=True) if arch.endswith('_fpn') else {}
 
     assert main(['convert', str(tmp_path / 'w.pt'), '--model', name, '-o', str(tmp_path / 'out'), '--verify']) == 0
@@ -89,7 +85,7 @@ def test_outputs_are_the_same_all_the_way(name, dtype, hub, tmp_path, monkeypatc
     reference = check(local, expected, None, dtype)
     del local
 
-    assert main(['push', str(tmp_path / 'out'), 'someone/model', '--yes']) == 0
+    hub.commit('someone/model', {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()})
     uploaded = timm.create_model('hf-hub:someone/model', pretrained=True, cache_dir=tmp_path / 'cache', **args)
     check(uploaded, expected, reference, dtype)
     del uploaded
@@ -100,10 +96,5 @@ def test_outputs_are_the_same_all_the_way(name, dtype, hub, tmp_path, monkeypatc
     assert all(torch.equal(back[key], value) for key, value in checkpoint['model'].items())
     overlay = dict(file=str(tmp_path / 'back.pt'), num_classes=1000 if 'head.weight' in back else 0)
     again = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=overlay['num_classes'], **args,
-        **ARGS.get(name, {}))
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=overlay['num_classes'], **args)
     check(again, expected, reference, dtype)
-
-
-def test_every_model_goes_the_way():
-    assert {name.partition('.')[0] for name in NAMES} == set(timm.list_models(module=MODULES))

@@ -1,72 +1,44 @@
-"""Cases: sizes as users write them, what a case is called, and what cannot be measured."""
+"""Cases: sizes as users write them, what a case is called, and what can be measured."""
 import pytest
+import timm
+import torch
 
-from timm_itpn.acceleration import schedule
-from timm_itpn.bench.cases import ACCELERATIONS, Case, Rivals, Rounds, check, height_width, parse_size
-
-CASE = Case('fast_itpn_tiny', 32, 2)
+from timm_itpn.bench.cases import PEERS, Candidates, Case, Rounds, check, parse_size
+from timm_itpn.bench.suites import SUITES
 
 
-@pytest.mark.parametrize('text, size, sides', [
-    ('224', 224, (224, 224)),
-    ('800x1344', '800x1344', (800, 1344)),
-    ('64x032', '64x32', (64, 32)),
-    ('224x224', 224, (224, 224)),
-])
-def test_size_is_read(text, size, sides):
-    assert parse_size(text) == size and type(parse_size(text)) is type(size)
-    assert height_width(size) == sides
-    assert parse_size(str(size)) == size
+@pytest.mark.parametrize('text, size', [('224', (224, 224)), ('800x1344', (800, 1344)), ('64x032', (64, 32))])
+def test_size_is_read(text, size):
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize('text', ['', 'x', '224x', 'x224', '-16', '16.0', '16x16x16', '16 x 16', '800X1344'])
-def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError) as error:
+def test_text_that_is_not_a_size_is_refused(text):
+    with pytest.raises(ValueError, match=r'is not usable: give a side such as 224, or HEIGHTxWIDTH such as 800x1344$'):
         parse_size(text)
-    assert str(error.value) == (
-        f'size {text} is not usable: give a side such as 224, or HEIGHTxWIDTH such as 800x1344')
 
 
-@pytest.mark.parametrize('size, message', [
-    (100, '^size 100 is not usable: it must be a multiple of 16$'),
-    (0, '^size 0 is not usable: it must be'),
-    (-16, '^size -16 is not usable: give a side'),
-    ('800x1340', '^size 800x1340 is not usable: each side must be a multiple of 16$'),
-    ('8x1344', '^size 8x1344 is not usable: each side must be'),
-    ('0x32', '^size 0x32 is not usable: each side must be'),
-    ('large', '^size large is not usable: give a side'),
-])
-def test_size_that_no_model_takes_is_refused(size, message):
-    with pytest.raises(ValueError, match=message):
-        check(CASE._replace(size=size), Rivals(), Rounds(), 'cpu')
-
-
-def test_case_that_can_be_measured_passes():
-    case = CASE._replace(size='32x48', pyramid=True)
-    check(case, Rivals(baseline=True, fuse=True, accelerations=ACCELERATIONS), Rounds(3, 1), 'cpu')
-
-
-def test_pyramid_has_no_peers():
-    with pytest.raises(ValueError, match='^the peers are classifiers, which a pyramid cannot be compared with'):
-        check(CASE._replace(pyramid=True), Rivals(peers=('test_vit',)), Rounds(), 'cpu')
-
-
-@pytest.mark.parametrize('changes', [dict(mode='forward'), dict(pyramid=False), dict(size='32x48')])
-def test_step_of_pre_training_is_with_pyramid_and_on_squares(changes):
-    case = CASE._replace(mode='train', pyramid=True)
-    check(case, Rivals(objective='clip'), Rounds(), 'cpu')
-    with pytest.raises(ValueError, match='^a step of pre-training is one of training, on squares and with the pyramid'):
-        check(case._replace(**changes), Rivals(objective='clip'), Rounds(), 'cpu')
-
-
-def test_accelerations_are_those_of_the_models():
-    assert ACCELERATIONS == tuple(schedule.ACCELERATIONS)
-    with pytest.raises(ValueError, match="^acceleration 'more' is unknown, choose one of: light, full$"):
-        check(CASE, Rivals(accelerations=('light', 'more')), Rounds(), 'cpu')
+@pytest.mark.parametrize('changes', [dict(mode='forward'), dict(pyramid=False), dict(img_size=(32, 48))])
+def test_step_of_pre_training_needs_training_pyramid_and_squares(changes):
+    case = dict(model='fast_itpn_tiny', img_size=(32, 32), batch=2, mode='train', pyramid=True)
+    check(Case(**case), Candidates(objective='clip'), Rounds(), 'cpu')
+    with pytest.raises(ValueError, match='^a step of pre-training needs square images and the pyramid'):
+        check(Case(**{**case, **changes}), Candidates(objective='clip'), Rounds(), 'cpu')
 
 
 def test_case_says_what_it_is():
-    assert str(CASE) == 'fast_itpn_tiny, forward, 32 px, batch 2, float32'
-    case = CASE._replace(size='800x1344', pyramid=True, mode='train', grad_checkpointing=True)
-    assert str(case) == (
-        'fast_itpn_tiny, pyramid, train, 800x1344 px, batch 2, float32, gradient checkpointing')
+    assert str(Case('fast_itpn_tiny', (32, 32), 2)) == 'fast_itpn_tiny, forward, 32 px, batch 2, float32'
+    case = Case('fast_itpn_tiny', (800, 1344), 2, mode='train', grad_checkpointing=True, pyramid=True)
+    assert str(case) == 'fast_itpn_tiny, pyramid, train, 800x1344 px, batch 2, float32, gradient checkpointing'
+
+
+@pytest.mark.parametrize('name', SUITES)
+def test_every_case_of_a_suite_can_be_measured_and_is_listed_once(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for case, candidates, rounds in SUITES[name]:
+        check(case, candidates, rounds, 'cuda' if name == 'gpu' else 'cpu')
+    assert len({case for case, _, _ in SUITES[name]}) == len(SUITES[name])
+
+
+def test_peers_are_models_of_timm():
+    assert all(map(timm.is_model, PEERS))

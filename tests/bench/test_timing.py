@@ -1,7 +1,9 @@
 """Order of the calls, times and statistics, by a clock that the calls themselves move."""
+from functools import partial
+
 import pytest
 
-from timm_itpn.bench.timing import WallWatch, alternate, median_ratio, quantile, spread
+from timm_itpn.bench.timing import alternate, median_ratio, relative_iqr, wall_time
 
 
 class Clock:
@@ -20,35 +22,24 @@ class Clock:
         return run
 
 
-def test_calls_alternate_and_warmup_does_not_count():
+@pytest.mark.parametrize('warmup, expected', [(1, [1000, 2000, 4000]), (0, [9000, 1000, 2000])])
+def test_calls_alternate_and_warmup_does_not_count(warmup, expected):
     clock = Clock()
-    calls = {'a': clock.call('a', 9, 1, 2, 4), 'b': clock.call('b', 9, 0.5)}
-    times_ms = alternate(calls, repeats=3, warmup=1, watch=WallWatch(clock=lambda: clock.now_s))
-    assert ''.join(clock.log) == 'ab' * 4
-    assert times_ms == {'a': [1000, 2000, 4000], 'b': [500, 500, 500]}
+    calls = {'a': clock.call('a', 9, 1, 2, 4), 'b': clock.call('b', 0.5)}
+    times_ms = alternate(calls, 3, warmup, partial(wall_time, clock=lambda: clock.now_s))
+    assert ''.join(clock.log) == 'ab' * (3 + warmup)
+    assert times_ms == {'a': expected, 'b': [500] * 3}
 
 
 def test_device_is_waited_for_before_and_after_each_call():
     clock = Clock()
-    watch = WallWatch(synchronize=clock.call('wait', 0.25), clock=lambda: clock.now_s)
-    watch.time(clock.call('a', 1))
-    assert clock.log == ['wait', 'a', 'wait']
-    assert watch.collect() == [1250] and watch.collect() == []
+    read = wall_time(clock.call('a', 1), synchronize=clock.call('wait', 0.25), clock=lambda: clock.now_s)
+    assert clock.log == ['wait', 'a', 'wait'] and read() == 1250
 
 
-def test_rounds_without_warmup_all_count():
-    clock = Clock()
-    assert alternate({'a': clock.call('a', 3, 1)}, 2, 0, WallWatch(clock=lambda: clock.now_s)) == {'a': [3000, 1000]}
-
-
-@pytest.mark.parametrize('fraction, expected', [(0, 1), (0.25, 2), (0.5, 3), (0.95, 8.8), (1, 10)])
-def test_quantiles_interpolate(fraction, expected):
-    assert quantile([3, 1, 10, 2, 4], fraction) == pytest.approx(expected)
-
-
-def test_spread_is_the_interquartile_range_by_the_median():
-    assert spread([3, 1, 10, 2, 4]) == pytest.approx(2 / 3)
-    assert spread([5, 5, 5]) == 0
+def test_interquartile_range_is_relative_to_the_median():
+    assert relative_iqr([3, 1, 10, 2, 4]) == pytest.approx(2 / 3)
+    assert relative_iqr([5, 5, 5]) == 0
 
 
 def test_ratio_is_taken_round_by_round():

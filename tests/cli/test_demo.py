@@ -1,5 +1,6 @@
 """The demo, shortened to one epoch; `.ci/run` runs it whole."""
 import argparse
+import importlib.util
 import json
 
 import pytest
@@ -18,8 +19,10 @@ def test_demo_trains_validates_and_leaves_a_checkpoint_for_timm(tmp_path, capsys
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert 'update' in captured.err  # the progress bar
-    assert result['images'] == 360 and 15 < result['top1'] <= 100  # far above chance after 45 updates
+    assert result['images'] == 360 and result['top1'] > 15  # far above chance after 45 updates
 
+    args = torch.load(result['checkpoint'], weights_only=False)['args']
+    assert (args.model, args.crop_pct, args.num_classes, args.output) == ('fast_itpn_tiny', 1.0, 10, str(output))
     model = timm.create_model('fast_itpn_tiny', num_classes=10, img_size=16, checkpoint_path=result['checkpoint'])
     model.eval()
     transform = timm.data.create_transform(input_size=16, interpolation='bicubic', crop_pct=1.0)
@@ -36,25 +39,21 @@ def test_demo_trains_validates_and_leaves_a_checkpoint_for_timm(tmp_path, capsys
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, 'REQUIRES', ('sklearn', 'absent_package'))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'sklearn' else find(name))
     assert main(['demo', '--output', str(tmp_path / 'demo')]) == 1
-    assert "the demo needs absent_package: pip install 'timm-itpn[demo]'" in capsys.readouterr().err
+    assert "the demo needs sklearn: pip install 'timm-itpn[demo]'" in capsys.readouterr().err
     assert not (tmp_path / 'demo').exists()
 
 
 @pytest.mark.parametrize('change, message', [
     (['--epochs', '0'], '--epochs is 0, but must be at least 1'),
     (['--device', 'xpu'], "device 'xpu' cannot be used"),
+    (['--img-size', '20'], 'both sides must be multiples of 16'),
 ])
-def test_mistakes_are_one_sentence(change, message, tmp_path, capsys):
+def test_mistakes_are_one_sentence_and_leave_nothing_behind(change, message, tmp_path, capsys):
     assert main(['demo', '--output', str(tmp_path / 'demo'), *change]) == 1
-    assert f'timm-itpn: {message}' in capsys.readouterr().err
-    assert not (tmp_path / 'demo').exists()
-
-
-def test_bad_size_leaves_nothing_behind(tmp_path, capsys):
-    assert main(['demo', '--output', str(tmp_path / 'demo'), '--img-size', '20']) == 1
-    assert 'both sides must be multiples of 16' in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / 'demo').exists()
 
 

@@ -6,7 +6,6 @@ import timm
 
 from timm_itpn.cli import main
 from timm_itpn.models.names import MODULES
-from timm_itpn.weights.records import record
 from timm_itpn.weights.sources import SOURCES, drive_url, source_of
 
 BASE = 'fast_itpn_base.mim_in1k'  # the one with a known hash
@@ -14,9 +13,8 @@ BASE = 'fast_itpn_base.mim_in1k'  # the one with a known hash
 
 @pytest.fixture(autouse=True)
 def nothing_cached(tmp_path, monkeypatch):
-    """No files and no records but those of the test."""
+    """No files but those of the test."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.setenv('TIMM_ITPN_HASHES', str(tmp_path / 'hashes.json'))
     monkeypatch.delenv('TIMM_ITPN_WEIGHTS', raising=False)
     monkeypatch.delenv('TIMM_ITPN_HUB', raising=False)
 
@@ -33,9 +31,9 @@ def table(capsys, *argv):
     """Cells of the header and of each row."""
     assert main(['list', *argv]) == 0
     captured = capsys.readouterr()
-    assert captured.err.startswith('params are with as many classes as the row says')
+    assert captured.err.startswith('params: with the number of classes in the row')
     lines = captured.out.splitlines()
-    starts = [lines[0].index(name) for name in ('name', 'input', 'weights', 'cached', 'SHA-256', 'licence')]
+    starts = [lines[0].index(name) for name in ('name', 'input', 'weights', 'cached', 'SHA-256', 'license')]
     return [[line[start:end].strip() for start, end in zip(starts, [*starts[1:], None])] for line in lines]
 
 
@@ -54,11 +52,11 @@ def test_json_agrees_with_the_table_of_files(capsys):
     for name, model in models.items():
         source = source_of(name)
         if source is None:
-            assert '.' not in name and model['licence'] == 'unknown'
+            assert '.' not in name and model['license'] == 'unknown'
             assert {model[key] for key in ('contents', 'drive_url', 'hub_repo', 'bytes', 'known_from')} == {None}
             continue
         assert model['drive_url'] == drive_url(source) and source.drive_id in model['drive_url']
-        for key in ('contents', 'licence', 'known_from', 'sha256'):
+        for key in ('contents', 'license', 'known_from', 'sha256'):
             assert model[key] == getattr(source, key)
         assert model['bytes'] == source.size and model['figures'] == list(source.figures)
         assert [model[key] or '' for key in ('file_name', 'hub_repo', 'hub_path')] == [
@@ -69,7 +67,7 @@ def test_json_agrees_with_the_table_of_files(capsys):
 def test_rows_are_aligned_under_the_header(capsys):
     header, *rows = table(capsys, '*base*')
     assert ' '.join(header).split() == [
-        'name', 'classes', 'params', 'input', 'weights', 'bytes', 'cached', 'SHA-256', 'licence']
+        'name', 'classes', 'params', 'input', 'weights', 'bytes', 'cached', 'SHA-256', 'license']
     cells = {row[0].split()[0]: [*row[0].split()[1:], *row[1:]] for row in rows}
     assert cells[BASE] == ['0', '84,312,192', '3 x 224 x 224', 'Hub xche32/RELO  180,830,695', 'no', 'known', 'unknown']
     assert cells['hivit_base.mae_in1k_ft_in1k'] == [
@@ -105,11 +103,3 @@ def test_file_on_this_machine_is_shown(tmp_path, monkeypatch, capsys):
     assert models[BASE]['cached'] == str(path)
     assert {row[0].split()[0]: row[3] for row in table(capsys, 'fast_itpn_base')[1:]} == {
         BASE: 'yes', 'fast_itpn_base.mim_in1k_ft_in21k': 'no'}
-
-
-def test_recorded_hash_is_known(capsys):
-    record('itpn_base.clip_in1k', 'ab' * 32)
-    models = listed(capsys, 'itpn_base*')
-    assert models['itpn_base_fpn.clip_in1k']['sha256'] == 'ab' * 32 and models['itpn_base.pixel_in1k']['sha256'] is None
-    assert {row[0].split()[0]: row[4] for row in table(capsys, 'itpn_base')[1:]} == {
-        'itpn_base.clip_in1k': 'known', 'itpn_base.pixel_in1k': 'unknown'}

@@ -7,6 +7,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 from timm_itpn.cli import main
+from timm_itpn.models.names import MODULES
 
 # epochs, warm-up epochs, images per update, lr, layer decay, drop path, image side
 RECIPES = {
@@ -31,7 +32,7 @@ def read(name, capsys):
 def test_names_are_listed_and_every_model_with_weights_has_one(capsys):
     assert main(['recipe']) == 0
     assert capsys.readouterr().out.split() == sorted([*RECIPES, *OTHERS])
-    models = timm.list_models(module=('fast_itpn', 'itpn'), exclude_filters=('*_fpn', 'hivit*'), include_tags=True)
+    models = timm.list_models(module=MODULES, exclude_filters=('*_fpn', 'hivit*'), include_tags=True)
     assert {name.split('.')[0] for name in models if '.' in name} == {name.split('.')[0] for name in RECIPES}
 
 

@@ -4,11 +4,11 @@ import importlib
 import pytest
 import torch
 from timm.layers import set_fused_attn
+from timm_itpn.ops.attention.kernels import record_kernels
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_itpn.layers.rel_pos_bias import bias_of_table
 from timm_itpn.ops.attention import IMPLEMENTATIONS, choose, flex, reference
-from timm_itpn.ops.attention.kernels import record_kernels
 
 B, HEADS, N, DIM = 2, 3, 37, 64
 

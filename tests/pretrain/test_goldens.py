@@ -3,17 +3,22 @@ import pytest
 import torch
 from support import golden
 
+from timm_itpn.pretrain.export import native_weights
 from timm_itpn.pretrain.objectives import create_objective, create_student
-from timm_itpn.pretrain.weights import from_native, to_native
 from timm_itpn.weights.layout import native_to_official, official_to_native
 
 
 def build(name, objective, expected, teacher_dim=None):
-    """An objective in float64 with the golden weights, every one of which has its place."""
+    """An objective in float64 with the golden weights, and all of them come out again."""
     objective = create_objective(objective, create_student(name, objective, 224), teacher_dim=teacher_dim).double()
     official = golden.official_state_dict(expected)
-    objective.load_state_dict(from_native(official_to_native(official)))
-    again = native_to_official(to_native(objective.state_dict()))
+    native = official_to_native(official)
+    state_dict = objective.state_dict()
+    for key, value in state_dict.items():
+        [native_key] = native_weights({key: value})
+        state_dict[key] = native[native_key]
+    objective.load_state_dict(state_dict)
+    again = native_to_official(native_weights(objective.state_dict()))
     assert set(again) == set(official)
     assert all(torch.equal(again[key], official[key]) for key in official)
     return objective.eval()

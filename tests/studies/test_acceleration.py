@@ -1,43 +1,21 @@
 """The experiment on token gathering and migration, much shortened."""
 import pytest
-import torch
 
 from timm_itpn.studies import acceleration
-from timm_itpn.studies.acceleration import FORMS, SETTINGS, SWEEP, Setting, create, leave_empty, study
 from timm_itpn.studies.canvases import draw
+from timm_itpn.studies.two_tasks import Training
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@pytest.fixture
-def short(monkeypatch):
-    for name in ('SMALL_UPDATES', 'UPDATES', 'TUNING_UPDATES'):
-        monkeypatch.setattr(acceleration, name, 1)
-    monkeypatch.setattr(acceleration, 'BATCH', 2)
-    monkeypatch.setattr(acceleration, 'draw', lambda *args, num, **kwargs: draw(*args, num=6, **kwargs))
-
-
-def test_study_measures_all_settings_before_and_after_tuning(short):
-    rows = list(study((0, 3)))
-    asked = [(row['setting'], row['tuned'], row['seed']) for row in rows]
-    every, forms, sweep = ([setting.name for setting in group] for group in (SETTINGS, FORMS, SWEEP))
-    wanted = [(name, False, 0) for name in every + forms + sweep] + [(name, True, 0) for name in every + forms]
-    wanted += [(name, tuned, 3) for tuned in (False, True) for name in every]
-    assert asked == wanted and len(set(asked)) == len(asked)
-    for row in rows:
-        assert 0 <= row['top1'] <= 100 and 0 <= row['miou'] <= 100
-
-
-def test_controls_do_what_they_say():
-    x = torch.randn(2, 3, acceleration.SIDE, acceleration.SIDE)
-    kwargs = dict(gather_window=8, migrate={0: 0.25})
-    stages = {}
-    for name, change in (('as it is', lambda model: None), ('empty', leave_empty)):
-        torch.manual_seed(0)
-        stages[name] = create(Setting(name, kwargs, change)).eval().model
-    with torch.no_grad():
-        maps = stages['empty'].stages[:2](stages['empty'].patch_embed(x))
-        (full, places), (holes, _) = (model.stages[2].run(maps) for model in stages.values())
-    gone = torch.zeros(2, 256, dtype=torch.bool).scatter(1, places[0].flatten(1), True).reshape(2, 16, 16)
-    assert (holes[gone] == 0).all() and (full[gone] != 0).any(dim=1).all()
-    assert torch.equal(holes[~gone], full[~gone]) and gone.sum() == 2 * 64
+def test_study_measures_the_arms_and_tunes_the_settings(monkeypatch):
+    for name in ('_SMALL_TRAINING', '_TRAINING', '_TUNING'):
+        monkeypatch.setattr(acceleration, name, Training(1, 2, 1e-3))
+    swept = ['windows of 4 in the first 2 blocks', '50% stay (windows of 4)']
+    monkeypatch.setattr(acceleration, '_SWEEP', {arm: acceleration._SWEEP[arm] for arm in swept})
+    monkeypatch.setattr(acceleration, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
+    measured = [(row.arm, row.measured, row.seed) for row in acceleration.study((0, 3))]
+    settings = ('off', 'light', 'full')
+    forms = (*settings, 'windows in all blocks')
+    expected = [(arm, 'as it is', 0) for arm in (*forms, *swept)] + [(arm, 'tuned', 0) for arm in forms]
+    assert measured == expected + [(arm, kind, 3) for kind in ('as it is', 'tuned') for arm in settings]

@@ -1,9 +1,10 @@
-"""The network of the experiments: its scores."""
+"""The network of the experiments: its batches and its scores."""
 import timm
 import torch
 
 from timm_itpn.studies import two_tasks
 from timm_itpn.studies.canvases import Canvases, draw, load_digits
+from timm_itpn.studies.two_tasks import Training
 
 
 def test_scores_of_a_network_that_knows_everything():
@@ -21,14 +22,17 @@ def test_scores_of_a_network_that_knows_everything():
     assert scores['top1'] == 0. and scores['miou'] < 5
 
 
-def test_batches_go_through_all_canvases_before_they_repeat():
+def test_training_sees_all_canvases_before_one_repeats():
     canvases = Canvases(torch.zeros(5, 3, 1, 1), torch.arange(5), torch.zeros(5, 1, 1))
-    labels = torch.cat([batch.labels for batch in two_tasks.batches(canvases, 5, 2, seed=0)])
-    assert len(labels) == 10 and all(part.sort().values.tolist() == [0, 1, 2, 3, 4] for part in labels.split(5))
-    again = torch.cat([batch.labels for batch in two_tasks.batches(canvases, 5, 2, seed=0)])
-    assert torch.equal(labels, again)
+    layer, orders, progress = torch.nn.Linear(1, 1), [], []
+    for _ in range(2):
+        seen = []
 
+        def loss_of(batch, seen=seen):
+            seen.extend(batch.labels.tolist())
+            return layer(torch.ones(1, 1)).sum()
 
-def test_mean_is_of_the_rows_asked_for():
-    rows = [dict(name='a', seed=seed, top1=value) for seed, value in enumerate((1., 2., 6.))]
-    assert two_tasks.mean(rows, 'top1', name='a') == 3. and two_tasks.mean(rows, 'top1', name='b') is None
+        two_tasks.fit(layer, loss_of, canvases, Training(5, 2, 1e-3), seed=0, after_update=progress.append)
+        orders.append(seen)
+    assert sorted(orders[0][:5]) == sorted(orders[0][5:]) == [0, 1, 2, 3, 4] and orders[0] == orders[1]
+    assert progress == [0.2, 0.4, 0.6, 0.8, 1.] * 2

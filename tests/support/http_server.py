@@ -13,21 +13,16 @@ ELSEWHERE = '/elsewhere'  # in front of a path: the same again, for redirects
 
 
 class Request(NamedTuple):
-    """One request, read whole."""
+    """One request, without the query of its address."""
     method: str
     path: str
     headers: Mapping[str, str]
-    body: bytes
 
 
 class Answer(NamedTuple):
     status: int
     body: bytes = b''
     headers: Mapping[str, str] = {}
-
-
-def as_json(content: object, status: int = 200) -> Answer:
-    return Answer(status, json.dumps(content).encode(), {'Content-Type': 'application/json'})
 
 
 class Refusal(Exception):
@@ -37,6 +32,18 @@ class Refusal(Exception):
         headers = {'X-Error-Code': code, 'X-Error-Message': message, **headers}
         body = json.dumps({'error': message or code}).encode()
         self.answer = Answer(status, body, {key: value for key, value in headers.items() if value})
+
+
+def part_of(content: bytes, request: Request, headers: Mapping[str, str]) -> Answer:
+    """The range of the content that was asked for, or all of it."""
+    match = re.fullmatch(r'bytes=(\d+)-(\d*)', request.headers.get('Range', ''))
+    if not match:
+        return Answer(200, content, headers)
+    start = int(match[1])
+    if start >= len(content):
+        raise Refusal(416, **{'Content-Range': f'bytes */{len(content)}'})
+    part = content[start:int(match[2]) + 1 if match[2] else None]
+    return Answer(206, part, {**headers, 'Content-Range': f'bytes {start}-{start + len(part) - 1}/{len(content)}'})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +91,13 @@ class Server:
             protocol_version = 'HTTP/1.1'
 
             def do_GET(self) -> None:
-                request = Request(self.command, urlsplit(self.path).path, self.headers, read_body(self))
+                request = Request(self.command, urlsplit(self.path).path, self.headers)
                 with server.lock:
                     fault = server.take_fault(request)
                     answer = server.answer(request, fault)
                 send(self, answer, fault)
 
-            do_HEAD = do_PUT = do_POST = do_GET
+            do_HEAD = do_GET
 
             def log_message(self, *args: object) -> None:
                 pass
@@ -121,18 +128,6 @@ class Server:
 
     def respond(self, request: Request) -> Answer:
         raise NotImplementedError  # what is served is for the class of each server to say
-
-
-def read_body(request: http.server.BaseHTTPRequestHandler) -> bytes:
-    """Read a request to its end: what is left would be taken for the connection's next request."""
-    if request.headers.get('Transfer-Encoding') != 'chunked':
-        return request.rfile.read(int(request.headers.get('Content-Length', 0)))
-    chunks = []
-    while size := int(request.rfile.readline(), 16):
-        chunks.append(request.rfile.read(size))
-        request.rfile.readline()
-    request.rfile.readline()
-    return b''.join(chunks)
 
 
 def send(request: http.server.BaseHTTPRequestHandler, answer: Answer, fault: Fault) -> None:

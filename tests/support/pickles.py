@@ -5,8 +5,7 @@ import zipfile
 import pytest
 import torch
 
-from timm_itpn.weights import contents
-
+LEGACY_START = [0x1950a86a20f9469cfc6c, 1001]  # magic number and protocol of torch.save
 FORMATS = {'zip pickle': True, 'legacy pickle': False}
 both_formats = pytest.mark.parametrize('file_format', list(FORMATS))
 
@@ -19,7 +18,7 @@ def save(content, path, file_format='zip pickle'):
 def write_pickle(pickled, path, file_format='zip pickle', name='archive/data.pkl', **kwargs):
     """A file of torch.save's, but with this pickle in it."""
     if file_format == 'legacy pickle':
-        parts = [pickle.dumps(part, protocol=2) for part in (*contents.LEGACY_START, {'little_endian': True})]
+        parts = [pickle.dumps(part, protocol=2) for part in (*LEGACY_START, {'little_endian': True})]
         path.write_bytes(b''.join(parts) + pickled + pickle.dumps([], protocol=2))
     else:
         with zipfile.ZipFile(path, 'w', **kwargs) as archive:

@@ -1,32 +1,43 @@
-"""Models with token gathering and migration, registered for timm's own test suite only (run_timm_suite.sh -m accelerated)."""
-from timm.models import generate_default_cfgs, register_model
-from timm_itpn.models.fast_itpn import _cfg, _create_fast_itpn
-from timm_itpn.models.itpn import _create_itpn
+"""Models with token gathering and migration, registered for timm's own test suite only."""
+from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
 
-default_cfgs = generate_default_cfgs({name: _cfg('', num_classes=1000) for name in (
-    'accelerated_fast_itpn_light', 'accelerated_fast_itpn_full', 'accelerated_itpn_full', 'accelerated_fast_itpn_fpn')})
-DEPTHS = dict(embed_dim=384, depths=(1, 1, 4), num_heads=6)
+ARGS = dict(embed_dim=384, depths=(1, 1, 4), num_heads=6)
+BASES = {  # name: registered model it is made of
+    'accelerated_fast_itpn_light': 'fast_itpn_small',
+    'accelerated_fast_itpn_full': 'fast_itpn_small',
+    'accelerated_itpn_full': 'itpn_small',
+    'accelerated_fast_itpn_fpn': 'fast_itpn_small_fpn',
+}
+
+
+def _cfg(base):
+    cfg = get_pretrained_cfg(base).to_dict(remove_source=True)
+    return {key: value for key, value in cfg.items() if key not in ('architecture', 'tag')}
+
+
+def _create(name, pretrained, pretrained_cfg=None, **kwargs):
+    cfg = pretrained_cfg or get_pretrained_cfg(name)
+    return model_entrypoint(BASES[name])(pretrained, pretrained_cfg=cfg, **dict(ARGS, **kwargs))
+
+
+default_cfgs = generate_default_cfgs({name: _cfg(base) for name, base in BASES.items()})
 
 
 @register_model
 def accelerated_fast_itpn_light(pretrained=False, **kwargs):
-    model_args = dict(DEPTHS, acceleration='light', gather_window=3)
-    return _create_fast_itpn('accelerated_fast_itpn_light', pretrained, **dict(model_args, **kwargs))
+    return _create('accelerated_fast_itpn_light', pretrained, **dict(acceleration='light', gather_window=3) | kwargs)
 
 
 @register_model
 def accelerated_fast_itpn_full(pretrained=False, **kwargs):
-    model_args = dict(DEPTHS, acceleration='full', gather_window=7)
-    return _create_fast_itpn('accelerated_fast_itpn_full', pretrained, **dict(model_args, **kwargs))
+    return _create('accelerated_fast_itpn_full', pretrained, **dict(acceleration='full', gather_window=7) | kwargs)
 
 
 @register_model
 def accelerated_itpn_full(pretrained=False, **kwargs):
-    model_args = dict(DEPTHS, acceleration='full', gather_window=3)
-    return _create_itpn('accelerated_itpn_full', pretrained, **dict(model_args, **kwargs))
+    return _create('accelerated_itpn_full', pretrained, **dict(acceleration='full', gather_window=3) | kwargs)
 
 
 @register_model
 def accelerated_fast_itpn_fpn(pretrained=False, **kwargs):
-    model_args = dict(DEPTHS, acceleration='full', gather_window=3, pyramid=kwargs.get('features_only', False))
-    return _create_fast_itpn('accelerated_fast_itpn_fpn', pretrained, **dict(model_args, **kwargs))
+    return _create('accelerated_fast_itpn_fpn', pretrained, **dict(acceleration='full', gather_window=3) | kwargs)

@@ -1,13 +1,10 @@
-"""Where the weights of pretrained models come from, in which order, and what happens if a place fails."""
+"""Where the weights of pretrained models come from, in which order, and what happens if a source fails."""
+import hashlib
 import io
 import json
 import logging
-import random
-import signal
-import subprocess
-import sys
+import threading
 import time
-from os import kill
 
 import pytest
 import timm
@@ -15,9 +12,11 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors.torch import save
 from support import drive_server, golden
+from support.drive_server import QUOTA_PAGE
 from support.hub_server import Fault
 
-from timm_itpn.weights import drive, sources
+from timm_itpn.weights import fetch as fetching
+from timm_itpn.weights import sources
 from timm_itpn.weights.fetch import cached, fetch
 from timm_itpn.weights.layout import official_to_native
 
@@ -42,11 +41,7 @@ CONTENT, OTHER = weights(), weights(seed=1)
 @pytest.fixture
 def google(monkeypatch):
     """A Google Drive that has the file too, with other content."""
-    server = drive_server.Drive(OTHER)
-    monkeypatch.setattr(drive_server, 'FILE_ID', SOURCE.drive_id)
-    monkeypatch.setattr(drive, 'ENDPOINT', server.endpoint)
-    yield server
-    server.close()
+    return drive_server.Drive(OTHER, monkeypatch)
 
 
 @pytest.fixture
@@ -63,7 +58,7 @@ def in_cache(folder):
 
 # order
 
-def test_places_are_tried_in_order(hub, google, tmp_path, monkeypatch):
+def test_sources_are_tried_in_order(hub, google, tmp_path, monkeypatch):
     own = tmp_path / 'own'
     own.mkdir()
     contents = [weights(seed) for seed in range(4)]
@@ -97,40 +92,41 @@ def test_folder_may_hold_converted_and_official_files(name, files, tmp_path, mon
         assert fetch(name) == cached(name) == tmp_path / file
 
 
-def test_folder_that_is_none_is_said(tmp_path, monkeypatch):
+def test_missing_folder_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path / 'absent'))
-    with pytest.raises(RuntimeError, match='TIMM_ITPN_WEIGHTS=.*absent is no folder: correct or unset it'):
+    with pytest.raises(RuntimeError, match='TIMM_ITPN_WEIGHTS=.*absent is not a folder: correct or unset it'):
         timm.create_model('fast_itpn_tiny', pretrained=True)
 
 
-def test_owner_that_is_none_is_said(monkeypatch):
+def test_impossible_owner_is_said(monkeypatch):
     monkeypatch.setenv('TIMM_ITPN_HUB', 'https://huggingface.co/someone')
     for function in (fetch, cached):
-        with pytest.raises(RuntimeError, match='TIMM_ITPN_HUB=.* is no user or organisation: correct or unset it'):
+        with pytest.raises(RuntimeError, match='TIMM_ITPN_HUB=.* is not a user or organisation: correct or unset it'):
             function(NAME)
 
 
-def test_places_that_fail_are_named(hub, google, tmp_path, monkeypatch, caplog):
+def test_sources_that_fail_are_named(hub, google, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path))
     monkeypatch.setenv('TIMM_ITPN_HUB', 'someone')
-    google.always = drive_server.Fault(status=404)
+    google.page = QUOTA_PAGE
     pattern = (
         f'{NAME} could not be fetched. Hub someone/{NAME}: model.safetensors cannot be had from the Hub .*404.*: check '
         f'name and revision. Hub xche32/RELO: {SOURCE.hub_path} cannot be had from the Hub .*404.* Google Drive: '
-        f'{SOURCE.file_name} could not be downloaded, .* 404, there is no such file: .*TIMM_ITPN_WEIGHTS names')
+        f'{SOURCE.file_name} could not be downloaded, .*Too many users have viewed it recently.: try '
+        'again tomorrow, or get.*WEIGHTS names')
     with caplog.at_level(logging.INFO), pytest.raises(RuntimeError, match=pattern) as caught:
         fetch(NAME, tmp_path / 'cache')
     assert '\n' not in str(caught.value)
     assert f'{NAME} is not in TIMM_ITPN_WEIGHTS={tmp_path}' in caplog.text
 
 
-def test_no_place_is_none(monkeypatch, hub):
+def test_model_without_published_weights_has_none(monkeypatch, hub):
     assert fetch('itpn_tiny') is None and cached('itpn_tiny') is None
     with pytest.raises(RuntimeError, match='itpn_tiny has no published weights: create it without pretrained=True'):
         timm.create_model('itpn_tiny', pretrained=True)
 
 
-def test_models_of_every_place_have_its_weights(hub, google, tmp_path, monkeypatch):
+def test_models_get_the_weights_of_every_source(hub, google, tmp_path, monkeypatch):
     state_dict = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in KEYS}
 
     def official(number):
@@ -158,7 +154,7 @@ def test_models_of_every_place_have_its_weights(hub, google, tmp_path, monkeypat
             assert model.pyramid is None or (model.pyramid.levels[2].align.weight == 0).all()
 
 
-def test_place_that_the_caller_names_has_priority(published, tmp_path, monkeypatch):
+def test_source_that_the_caller_names_has_priority(published, tmp_path, monkeypatch):
     monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path))
     state_dict = timm.create_model('fast_itpn_tiny', num_classes=0).state_dict()
     torch.save({**state_dict, 'head.norm.bias': state_dict['head.norm.bias'] + 7}, tmp_path / 'w.pt')
@@ -169,7 +165,7 @@ def test_place_that_the_caller_names_has_priority(published, tmp_path, monkeypat
         assert (model.head.norm.bias == expected).all()
 
 
-def test_scripts_that_hand_the_resolved_cfg_on_get_the_same_places(tmp_path, monkeypatch):
+def test_scripts_that_hand_the_resolved_cfg_on_get_the_same_source(tmp_path, monkeypatch):
     """timm 1.0.31's scripts pass the whole cfg as a dict, which may have been through JSON."""
     monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path))
     state_dict = timm.create_model('fast_itpn_tiny', num_classes=0).state_dict()
@@ -182,24 +178,33 @@ def test_scripts_that_hand_the_resolved_cfg_on_get_the_same_places(tmp_path, mon
 
 # checks
 
-def test_known_hash_is_checked_and_another_file_not_kept(published, google, tmp_path, monkeypatch):
-    hashes = tmp_path / 'hashes.json'
-    monkeypatch.setenv('TIMM_ITPN_HASHES', str(hashes))
-    hashes.write_text(json.dumps({NAME: '0' * 64}))
-    with pytest.raises(RuntimeError, match='another file than expected: its SHA-256 is .*, not 0{64}; it was not kept'):
-        fetch(NAME, tmp_path / 'cache')
-    assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file() and path.stat().st_size > 1000]
-    hashes.unlink()
-    assert fetch(NAME, tmp_path / 'cache').read_bytes() == CONTENT
+@pytest.fixture
+def known_hash(monkeypatch):
+    """Makes a hash the known one."""
+    def known(sha256):
+        monkeypatch.setitem(sources.SOURCES, NAME, SOURCE._replace(sha256=sha256))
+    return known
 
 
-def test_file_that_was_there_before_is_not_deleted(published, google, tmp_path, monkeypatch):
-    path = fetch(NAME, tmp_path / 'cache')
-    monkeypatch.setenv('TIMM_ITPN_HASHES', str(tmp_path / 'hashes.json'))
-    (tmp_path / 'hashes.json').write_text(json.dumps({NAME: '0' * 64}))
-    google.always = drive_server.Fault(status=404)
-    with pytest.raises(RuntimeError, match=f'{path} has the SHA-256 .* as expected: remove or rename it'):
-        fetch(NAME, tmp_path / 'cache')
+def large_files(folder):
+    return [path for path in folder.rglob('*') if path.is_file() and path.stat().st_size > 1000]
+
+
+def test_file_of_another_hash_is_not_kept(published, google, known_hash, tmp_path):
+    known_hash('0' * 64)
+    with pytest.raises(RuntimeError, match='Hub.* another file than expected: its SHA-256 is .*Drive.* another file'):
+        fetch(NAME, tmp_path)
+    assert not large_files(tmp_path)
+    known_hash(hashlib.sha256(OTHER).hexdigest())
+    assert fetch(NAME, tmp_path).read_bytes() == OTHER
+
+
+def test_file_that_was_there_before_is_not_deleted(published, google, known_hash, tmp_path):
+    path = fetch(NAME, tmp_path)
+    known_hash('0' * 64)
+    google.page = QUOTA_PAGE
+    with pytest.raises(RuntimeError, match=f'{path} is another file than expected.*: pass cache_dir= to download into'):
+        fetch(NAME, tmp_path)
     assert path.read_bytes() == CONTENT
 
 
@@ -210,25 +215,11 @@ def test_damaged_file_in_the_cache_is_noticed(offline, published, google, tmp_pa
     path.write_bytes(CONTENT[:-9])
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', offline)
     if offline:
-        with pytest.raises(RuntimeError, match=f'{path} is truncated or damaged: go online once without HF_HUB_OFF'):
+        with pytest.raises(RuntimeError, match=f'{path} is truncated, damaged or .*: go online .* without HF_HUB_OFF'):
             fetch(NAME, tmp_path)
         assert path.exists()
     else:
         assert fetch(NAME, tmp_path).read_bytes() == CONTENT
-
-
-def test_without_a_home_nothing_is_recorded(published, tmp_path, monkeypatch):
-    def home():
-        raise RuntimeError('Could not determine home directory.')
-    monkeypatch.delenv('XDG_CONFIG_HOME', raising=False)
-    monkeypatch.setattr('pathlib.Path.home', home)
-    assert fetch(NAME, tmp_path).read_bytes() == CONTENT
-
-
-def test_published_hash_counts_without_a_record():
-    from timm_itpn.weights.records import expected_sha256
-    assert expected_sha256('fast_itpn_base_fpn.mim_in1k') == sources.SOURCES['fast_itpn_base.mim_in1k'].sha256
-    assert expected_sha256(NAME) is None
 
 
 @pytest.mark.parametrize('content', [b'<!DOCTYPE html><html>Sign in</html>', CONTENT[:50_000], b'', b'version https'])
@@ -263,7 +254,7 @@ REFUSED = ('503 at the head', 'page for ever', '404', '401', '403', '500 for eve
 @pytest.mark.parametrize('fault', FAULTS)
 def test_faults_of_the_hub(fault, published, google, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-    google.always = drive_server.Fault(status=404)
+    google.page = QUOTA_PAGE
     published.faults += FAULTS[fault]
     if fault in REFUSED:
         with pytest.raises(RuntimeError) as caught:
@@ -279,76 +270,66 @@ def test_faults_of_the_hub(fault, published, google, tmp_path, monkeypatch, capl
 
 def test_impossible_cache_is_said(published, google, tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(RuntimeError, match='cannot be stored .*: free space there, or name another fol'):
+    with pytest.raises(RuntimeError, match='cannot be stored .*: free space there, or .*Drive.*cannot be used'):
         fetch(NAME, tmp_path / 'file' / 'cache')
 
 
-# processes
-
-CHILDREN = f"""
-import os, resource, sys
-from timm_itpn.weights import drive, fetch
-drive.ENDPOINT, drive.PAUSES_S = 'http://127.0.0.1:9/download', ()
-for line in sys.stdin:
-    ready, go = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.read(ready, 1)  # until its number is printed
-        if line.strip() == 'full':  # as a full disk: no file may grow beyond this
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            fetch.fetch({NAME!r}, sys.argv[1])
-        except RuntimeError as error:
-            print(error, flush=True)
-        os._exit(0)
-    print(pid, flush=True)
-    os.write(go, b'!')
-"""
-
+# Google Drive
 
 @pytest.fixture
-def children(tmp_path):
-    """Starts processes that fetch, at once: a process that has imported everything forks them."""
-    parent = subprocess.Popen(
-        [sys.executable, '-c', CHILDREN, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def start(how='plain'):
-        parent.stdin.write(f'{how}\n')
-        parent.stdin.flush()
-        return int(parent.stdout.readline())
-
-    start.output = parent.stdout
-    yield start
-    parent.kill()
-    parent.communicate()
+def no_hub_copy(hub):
+    pytest.importorskip('gdown')
 
 
-def test_killed_downloads_never_leave_a_bad_file(children, published, tmp_path):
-    moments = random.Random(0)
-    for _ in range(10):
-        published.faults[:] = [Fault(pause_s=.002)]  # 0.8 s for all
-        child = children()
-        time.sleep(moments.uniform(0, .6))
-        kill(child, signal.SIGKILL)
-        assert in_cache(tmp_path) in (None, CONTENT)
-    published.faults.clear()
-    assert fetch(NAME, tmp_path).read_bytes() == CONTENT == in_cache(tmp_path)
-
-
-def test_two_processes_at_once_end_with_one_good_file(children, published, tmp_path):
-    published.faults[:] = [Fault(pause_s=.002)]
-    children()
-    children()
-    deadline = time.monotonic() + 60
-    while in_cache(tmp_path) is None and time.monotonic() < deadline:
-        time.sleep(.05)
-    assert in_cache(tmp_path) == CONTENT
+@pytest.mark.parametrize('content', [b'<!DOCTYPE html><html>Sign in</html>', CONTENT[:50_000], b'hello', b'\x80\x02}.'])
+def test_bad_file_from_drive_is_not_kept(content, no_hub_copy, google, tmp_path):
+    google.content = content
+    with pytest.raises(RuntimeError, match='what came is .*, and was not kept: run it again') as error:
+        fetch(NAME, tmp_path)
+    assert '\n' not in str(error.value) and not list(tmp_path.iterdir())[1:]  # but its lock
+    google.content = CONTENT
     assert fetch(NAME, tmp_path).read_bytes() == CONTENT
-    assert published.downloads == [HUB_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [SOURCE.file_name]
 
 
-def test_full_disk_is_said(children, published, tmp_path):
-    children('full')
-    assert 'cannot be stored (' in children.output.readline()
-    assert in_cache(tmp_path) is None
-    assert fetch(NAME, tmp_path).read_bytes() == CONTENT
+@pytest.mark.parametrize('by_then', ['the same file', 'another', 'a shorter one'])
+def test_download_from_drive_goes_on_where_it_broke_off(by_then, no_hub_copy, google, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetching, 'DRIVE_RETRIES', 0)
+    google.content = weights(num_values=400_000)
+    google.faults.append(Fault(path='/uc', cut_after=1_000_000))
+    with pytest.raises(RuntimeError, match='Download is incomplete.*: run it again to go on'):
+        fetch(NAME, tmp_path)
+    if by_then != 'the same file':
+        google.content = weights(seed=1, num_values=400_000 if by_then == 'another' else 10_000)
+    if by_then == 'another':  # gdown cannot tell, the checksums can
+        with pytest.raises(RuntimeError, match='and was not kept: run it again'):
+            fetch(NAME, tmp_path)
+    assert fetch(NAME, tmp_path).read_bytes() == google.content
+    assert (google.starts[-1] == 'bytes=524288-') == (by_then == 'the same file')  # gdown writes pieces of 512 KiB
+
+
+def test_processes_at_once_download_from_drive_once(no_hub_copy, google, tmp_path):
+    google.faults.append(Fault(path='/uc', pause_s=.001))
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fetch(NAME, tmp_path))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tmp_path / SOURCE.file_name] * 3 and google.starts == ['0']
+    assert found[0].read_bytes() == OTHER
+
+
+@pytest.mark.parametrize('found', ['5.2.0', None])
+def test_missing_gdown_is_said_with_all_ways_out(found, no_hub_copy, tmp_path, monkeypatch):
+    def version(name):
+        if found is None:
+            raise fetching.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(fetching, 'version', version)
+    ways = [
+        r"gdown >= 6: pip install 'timm-itpn\[drive\]'", f'https://drive.google.com/file/d/{SOURCE.drive_id}',
+        'TIMM_ITPN_WEIGHTS']
+    with pytest.raises(RuntimeError, match='.*'.join(ways)):
+        fetch(NAME, tmp_path)

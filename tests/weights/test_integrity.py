@@ -1,4 +1,4 @@
-"""Whole weight files are told from all else, by their bytes and without unpickling."""
+"""Whole weight files are told from all else, by their bytes and without running what is pickled in them."""
 import hashlib
 import io
 import random
@@ -9,23 +9,15 @@ import safetensors.torch
 import torch
 from support.explosive import Explosive
 
-from timm_itpn.weights.integrity import is_weight_start, sha256_of, why_no_weight_file
+from timm_itpn.weights.integrity import sha256_of, why_no_weight_file
 
-WEIGHTS = {'a': torch.arange(3000.), 'b': {'c': torch.ones(7, dtype=torch.bfloat16)}}
-FLAT = {'a': torch.arange(3000.), 'c': torch.ones(7, dtype=torch.bfloat16)}
+WEIGHTS = {'a': torch.arange(3000.), 'c': torch.ones(7, dtype=torch.bfloat16)}
+DAMAGED = 'truncated, damaged or not a weight file'
 
 
-def torch_zip(content=WEIGHTS, **kwargs):
+def torch_file(content=WEIGHTS, **kwargs):
     buffer = io.BytesIO()
     torch.save(content, buffer, **kwargs)
-    return buffer.getvalue()
-
-
-def a_zip(**entries):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, 'w') as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
     return buffer.getvalue()
 
 
@@ -36,92 +28,67 @@ def why(content, tmp_path):
 
 
 WHOLE = {
-    'zip': torch_zip(),
-    'empty zip': torch_zip({}),
-    'safetensors': safetensors.torch.save(FLAT, metadata={'format': 'pt'}),
+    'zip': torch_file(),
+    'empty zip': torch_file({}),
+    'safetensors': safetensors.torch.save(WEIGHTS, metadata={'format': 'pt'}),
     'empty safetensors': safetensors.torch.save({}),
-    'legacy': torch_zip(_use_new_zipfile_serialization=False),
+    'legacy': torch_file(_use_new_zipfile_serialization=False),
 }
 
 
 @pytest.mark.parametrize('kind', WHOLE)
 def test_whole_files_pass(kind, tmp_path):
-    assert is_weight_start(WHOLE[kind])
     assert why(WHOLE[kind], tmp_path) == ''
 
 
-@pytest.mark.parametrize('kind', ['zip', 'safetensors'])
+@pytest.mark.parametrize('kind', ['zip', 'safetensors', 'legacy'])
 def test_truncated_files_are_refused(kind, tmp_path):
     content = WHOLE[kind]
     for size in [len(content) * tenth // 10 for tenth in range(1, 10)] + [9, 30, len(content) - 1]:
-        assert why(content[:size], tmp_path) == 'truncated or damaged'
+        assert why(content[:size], tmp_path) == DAMAGED
 
 
-@pytest.mark.parametrize('kind', ['zip', 'safetensors'])
-@pytest.mark.parametrize('tail', [b'\0', b'<html>', b'x' * 30_000])
-def test_surplus_bytes_are_refused(kind, tail, tmp_path):
-    assert why(WHOLE[kind] + tail, tmp_path).startswith('truncated or damaged')
-
-
-def test_glued_zips_are_refused(tmp_path):
-    content, other = WHOLE['zip'], torch_zip({'a': torch.zeros(3000)})
-    assert why(content[:5000] + content, tmp_path).startswith('truncated or damaged')
-    assert why(content[:5000] + other[5000:], tmp_path).startswith('truncated or damaged')
-
-
-def test_zip_with_a_comment_passes(tmp_path):
-    path = tmp_path / 'w.pt'
-    path.write_bytes(WHOLE['zip'])
-    with zipfile.ZipFile(path, 'a') as archive:
-        archive.comment = b'seen'
-    assert why_no_weight_file(path) == ''
+def test_file_glued_from_two_is_refused(tmp_path):
+    other = torch_file({'a': torch.zeros(3000), 'c': WEIGHTS['c']})
+    assert why(WHOLE['zip'][:5000] + other[5000:], tmp_path).startswith(f'{DAMAGED} (wrong checksum of ')
 
 
 def test_a_wrong_byte_in_a_zip_is_found(tmp_path):
     content = bytearray(WHOLE['zip'])
     content[len(content) // 2] ^= 1
-    assert why(content, tmp_path).startswith('truncated or damaged (wrong checksum of ')
+    assert why(content, tmp_path).startswith(f'{DAMAGED} (wrong checksum of ')
 
 
-@pytest.mark.parametrize('kind', ['zip', 'safetensors'])
+@pytest.mark.parametrize('kind', ['zip', 'safetensors', 'legacy'])
 def test_damage_of_any_kind_is_an_answer_not_an_exception(kind, tmp_path):
     random_ = random.Random(0)
-    for _ in range(400):
+    for _ in range(200):
         content = bytearray(WHOLE[kind])
-        first = random_.choice((0, len(content) - 900))  # headers lie at both ends
+        first = random_.choice((0, len(content) - 900))  # headers are at both ends
         for _ in range(random_.choice((1, 2, 5))):
             content[random_.randrange(first, len(content))] = random_.choice((0, 255, random_.randrange(256)))
         assert isinstance(why(content, tmp_path), str)
 
 
-@pytest.mark.parametrize('page', [
-    b'<!DOCTYPE html><html></html>', b'<html>', b'\n\n  <!doctype HTML>', b'\xef\xbb\xbf<HTML lang="en">',
-    b'\xef\xbb\xbf\r\n<!Doctype html>'])
-def test_web_pages_are_named(page, tmp_path):
-    assert why(page, tmp_path) == 'a web page, not a weight file'
-
-
-@pytest.mark.parametrize('content', [
-    b'h', b'{"error": "quota"}', b'\x80\x04}.', b'\0' * 4096, bytes(random.Random(0).randbytes(4096)), b'<svg/>'])
+@pytest.mark.parametrize('content', [b'h', b'{"error": "quota"}', b'\x80\x04}.', b'\0' * 4096, b'<svg/>'])
 def test_other_files_are_refused(content, tmp_path):
-    assert not is_weight_start(content)
-    assert why(content, tmp_path) == 'no weight file'
+    assert why(content, tmp_path) == DAMAGED
 
 
-def test_empty_file_and_foreign_zip_are_named(tmp_path):
-    assert why(b'', tmp_path) == 'empty'
-    assert why(a_zip(**{'word/document.xml': b'<w/>'}), tmp_path) == 'a zip archive, but none of torch.save'
+def test_other_zip_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'w', 'w') as archive:
+        archive.writestr('word/document.xml', b'<w/>')
+    assert why_no_weight_file(tmp_path / 'w').startswith('a zip file with 0 entries */data.pkl')
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_nothing_is_unpickled(zipped, tmp_path):
+def test_nothing_is_run(zipped, tmp_path):
     mark = tmp_path / 'mark'
-    content = torch_zip(Explosive(mark), _use_new_zipfile_serialization=zipped)
-    assert why(content, tmp_path) == ''
+    assert why(torch_file(Explosive(mark), _use_new_zipfile_serialization=zipped), tmp_path) == ''
     assert not mark.exists()
 
 
-def test_unreadable_file_is_an_error_of_its_own(tmp_path):
+def test_missing_file_is_an_error_of_its_own(tmp_path):
     with pytest.raises(FileNotFoundError):
         why_no_weight_file(tmp_path / 'absent.pt')
 

@@ -1,5 +1,5 @@
 """The block of stage 3 with token gathering and migration, for training and for inference."""
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -104,7 +104,7 @@ class MigrationBlock(Migration, AttentionBlock):
         kwargs: As for `AttentionBlock`.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.windowed = False  # the stage decides
 

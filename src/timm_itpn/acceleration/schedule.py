@@ -1,6 +1,6 @@
 """Which blocks of stage 3 gather and migrate, and how much: what users write, made explicit and checked."""
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ['ACCELERATIONS', 'Schedule', 'num_leaving', 'parse_schedule']
 
@@ -44,7 +44,7 @@ def parse_schedule(
         acceleration: str | None = None,
         gather_window: int | None = None,
         gather_blocks: Sequence[int] | None = None,
-        migrate: Mapping[int | str, Amount] | None = None,
+        migrate: Mapping[Any, Amount] | None = None,
 ) -> Schedule | None:
     """Make a schedule of the arguments of a model. Each of the last four repositions that part of `acceleration`.
 
@@ -100,7 +100,7 @@ def _block(index: int | str, depth: int, name: str) -> int:
     return number % depth
 
 
-def _amounts(migrate: Mapping[int | str, Amount], depth: int) -> tuple[float, ...]:
+def _amounts(migrate: Mapping[Any, Amount], depth: int) -> tuple[float, ...]:
     """How much leaves at each block."""
     if not isinstance(migrate, Mapping):
         raise ValueError(f'migrate {migrate!r} is not usable: give block -> number or share, such as {{3: 0.25}}')

@@ -1,6 +1,7 @@
 """Stage 3 with token gathering and token migration."""
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_module
@@ -33,7 +34,7 @@ class MigrationStage(AttentionStage):
         ValueError: The schedule lets more tokens leave than a window has to give.
     """
 
-    def __init__(self, *args, schedule: Schedule, **kwargs):
+    def __init__(self, *args: Any, schedule: Schedule, **kwargs: Any):
         super().__init__(*args, block_layer=MigrationBlock, **kwargs)
         self.gather_window = schedule.gather_window
         self.migrate = list(schedule.migrate)

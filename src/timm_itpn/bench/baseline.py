@@ -8,6 +8,7 @@ out: the benchmark runs without.
 The pyramid, where there is one, is ours: its stages are maps (B, H, W, C), so those from here are permuted for it, and
 its levels permuted back. Compared are then two backbones under one pyramid.
 """
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -122,17 +123,6 @@ class TokenBlock(nn.Module):
         return x + self.gamma_2 * self.mlp(self.norm2(x))
 
 
-class Patches(nn.Module):
-    """4 x 4 stem."""
-
-    def __init__(self, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=4, stride=4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x)
-
-
 class Baseline(nn.Module):
     """Fast-iTPN classifier, unfused. (B, in_chans, H, W) -> (B, num_classes), or a list of maps (B, C, H, W).
 
@@ -160,7 +150,7 @@ class Baseline(nn.Module):
     ):
         super().__init__()
         self.grad_checkpointing = False
-        self.patch_embed = Patches(in_chans, embed_dim // 4)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(in_chans, embed_dim // 4, 4, stride=4)))
         blocks: list[nn.Module] = [ConvBlock(embed_dim // 4, mlp_ratio) for _ in range(depths[0])]
         blocks += [Merge(embed_dim // 4)]
         blocks += [ConvBlock(embed_dim // 2, mlp_ratio) for _ in range(depths[1])]

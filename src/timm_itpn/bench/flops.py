@@ -1,6 +1,6 @@
 """Operations of a model, and the matrix products in it, found by running it on the meta device: shapes without data."""
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['Product', 'as_list', 'count_flops', 'count_products', 'training_loss']
+__all__ = ['Outputs', 'Product', 'as_list', 'count_flops', 'count_products', 'training_loss']
+
+Outputs = torch.Tensor | Sequence[torch.Tensor]  # logits, or the levels of a pyramid
 
 
 class Product(NamedTuple):
@@ -25,28 +27,27 @@ class Product(NamedTuple):
         return 2 * self.rows * self.inner * self.columns
 
 
-def as_list(outputs: Any) -> list[torch.Tensor]:
-    """Outputs of a model: the levels of a pyramid, or its one output."""
-    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+def as_list(outputs: Outputs) -> list[torch.Tensor]:
+    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
 
-def training_loss(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-    """What is trained: cross-entropy of logits (B, num_classes), or the sum of the mean squares of maps.
+def training_loss(outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits (B, num_classes), or the sum of the mean squares of maps.
 
     Args:
-        outputs: Logits, or a list of maps.
+        outputs: Logits, or maps.
         targets: Classes (B,), for logits.
     """
     if isinstance(outputs, torch.Tensor):
         return F.cross_entropy(outputs.float(), targets)
-    return torch.stack([level.float().square().mean() for level in as_list(outputs)]).sum()
+    return torch.stack([level.float().square().mean() for level in outputs]).sum()
 
 
 def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) -> int:
     """Floating-point operations of one call, a multiply-add counted as two.
 
-    A model that cannot run without data, as another's may, runs with them. Attention is counted by its two products,
-    whatever kernel would run. What gradient checkpointing computes again is counted, unless it is off in `model`.
+    A model that cannot run without data runs with them. Attention is counted by its two products, whichever kernel
+    would run. What gradient checkpointing computes again is counted, unless it is off in `model`.
 
     Args:
         model: (B, C, H, W) -> (B, num_classes), or a list of maps.
@@ -56,7 +57,7 @@ def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) 
     try:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             _run_on_meta(model, images, backward)
-    except (NotImplementedError, RuntimeError, TypeError):  # it wants data; what else is wrong with it is raised again
+    except (NotImplementedError, RuntimeError, TypeError):  # the meta device gave no data; other faults come up again
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             _run(model, images, backward)
         model.zero_grad(set_to_none=True)
@@ -78,7 +79,7 @@ def _run_on_meta(model: nn.Module, images: torch.Tensor, backward: bool) -> None
     _run(lambda x: functional_call(model, meta, (x,)), torch.empty_like(images, device='meta'), backward)
 
 
-def _run(model: Callable[[torch.Tensor], Any], images: torch.Tensor, backward: bool) -> None:
+def _run(model: Callable[[torch.Tensor], Outputs], images: torch.Tensor, backward: bool) -> None:
     with torch.set_grad_enabled(backward):
         outputs = model(images)
         if backward:
@@ -86,13 +87,13 @@ def _run(model: Callable[[torch.Tensor], Any], images: torch.Tensor, backward: b
 
 
 class _Products(TorchDispatchMode):
-    """Collects the shapes of products with a weight; those of attention are batched, and not among them."""
+    """Collects the shapes of products with a weight; those of attention are batched and do not count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[Product] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ('mm', 'addmm'):

@@ -7,7 +7,7 @@ import torch
 __all__ = ['peak_bytes']
 
 
-def peak_bytes(call: Callable[[], Any], device: str) -> int:
+def peak_bytes(call: Callable[[], object], device: str) -> int:
     """Largest number of bytes that were in use at once during `call`, above those in use before it.
 
     On CUDA by the allocator's own statistics; on the CPU counted from all allocations that PyTorch's profiler sees, so
@@ -16,7 +16,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     return _cuda_peak_bytes(call) if device == 'cuda' else _cpu_peak_bytes(call)
 
 
-def _cuda_peak_bytes(call: Callable[[], Any]) -> int:
+def _cuda_peak_bytes(call: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -25,7 +25,7 @@ def _cuda_peak_bytes(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _cpu_peak_bytes(call: Callable[[], Any]) -> int:
+def _cpu_peak_bytes(call: Callable[[], object]) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         kept = call()

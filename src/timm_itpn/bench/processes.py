@@ -2,14 +2,18 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 __all__ = ['in_processes']
 
+Item = TypeVar('Item')
+Result = TypeVar('Result')
 
-def in_processes(function: Callable[..., Any], items: Iterable[Any], processes: int, threads: int) -> Iterator[Any]:
+
+def in_processes(
+        function: Callable[[Item], Result], items: Iterable[Item], processes: int, threads: int) -> Iterator[Result]:
     """Call a function of a module for each item, as `map` does.
 
     Args:

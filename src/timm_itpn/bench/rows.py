@@ -1,154 +1,142 @@
-"""Rows of measurements: as tables, and as a file of JSON lines."""
+"""Rows of measurements: as tables, and as files of JSON lines. Nothing here needs torch."""
 import json
-from collections.abc import Iterable, Sequence
-from importlib import resources
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ..files import replaced
 from .cases import Case
+from .machine import Machine
 
-__all__ = [
-    'HEADER', 'case_of', 'cells', 'committed_text', 'heading', 'is_ours', 'lines_as_markdown', 'markdown_table',
-    'measured', 'read', 'record', 'same_function', 'setting',
-]
+__all__ = ['Row', 'json_line', 'markdown', 'markdown_of_case', 'measured', 'number', 'read', 'record', 'table']
 
-HEADER = (
-    'contestant', 'ms/image', 'spread', 'images/s', 'TFLOP/s', 'of ceiling', 'peak MiB', 'time / ours',
-    'vs baseline', 'attention kernel')
-MARKDOWN = (  # what is in the Markdown table
-    'contestant', 'ms/image', 'vs ours', 'vs baseline', 'TFLOP/s', 'of ceiling', 'peak MiB', 'spread',
-    'attention kernel')
-LATER_FIELDS = ('pyramid',)  # of `Case`; older rows lack them
-MEASURED = resources.files('timm_itpn.bench') / 'measured.jsonl'
+T = TypeVar('T')
 
-Row = dict[str, Any]
+_MEASURED = Path(__file__).with_name('measured.jsonl')
+_HEADER = (
+    'candidate', 'ms/image', 'images/s', 'vs ours', 'vs baseline', 'TFLOP/s', 'of ceiling', 'peak MiB', 'IQR',
+    'kernels')
 
 
-def case_of(row: Row) -> Case:
-    row = {**{field: Case._field_defaults[field] for field in LATER_FIELDS}, **row}
-    return Case(**{field: row[field] for field in Case._fields})
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one candidate."""
+    case: Case
+    candidate: str  # 'ours', 'ours fused', 'baseline', the name of a model, ...
+    same_function: bool  # its outputs have to agree with ours
+    gflop_per_image: float  # a multiply-add is two operations
+    kernels: list[str]  # of attention, that ran
+    output_error: float | None  # relative to our outputs; None where they are of another kind
+    peak_memory_mib: float | None  # allocated during a call, without the weights; None if it cannot be told
+    ms: float  # median time of a call
+    p95_ms: float  # its 95th percentile
+    relative_iqr: float  # its interquartile range, relative to the median
+    speedup_over_ours: float | None  # median ratio of the times of a round; None if outputs should agree and do not
+    speedup_over_baseline: float | None  # likewise; None without a baseline
+    ceiling_tflop_per_s: float  # of plain matrix products in the shapes of our model
+    mm_tflop_per_s: float  # the same by `torch.mm` alone
+    repeats: int  # rounds that count
+    warmup: int  # rounds before them
+    machine: Machine
+
+    @property
+    def ms_per_image(self) -> float:
+        return self.ms / self.case.batch
+
+    @property
+    def tflop_per_s(self) -> float:
+        return self.gflop_per_image / self.ms_per_image
+
+    @classmethod
+    def of_json(cls, case: dict[str, Any], machine: dict[str, Any], **values: Any) -> 'Row':
+        case['img_size'] = tuple(case['img_size'])
+        return cls(Case(**case), machine=Machine(**machine), **values)
 
 
-def same_function(row: Row) -> bool:
-    """True if the outputs have to agree with ours."""
-    return bool(row.get('same_function', row['output_error'] is not None))  # older rows lack it
+def markdown(rows: Iterable[Row]) -> str:
+    """Rows in Markdown: a table for each case, the machine above the cases that were measured on it."""
+    lines = []
+    for machine, of_machine in groupby(sorted(rows, key=lambda row: str(row.machine)), key=lambda row: row.machine):
+        lines.append(f'## {machine}')
+        lines += [markdown_of_case(list(group)) for _, group in groupby(of_machine, key=lambda row: row.case)]
+    return '\n\n'.join(lines)
 
 
-def is_ours(row: Row) -> bool:
-    """True if the row is of our model, or of what was made of it."""
-    return bool(row['contestant'].split()[0] == 'ours')
+def markdown_of_case(rows: Sequence[Row]) -> str:
+    """The rows of one case as a table, below the case and the ceiling."""
+    ceiling, mm = rows[0].ceiling_tflop_per_s, rows[0].mm_tflop_per_s
+    title = f'{rows[0].case}; ceiling {number(ceiling)} TFLOP/s (`torch.mm` alone {number(mm)})'
+    return f'{title}:\n\n{table(_HEADER, map(_cells, rows))}'
 
 
-def heading(row: Row) -> str:
-    """The case of a row, and the ceiling."""
-    ceiling, mm = row['ceiling_tflop_per_s'], row['mm_tflop_per_s']
-    return f'{case_of(row)}; ceiling {ceiling:.4g} TFLOP/s (torch.mm alone {mm:.4g})'
+def _cells(row: Row) -> tuple[str, ...]:
+    latency = f' (p95 {number(row.p95_ms / row.case.batch)})' if row.case.mode == 'latency' else ''
+    return (
+        row.candidate,
+        f'{number(row.ms_per_image)}{latency}',
+        number(1000 / row.ms_per_image),
+        'outputs differ' if row.speedup_over_ours is None else f'{row.speedup_over_ours:.2f}x',
+        '' if row.speedup_over_baseline is None else f'{row.speedup_over_baseline:.2f}x',
+        number(row.tflop_per_s),
+        f'{row.tflop_per_s / row.ceiling_tflop_per_s:.0%}',
+        '' if row.peak_memory_mib is None else f'{row.peak_memory_mib:.1f}',
+        f'{row.relative_iqr:.1%}',
+        ', '.join(row.kernels),
+    )
 
 
-def setting(row: Row) -> str:
-    """Machine, versions and date of a row."""
-    where = row['machine'] if row['gpu'] else f'{row["machine"]}, threads: {row["threads"]}, cores: {row["cores"]}'
-    versions = ', '.join(f'{name} {row[name]}' for name in ('python', 'torch', 'timm', 'timm_itpn'))
-    return f'{where}; {versions}; {row["date"]}'
+def number(value: float) -> str:
+    """A number with four digits, or with those before the point."""
+    return f'{value:.0f}' if value >= 1000 else f'{value:.4g}'
 
 
-def cells(row: Row, names: Sequence[str] = HEADER) -> tuple[str, ...]:
-    """A row of the table under `names`."""
-    latency = f' (p95 {row["p95_ms"]:.4g})' if row['mode'] == 'latency' else ''
-    texts = {
-        'contestant': row['contestant'],
-        'ms/image': f'{row["ms_per_image"]:.4g}{latency}',
-        'spread': f'{row["spread"]:.1%}',
-        'images/s': f'{row["images_per_s"]:.4g}',
-        'TFLOP/s': f'{row["tflop_per_s"]:.4g}',
-        'of ceiling': f'{row["share_of_ceiling"]:.0%}',
-        'peak MiB': '' if row['peak_memory_mib'] is None else f'{row["peak_memory_mib"]:.1f}',
-        'time / ours': 'outputs differ' if row['ratio'] is None else f'{row["ratio"]:.3f}',
-        'vs ours': f'{1 / row["ratio"]:.2f}x' if is_ours(row) and row['ratio'] else '',
-        'vs baseline': '' if row['speedup_over_baseline'] is None else f'{row["speedup_over_baseline"]:.2f}x',
-        'attention kernel': ', '.join(row['kernels']),
-    }
-    return tuple(texts[name] for name in names)
-
-
-def markdown_table(rows: Iterable[Row]) -> str:
-    """Rows as Markdown: a table for each machine, versions and date, which stand above it.
-
-    The first row of a case names it.
-    """
-    parts = []
-    for where, group in groupby(sorted(rows, key=setting), key=setting):
-        lines = [
-            ('' if i else str(case), *cells(row, MARKDOWN))
-            for case, rows_of_case in groupby(group, key=case_of) for i, row in enumerate(rows_of_case)]
-        parts.append(f'{where}:\n\n{lines_as_markdown(("case", *MARKDOWN), lines)}')
-    return '\n\n'.join(parts)
-
-
-def lines_as_markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of texts."""
-    return '\n'.join(f'| {" | ".join(texts)} |' for texts in (header, ['---'] * len(header), *lines))
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table that is readable as text too: the first column to the left, the others to the right."""
+    texts = [list(header), *map(list, lines)]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    texts.insert(1, [':' + '-' * (widths[0] - 1), *('-' * (width - 1) + ':' for width in widths[1:])])
+    return '\n'.join(
+        f'| {line[0]:<{widths[0]}} | {" | ".join(map(str.rjust, line[1:], widths[1:]))} |' for line in texts)
 
 
 def measured() -> list[Row]:
-    """The rows that come with the package.
-
-    Raises:
-        RuntimeError: There are none.
-    """
-    return parse(committed_text(MEASURED), str(MEASURED))
+    """The rows that come with the package."""
+    return read(_MEASURED, Row.of_json)
 
 
-def committed_text(file: Any) -> str:
-    """Text of a file of rows that comes with the package.
+def read(path: Path, make: Callable[..., T]) -> list[T]:
+    """Rows of a file.
 
     Args:
-        file: A path, or a resource.
+        path: A file of JSON lines.
+        make: Makes a row of the values of a line, by name.
 
     Raises:
-        RuntimeError: There is none.
+        ValueError: It is not a file of such rows.
     """
-    if not file.is_file():
-        raise RuntimeError(f'no measured rows come with this version: there is no {file}')
-    return str(file.read_text(encoding='utf-8'))
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a file, none if it does not exist.
-
-    Raises:
-        ValueError: It is no file of rows.
-    """
-    return parse(path.read_text(encoding='utf-8'), str(path)) if path.exists() else []
-
-
-def parse(text: str, name: str) -> list[Row]:
     try:
-        rows = [json.loads(line) for line in text.splitlines() if line]
-        for row in rows:
-            key(row)
+        return [make(**json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines()]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f'{name} is no file of measured rows, one JSON object per line: {error!r}') from error
-    return rows
+        raise ValueError(f'{path} is not a file of measured rows, one JSON object per line: {error!r}') from error
+
+
+def json_line(row: Any) -> str:
+    """A row, a dataclass, as a line of such a file."""
+    return f'{json.dumps(asdict(row))}\n'
 
 
 def record(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a file of JSON lines, in place of older ones of the same case, contestant and machine.
-
-    The file is written whole or not at all.
+    """Add rows to a file, in place of older ones of the same case, candidate and processor.
 
     Raises:
-        ValueError: `path` exists and is no file of rows.
+        ValueError: `path` exists and is not a file of rows.
     """
-    from ..files import replaced
-
-    merged = {key(row): row for row in read(path)}
-    merged.update({key(row): row for row in rows})
+    merged = {_key(row): row for row in [*(read(path, Row.of_json) if path.exists() else []), *rows]}
     with replaced(path) as part:
-        part.write_text(''.join(f'{json.dumps(row)}\n' for row in merged.values()), encoding='utf-8')
+        part.write_text(''.join(map(json_line, merged.values())), encoding='utf-8')
 
 
-def key(row: Row) -> tuple[Any, ...]:
-    """What a row replaces another by."""
-    return (*case_of(row), row['contestant'], row['machine'])
+def _key(row: Row) -> tuple[object, ...]:
+    return row.case, row.candidate, row.machine.cpu, row.machine.gpu

@@ -1,54 +1,55 @@
-"""Fixed lists of cases: what the committed rows are measured by."""
-from .cases import ACCELERATIONS, PEERS, Case, Rivals, Rounds
+"""Fixed lists of cases, by which the committed rows are measured. Nothing here needs torch."""
+from .cases import PEERS, Candidates, Case, Rounds
 
 __all__ = ['SUITES']
 
-BASE, TINY, LARGE = 'fast_itpn_base', 'fast_itpn_tiny', 'fast_itpn_large'
-PLAIN = Rivals(baseline=True)
-FUSED = Rivals(baseline=True, fuse=True)
-FUSED_PEERS = Rivals(baseline=True, fuse=True, peers=PEERS)
-COMPILED = Rivals(baseline=True, fuse=True, compile='max-autotune')
-COMPILED_TRAIN = Rivals(baseline=True, compile='max-autotune')
-GRAPHS = Rivals(baseline=True, compile='reduce-overhead')
-ACCELERATED = Rivals(accelerations=ACCELERATIONS)
-ACCELERATED_FUSED = Rivals(fuse=True, accelerations=ACCELERATIONS)
-ACCELERATED_ALL = Rivals(baseline=True, fuse=True, accelerations=ACCELERATIONS)
-PRETRAINING = Rivals(objective='clip')
-COMPILED_PEERS = Rivals(baseline=True, fuse=True, compile='max-autotune', peers=PEERS)
+_BASE, _TINY, _LARGE = 'fast_itpn_base', 'fast_itpn_tiny', 'fast_itpn_large'
+_WIDE = (800, 1344)
+_ALL = ('light', 'full')
+_PLAIN = Candidates(baseline=True)
+_FUSED = Candidates(baseline=True, fuse=True)
+_ACCELERATED = Candidates(baseline=True, fuse=True, accelerations=_ALL)
+_PRETRAINING = Candidates(objective='clip')
 
-SUITES: dict[str, list[tuple[Case, Rivals, Rounds]]] = {
+
+def _square(model: str, side: int, batch: int, dtype: str, mode: str, pyramid: bool = False) -> Case:
+    return Case(model, (side, side), batch, dtype, mode, pyramid=pyramid)
+
+
+SUITES: dict[str, list[tuple[Case, Candidates, Rounds]]] = {
     'cpu': [
-        (Case(BASE, 224, 8, 'float32', 'forward'), FUSED_PEERS, Rounds(9, 1)),
-        (Case(BASE, 224, 8, 'bfloat16', 'forward'), FUSED, Rounds(9, 1)),
-        (Case(BASE, 512, 1, 'float32', 'forward'), FUSED, Rounds(9, 1)),
-        (Case(BASE, 512, 1, 'bfloat16', 'forward'), FUSED, Rounds(9, 1)),
-        (Case(BASE, 1024, 1, 'float32', 'forward'), FUSED, Rounds(3, 1)),
-        (Case(BASE, 1024, 1, 'bfloat16', 'forward'), FUSED, Rounds(3, 1)),
-        (Case(BASE, 224, 8, 'float32', 'train'), PLAIN, Rounds(7, 1)),
-        (Case(BASE, 512, 2, 'float32', 'train'), PLAIN, Rounds(5, 1)),
-        (Case(BASE, 224, 8, 'float32', 'train', pyramid=True), PRETRAINING, Rounds(7, 1)),
-        (Case(BASE, 224, 1, 'float32', 'latency'), FUSED, Rounds(15, 1)),
-        (Case(TINY, 224, 8, 'float32', 'forward'), FUSED, Rounds(9, 1)),
-        (Case(TINY, 224, 1, 'float32', 'latency'), FUSED, Rounds(15, 1)),
-        (Case(LARGE, 224, 8, 'float32', 'forward'), FUSED, Rounds(3, 1)),
-        (Case(LARGE, 224, 1, 'float32', 'latency'), FUSED, Rounds(9, 1)),
-        (Case(BASE, 1024, 1, 'float32', 'forward', pyramid=True), ACCELERATED_ALL, Rounds(3, 1)),
-        (Case(BASE, 1024, 1, 'bfloat16', 'forward', pyramid=True), ACCELERATED_ALL, Rounds(3, 1)),
-        (Case(BASE, '800x1344', 1, 'float32', 'forward', pyramid=True), ACCELERATED_FUSED, Rounds(3, 1)),
-        (Case(BASE, 1536, 1, 'float32', 'forward', pyramid=True), ACCELERATED, Rounds(3, 1)),
+        (_square(_BASE, 224, 8, 'float32', 'forward'), Candidates(True, True, peers=PEERS), Rounds(9, 1)),
+        (_square(_BASE, 224, 8, 'bfloat16', 'forward'), _FUSED, Rounds(9, 1)),
+        (_square(_BASE, 512, 1, 'float32', 'forward'), _FUSED, Rounds(9, 1)),
+        (_square(_BASE, 512, 1, 'bfloat16', 'forward'), _FUSED, Rounds(9, 1)),
+        (_square(_BASE, 1024, 1, 'float32', 'forward'), _FUSED, Rounds(3, 1)),
+        (_square(_BASE, 1024, 1, 'bfloat16', 'forward'), _FUSED, Rounds(3, 1)),
+        (_square(_BASE, 224, 8, 'float32', 'train'), _PLAIN, Rounds(7, 1)),
+        (_square(_BASE, 512, 2, 'float32', 'train'), _PLAIN, Rounds(5, 1)),
+        (_square(_BASE, 224, 8, 'float32', 'train', pyramid=True), _PRETRAINING, Rounds(7, 1)),
+        (_square(_BASE, 224, 1, 'float32', 'latency'), _FUSED, Rounds(15, 1)),
+        (_square(_TINY, 224, 8, 'float32', 'forward'), _FUSED, Rounds(9, 1)),
+        (_square(_TINY, 224, 1, 'float32', 'latency'), _FUSED, Rounds(15, 1)),
+        (_square(_LARGE, 224, 8, 'float32', 'forward'), _FUSED, Rounds(3, 1)),
+        (_square(_LARGE, 224, 1, 'float32', 'latency'), _FUSED, Rounds(9, 1)),
+        (_square(_BASE, 1024, 1, 'float32', 'forward', pyramid=True), _ACCELERATED, Rounds(3, 1)),
+        (_square(_BASE, 1024, 1, 'bfloat16', 'forward', pyramid=True), _ACCELERATED, Rounds(3, 1)),
+        (Case(_BASE, _WIDE, 1, 'float32', pyramid=True), Candidates(fuse=True, accelerations=_ALL), Rounds(3, 1)),
+        (_square(_BASE, 1536, 1, 'float32', 'forward', pyramid=True), Candidates(accelerations=_ALL), Rounds(3, 1)),
     ],
     'gpu': [
-        (Case(BASE, 224, 128, 'bfloat16', 'forward'), COMPILED_PEERS, Rounds(30, 5)),
-        (Case(BASE, 1024, 4, 'bfloat16', 'forward'), COMPILED, Rounds(20, 5)),
-        (Case(BASE, 224, 128, 'amp_bfloat16', 'train'), COMPILED_TRAIN, Rounds(20, 5)),
-        (Case(BASE, 512, 16, 'amp_bfloat16', 'train'), PLAIN, Rounds(20, 5)),
-        (Case(BASE, 224, 128, 'amp_bfloat16', 'train', pyramid=True), PRETRAINING, Rounds(20, 5)),
-        (Case(BASE, 224, 1, 'float16', 'latency'), GRAPHS, Rounds(50, 10)),
-        (Case(BASE, 224, 128, 'float32', 'forward'), FUSED, Rounds(10, 3)),
-        (Case(TINY, 224, 128, 'bfloat16', 'forward'), FUSED, Rounds(30, 5)),
-        (Case(LARGE, 224, 64, 'bfloat16', 'forward'), FUSED, Rounds(20, 5)),
-        (Case(BASE, 1024, 4, 'bfloat16', 'forward', pyramid=True), ACCELERATED_ALL, Rounds(20, 5)),
-        (Case(BASE, '800x1344', 4, 'bfloat16', 'forward', pyramid=True), ACCELERATED_FUSED, Rounds(20, 5)),
-        (Case(BASE, 1536, 4, 'bfloat16', 'forward', pyramid=True), ACCELERATED, Rounds(20, 5)),
+        (_square(_BASE, 224, 128, 'bfloat16', 'forward'),
+         Candidates(True, True, 'max-autotune', PEERS), Rounds(30, 5)),
+        (_square(_BASE, 1024, 4, 'bfloat16', 'forward'), Candidates(True, True, 'max-autotune'), Rounds(20, 5)),
+        (_square(_BASE, 224, 128, 'amp_bfloat16', 'train'), Candidates(True, False, 'max-autotune'), Rounds(20, 5)),
+        (_square(_BASE, 512, 16, 'amp_bfloat16', 'train'), _PLAIN, Rounds(20, 5)),
+        (_square(_BASE, 224, 128, 'amp_bfloat16', 'train', pyramid=True), _PRETRAINING, Rounds(20, 5)),
+        (_square(_BASE, 224, 1, 'float16', 'latency'), Candidates(True, False, 'reduce-overhead'), Rounds(50, 10)),
+        (_square(_BASE, 224, 128, 'float32', 'forward'), _FUSED, Rounds(10, 3)),
+        (_square(_TINY, 224, 128, 'bfloat16', 'forward'), _FUSED, Rounds(30, 5)),
+        (_square(_LARGE, 224, 64, 'bfloat16', 'forward'), _FUSED, Rounds(20, 5)),
+        (_square(_BASE, 1024, 4, 'bfloat16', 'forward', pyramid=True), _ACCELERATED, Rounds(20, 5)),
+        (Case(_BASE, _WIDE, 4, 'bfloat16', pyramid=True), Candidates(fuse=True, accelerations=_ALL), Rounds(20, 5)),
+        (_square(_BASE, 1536, 4, 'bfloat16', 'forward', pyramid=True), Candidates(accelerations=_ALL), Rounds(20, 5)),
     ],
 }

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..pretrain.arguments import ConfigurableParser
-from . import bench, convert, demo, evidence, inspect, pretrain, push, recipe, show
+from . import bench, convert, demo, evidence, inspect, pretrain, recipe, show
 from . import list as list_command  # list would hide Python's
 from .table import printable
 
-COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, push, recipe, show)
+COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, recipe, show)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

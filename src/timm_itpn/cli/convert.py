@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .show import square_or_pair
+from .arguments import PREFIX_HELP, height_width
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 
@@ -23,6 +23,7 @@ def add_parser(subparsers: Any) -> None:
              '_fpn (default: told from the file)')
     parser.add_argument('--dtype', choices=DTYPES, help="type of the written weights (default: the file's)")
     parser.add_argument('--ema', action='store_true', help='take the averaged weights (model_ema, state_dict_ema)')
+    parser.add_argument('--prefix', metavar='PREFIX', help=PREFIX_HELP)
     parser.add_argument(
         '--img-size', type=int, nargs='+', metavar=('H', 'W'),
         help='height and width, or the side of a square, that a position embedding is for (default: a square)')
@@ -43,11 +44,13 @@ def run(args: argparse.Namespace) -> None:
     from ..tools.convert import convert, revert
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
-    img_size = square_or_pair(args.img_size) if args.img_size else None
+    img_size = height_width(args.img_size)
+    options: dict[str, Any] = dict(
+        dtype=dtype, ema=args.ema, img_size=img_size, verify=args.verify, prefix=args.prefix)
     if args.reverse:
-        report = revert(args.checkpoint, args.output, dtype, args.ema, img_size, args.verify)
+        report = revert(args.checkpoint, args.output, **options)
     else:
-        report = convert(args.checkpoint, args.output, args.model, dtype, args.ema, img_size, args.verify)
+        report = convert(args.checkpoint, args.output, args.model, **options)
     print(json.dumps(report, indent=2) if args.json else report['output'])
     if not args.json:
         print(summary(report), file=sys.stderr)

@@ -1,15 +1,16 @@
-"""`timm-itpn demo`: train a Fast-iTPN on scikit-learn's digits with timm's parts, validate it, draw what came out."""
+"""`timm-itpn demo`: train a Fast-iTPN on scikit-learn's digits with timm's tools, validate it, draw the result."""
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from .show import check_device
+from ..checks import check_device, require
 
-REQUIRES = ('sklearn', 'matplotlib', 'tqdm')
 NUM_CLASSES = 10
+NUM_IMAGES = 24  # in the picture
+
+History = list[tuple[float, float]]  # of each epoch: training loss, held-out top-1 accuracy in percent
 
 
 def add_parser(subparsers: Any) -> None:
@@ -28,11 +29,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    missing = [name for name in REQUIRES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RuntimeError(f"the demo needs {', '.join(missing)}: pip install 'timm-itpn[demo]'")
+    require('the demo', 'demo', 'sklearn', 'matplotlib', 'tqdm')
     if args.output.exists():
-        raise ValueError(f'{args.output} exists already: name another folder with --output, or remove it')
+        raise ValueError(f'{args.output} exists already: remove it, or name another with --output')
     if args.epochs < 1:
         raise ValueError(f'--epochs is {args.epochs}, but must be at least 1')
     check_device(args.device)
@@ -46,34 +45,25 @@ def run(args: argparse.Namespace) -> None:
     model = timm.create_model(
         args.model, pretrained=args.pretrained, img_size=args.img_size, num_classes=NUM_CLASSES, drop_path_rate=0.1)
     model.to(args.device)
-    write_digits(args.output / 'data')
-    data_config = resolve_data_config(
-        {'input_size': (3, args.img_size, args.img_size), 'crop_pct': 1.0}, model=model)
-    common = dict(
-        input_size=data_config['input_size'],
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        batch_size=args.batch_size,
-        num_workers=0,
-        persistent_workers=False,
-        use_prefetcher=False,
-        device=torch.device(args.device),
-    )
-    train_set = create_dataset('', root=str(args.output / 'data'), split='train')
-    val_set = create_dataset('', root=str(args.output / 'data'), split='val')
+    data = args.output / 'data'
+    write_digits(data)
+    config = resolve_data_config({'input_size': (3, args.img_size, args.img_size), 'crop_pct': 1.0}, model=model)
+    vars(args).update(config, num_classes=NUM_CLASSES)  # saved with the checkpoint
+    options: dict[str, Any] = dict(
+        config, batch_size=args.batch_size, num_workers=0, persistent_workers=False, use_prefetcher=False,
+        device=torch.device(args.device))
+    train_set, val_set = (create_dataset('', root=str(data), split=split) for split in ('train', 'val'))
     train_loader = create_loader(
-        train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **common)
-    val_loader = create_loader(val_set, crop_pct=data_config['crop_pct'], **common)
+        train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **options)
 
-    history, predictions = train(model, train_loader, val_loader, args)
-    draw(args.output / 'demo.png', val_set, predictions, history)
+    history, predictions = train(model, train_loader, create_loader(val_set, **options), args)
+    draw(args.output / 'demo.png', val_set.reader.samples, predictions, history)
     result = {
-        'top1': history[-1]['top1'],
+        'top1': history[-1][1],
         'images': len(val_set),
         'checkpoint': str(args.output / 'last.pth.tar'),
         'picture': str(args.output / 'demo.png'),
-        'data': str(args.output / 'data'),
+        'data': str(data),
     }
     (args.output / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
     print(json.dumps(result))
@@ -97,16 +87,11 @@ def write_digits(folder: Path) -> None:
             Image.fromarray(grey).save(path)
 
 
-def train(
-        model: Any,
-        train_loader: Any,
-        val_loader: Any,
-        args: argparse.Namespace,
-) -> tuple[list[dict[str, float]], list[int]]:
+def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespace) -> tuple[History, list[int]]:
     """Train with AdamW and a cosine schedule per update, saving a checkpoint after each epoch.
 
     Returns:
-        Training loss and held-out top-1 accuracy (percent) of each epoch, and the last predicted classes.
+        The history, and the class that is predicted at last for each held-out image.
     """
     import torch
     from timm.loss import LabelSmoothingCrossEntropy
@@ -117,17 +102,14 @@ def train(
 
     optimizer = create_optimizer_v2(model, opt='adamw', lr=args.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=args.epochs,
-        warmup_epochs=1,
-        warmup_lr=1e-6,
-        step_on_epochs=False,
-        updates_per_epoch=len(train_loader),
-    )
+        optimizer, num_epochs=args.epochs, warmup_epochs=1, warmup_lr=1e-6, step_on_epochs=False,
+        updates_per_epoch=len(train_loader))
+    # as plain values: timm loads checkpoints without running pickled code
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != 'run'}
     saver = CheckpointSaver(
-        model, optimizer, args=checkpoint_args(args), checkpoint_dir=str(args.output), max_history=1)
+        model, optimizer, args=argparse.Namespace(**plain), checkpoint_dir=str(args.output), max_history=1)
     loss_fn = LabelSmoothingCrossEntropy(0.1)
-    history: list[dict[str, float]] = []
+    history: History = []
     num_updates = 0
     with tqdm(total=args.epochs * len(train_loader), unit='update', mininterval=1, file=sys.stderr) as progress:
         for epoch in range(args.epochs):
@@ -146,22 +128,16 @@ def train(
                 scheduler.step_update(num_updates)
                 losses.update(loss.item(), len(images))
                 progress.update()
-                last_top1 = history[-1]['top1'] if history else '-'
-                progress.set_postfix(epoch=epoch, loss=f'{losses.avg:.3f}', top1=last_top1)
+                progress.set_postfix(
+                    epoch=epoch, loss=f'{losses.avg:.3f}', top1=history[-1][1] if history else '-')
             top1, predictions = validate(model, val_loader, args.device)
-            history.append({'loss': round(losses.avg, 4), 'top1': round(top1, 2)})
+            history.append((losses.avg, round(top1, 2)))
             saver.save_checkpoint(epoch, metric=top1)
     return history, predictions
 
 
-def checkpoint_args(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments as plain values: timm loads checkpoints without running pickled code."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != 'run'}
-    return argparse.Namespace(**plain)
-
-
 def validate(model: Any, loader: Any, device: str) -> tuple[float, list[int]]:
-    """Return the top-1 accuracy in percent, and the predicted class of each image in order."""
+    """Top-1 accuracy in percent, and the predicted class of each image in order."""
     import torch
 
     model.eval()
@@ -174,39 +150,41 @@ def validate(model: Any, loader: Any, device: str) -> tuple[float, list[int]]:
     return 100 * correct / len(predictions), predictions
 
 
-def draw(
-        path: Path,
-        dataset: Any,
-        predictions: list[int],
-        history: list[dict[str, float]],
-        num_images: int = 24,
-) -> None:
-    """Draw held-out images with their predictions, mistakes first, and the learning curve."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw(path: Path, samples: list[tuple[str, int]], predictions: list[int], history: History) -> None:
+    """Draw held-out images with their predictions, mistakes first, and the learning curve.
+
+    Args:
+        path: PNG file to write.
+        samples: File and class of each image.
+        predictions: Predicted class of each image.
+        history: Of the training.
+    """
     from matplotlib.figure import Figure
     from PIL import Image
 
-    samples = list(zip(dataset.reader.samples, predictions))  # ((file, class), predicted class)
-    wrong = [sample for sample in samples if sample[0][1] != sample[1]]
-    right = [sample for sample in samples if sample[0][1] == sample[1]]
-    shown = wrong[:num_images // 3]
-    step = max(1, len(right) // (num_images - len(shown)))
-    shown += right[::step][:num_images - len(shown)]
+    from ..figures import save
+
+    images = [(file, target, predicted) for (file, target), predicted in zip(samples, predictions)]
+    shown = [image for image in images if image[1] != image[2]][:NUM_IMAGES // 3]
+    right = [image for image in images if image[1] == image[2]]
+    num_right = NUM_IMAGES - len(shown)
+    shown += right[::max(1, len(right) // num_right)][:num_right]
 
     figure = Figure(figsize=(11, 4.5), layout='constrained')
-    FigureCanvasAgg(figure)
     pictures, curve = figure.subfigures(1, 2, width_ratios=(3, 2), squeeze=False)[0]
-    for axes, ((file, target), predicted) in zip(pictures.subplots(4, num_images // 4).flat, shown):
+    for axes, (file, target, predicted) in zip(pictures.subplots(4, NUM_IMAGES // 4).flat, shown):
+        is_right = predicted == target
         axes.imshow(Image.open(file), cmap='gray')
-        axes.set_title(f'{predicted}' if predicted == target else f'{predicted}, is {target}',
-                       fontsize=9, color='black' if predicted == target else 'red')
+        axes.set_title(
+            f'{predicted}' if is_right else f'{predicted}, is {target}', fontsize=9,
+            color='black' if is_right else 'red')
         axes.axis('off')
-    epochs = range(1, len(history) + 1)
+    epochs, (losses, top1) = range(1, len(history) + 1), zip(*history)
     loss_axes = curve.subplots()
-    loss_axes.plot(epochs, [row['loss'] for row in history], color='tab:gray', label='training loss')
+    loss_axes.plot(epochs, losses, color='tab:gray', label='training loss')
     loss_axes.set(xlabel='epoch', ylabel='training loss')
     top1_axes = loss_axes.twinx()
-    top1_axes.plot(epochs, [row['top1'] for row in history], color='tab:blue', label='held-out top-1')
-    top1_axes.set(ylabel='held-out top-1, %', title=f'held-out top-1 {history[-1]["top1"]:.1f} %')
+    top1_axes.plot(epochs, top1, color='tab:blue', label='held-out top-1')
+    top1_axes.set(ylabel='held-out top-1, %', title=f'held-out top-1 {top1[-1]:.1f} %')
     figure.legend(loc='outside lower right', ncols=2, fontsize=9)
-    figure.savefig(path, dpi=120)
+    save(figure, path)

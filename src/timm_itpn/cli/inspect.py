@@ -1,4 +1,4 @@
-"""`timm-itpn inspect`: what is in a checkpoint, told without running its code and without reading its tensors."""
+"""`timm-itpn inspect`: show what is in a checkpoint, without running its code or reading its tensors."""
 import argparse
 import json
 import shlex
@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .arguments import PREFIX_HELP
 from .table import printable, two_columns
 
 MAX_LINES = 12
-LAYOUTS = {'official': "official, the authors' names", 'native': 'native, the names of this package'}
+LAYOUTS = {'official': "official (the authors' names)", 'native': 'native (the names of this package)'}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -21,29 +22,17 @@ def add_parser(subparsers: Any) -> None:
         'file', type=Path, metavar='FILE', help='weight file of any kind, or a folder that `timm-itpn convert` wrote')
     parser.add_argument(
         '--model', metavar='NAME', help='compare with this model, ARCH.TAG or ARCH (default: told from the file)')
+    parser.add_argument('--prefix', metavar='PREFIX', help=PREFIX_HELP)
     parser.add_argument('--json', action='store_true', help='print the same as JSON')
-    parser.add_argument(
-        '--record', metavar='NAME',
-        help='keep the SHA-256 as that of the published file of ARCH.TAG: later downloads are checked against it')
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.model and args.record and args.model != args.record:
-        raise ValueError('--model and --record name different models: give one of them')
-    name = args.model or args.record
-    if name:
-        from ..models.names import check_name
+    from ..tools.inspect import inspect
 
-        check_name(name)
-
-    from ..tools.inspect import inspect, record_hash
-
-    facts = inspect(args.file, name)
-    if args.record:
-        facts['recorded_in'] = str(record_hash(facts))
+    facts = inspect(args.file, args.model, args.prefix)
     print(json.dumps(facts, indent=2) if args.json else table(facts))
-    remark = next_command(args.file, facts)
+    remark = next_command(args.file, facts, args.prefix)
     if remark:
         print(remark, file=sys.stderr)
 
@@ -54,9 +43,8 @@ def table(facts: dict[str, Any]) -> str:
         ('format', [facts['format']]),
         ('size', [f'{facts["bytes"]:,} bytes']),
         ('SHA-256', [facts['sha256'], hash_check(facts)]),
-        ('recorded in', [facts['recorded_in']] if 'recorded_in' in facts else []),
         ('metadata', listed(f'{key}: {value}' for key, value in facts['metadata'].items())),
-        ('classes, functions', globals_found(facts)),
+        ('pickled names', pickled_names(facts)),
         ('weights', [f'under {facts["wrapper"]}'] if facts['wrapper'] else []),
         ('besides', listed(f'{name}: {value}' for name, value in facts['others'].items())),
         ('tensors', [f'{facts["num_tensors"]:,} with {facts["num_values"]:,} values']),
@@ -69,27 +57,27 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def network(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """What the weights are to this package, as rows."""
+    """The network that the weights are of, as rows."""
     rows = [('layout', [LAYOUTS[facts['layout']]] if facts['layout'] else [])]
     found = facts['network']
     if found:
         side = found['num_tokens'] ** 0.5
-        grid = f'{side:.0f} x {side:.0f}' if side.is_integer() else 'no square'
+        grid = f'{side:.0f} x {side:.0f}' if side.is_integer() else 'not square'
         rows += [
             ('network', [f'{found["family"]}, embed_dim {found["embed_dim"]}, depths {list(found["depths"])}']),
             ('input', [f'{found["in_chans"]} channels, position embedding of {found["num_tokens"]} tokens ({grid})']),
             ('classes', [str(found['num_classes'] or 'no classifier')]),
             ('parts', [f'{part}: {number:,} values' for part, number in facts['parts'].items()]),
         ]
-        fitting = [f'{model["name"]}{told(model["args"])}' for model in facts['models'] if model['fits']]
+        fitting = [f'{model["name"]}{with_args(model["args"])}' for model in facts['models'] if model['fits']]
         rows.append(('fits', fitting or ['no model of this package']))
     unfit = [f'{model["name"]}: {model["problem"]}' for model in facts['models'] if not model['fits']]
     problem = [facts['problem']] if facts['problem'] else []
     return [*rows, ('does not fit', unfit), ('problem', problem), ('notes', facts['notes'])]
 
 
-def told(args: dict[str, Any]) -> str:
-    """What a model is created with."""
+def with_args(args: dict[str, Any]) -> str:
+    """The arguments that a model is created with."""
     return ' with ' + ', '.join(f'{key}={value}' for key, value in args.items()) if args else ''
 
 
@@ -104,9 +92,9 @@ def hash_check(facts: dict[str, Any]) -> str:
     return f'{subject}was not checked: no SHA-256 is known' + (f' of {model}' if model else '')
 
 
-def globals_found(facts: dict[str, Any]) -> list[str]:
+def pickled_names(facts: dict[str, Any]) -> list[str]:
     lines = listed(facts['globals'])
-    return [*lines, '(none was run; loaders refuse those that torch does not know as harmless)'] if lines else []
+    return [*lines, '(none of their code was run)'] if lines else []
 
 
 def listed(lines: Iterable[str]) -> list[str]:
@@ -115,7 +103,7 @@ def listed(lines: Iterable[str]) -> list[str]:
     return found if more <= 0 else [*found[:MAX_LINES], f'and {more:,} more']
 
 
-def next_command(path: Path, facts: dict[str, Any]) -> str:
+def next_command(path: Path, facts: dict[str, Any], prefix: str | None = None) -> str:
     """What to do next, '' if there is nothing."""
     fitting = [model['name'] for model in facts['models'] if model['fits']]
     name = facts['model']
@@ -123,8 +111,5 @@ def next_command(path: Path, facts: dict[str, Any]) -> str:
         return f"load it with: timm.create_model('local-dir:{path}', pretrained=True)"
     if name not in fitting:
         return f'choose a model with --model: {" or ".join(fitting)}' if fitting and not name else ''
-    lines = [f'convert it with: {shlex.join(["timm-itpn", "convert", str(path), "--model", name, "-o", name])}']
-    if not facts['published']['why_not'] and facts['published']['expected'] is None:
-        command = shlex.join(['timm-itpn', 'inspect', str(path), '--record', name])
-        lines.append(f'if it is the published file, keep its SHA-256 with: {command}')
-    return '\n'.join(lines)
+    options = ['--prefix', prefix] if prefix else []
+    return f'convert it with: {shlex.join(["timm-itpn", "convert", str(path), *options, "--model", name, "-o", name])}'

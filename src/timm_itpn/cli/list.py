@@ -1,4 +1,4 @@
-"""`timm-itpn list`: the models and their published weights: where they are, and what is on this machine."""
+"""`timm-itpn list`: the models, where their published weights are, and which are on this machine."""
 import argparse
 import json
 import sys
@@ -6,7 +6,7 @@ from typing import Any
 
 from .table import columns
 
-HEADER = ('name', 'classes', 'params', 'input', 'weights', 'bytes', 'cached', 'SHA-256', 'licence')
+HEADER = ('name', 'classes', 'params', 'input', 'weights', 'bytes', 'cached', 'SHA-256', 'license')
 
 
 def add_parser(subparsers: Any) -> None:
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
         return
     print(columns(HEADER, [row(model) for model in models]))
     print(
-        'params are with as many classes as the row says (0: no classifier); those of _fpn models are without the '
-        'pyramid, which features_only=True adds', file=sys.stderr)
+        'params: with the number of classes in the row (0: no classifier); _fpn models without their pyramid, which '
+        'features_only=True adds', file=sys.stderr)
 
 
 def facts(name: str) -> dict[str, Any]:
@@ -39,27 +39,23 @@ def facts(name: str) -> dict[str, Any]:
     import timm
 
     from ..weights.fetch import cached
-    from ..weights.records import expected_sha256
     from ..weights.sources import drive_url, source_of
 
     model: Any = timm.create_model(name, device='meta')
     source, file = source_of(name), cached(name)
+    known = source._asdict() if source else {}
+    texts = ('sha256', 'contents', 'file_name', 'hub_repo', 'hub_path', 'known_from')
     return {
         'name': name,
         'num_classes': model.num_classes,
         'num_params': sum(parameter.numel() for parameter in model.parameters()),
         'input_size': list(model.pretrained_cfg['input_size']),
         'cached': None if file is None else str(file),
-        'sha256': expected_sha256(name),
-        'licence': model.pretrained_cfg['license'],
-        'contents': source.contents if source else None,
-        'file_name': source.file_name or None if source else None,
-        'hub_repo': source.hub_repo or None if source else None,
-        'hub_path': source.hub_path or None if source else None,
+        'license': model.pretrained_cfg['license'],
+        **{key: known.get(key) or None for key in texts},
         'drive_url': drive_url(source) if source else None,
-        'bytes': source.size if source else None,
-        'known_from': source.known_from if source else None,
-        'figures': list(source.figures) if source else [],
+        'bytes': known.get('size'),
+        'figures': known.get('figures', ()),
     }
 
 
@@ -74,5 +70,5 @@ def row(model: dict[str, Any]) -> list[Any]:
         '' if model['bytes'] is None else model['bytes'],
         'yes' if model['cached'] else 'no',
         'known' if model['sha256'] else 'unknown' if model['drive_url'] else '',
-        model['licence'],
+        model['license'],
     ]

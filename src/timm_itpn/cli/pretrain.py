@@ -16,5 +16,5 @@ def run(args: argparse.Namespace) -> None:
     from ..pretrain.loop import pretrain
 
     result = pretrain(args)
-    if result:  # others than the first process have none
+    if result:  # only the first process has one
         print(json.dumps(result))

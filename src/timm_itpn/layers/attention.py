@@ -1,6 +1,9 @@
 """Multi-head self-attention of stage 3."""
+from typing import Any
+
 import torch
 import torch.nn as nn
+from torch.types import Device
 
 from ..ops.attention import attention_weights, choose_attention, fused_attention
 
@@ -16,8 +19,8 @@ class QkvLinear(nn.Linear):
         dim: Width of a token.
     """
 
-    def __init__(self, dim: int, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None):
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         nn.Module.__init__(self)
         self.in_features = dim
         self.out_features = 3 * dim
@@ -66,10 +69,10 @@ class Attention(nn.Module):
             attn_impl: str = 'auto',
             attn_drop: float = 0.,
             proj_drop: float = 0.,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         if dim % num_heads:
             raise ValueError(f'embed_dim {dim} is not a multiple of num_heads {num_heads}')
@@ -78,7 +81,7 @@ class Attention(nn.Module):
         self.fused_attn = self.attn_impl == 'sdpa'
         self.attn_drop_rate = attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, **dd) if k_bias else QkvLinear(dim, **dd)
-        self.attn_drop = None if self.fused_attn else nn.Dropout(attn_drop)
+        self.attn_drop: Any = None if self.fused_attn else nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -100,7 +103,8 @@ class Attention(nn.Module):
         if self.fused_attn:
             x = fused_attention(q, k, v, bias, self.attn_drop_rate if self.training else 0.)
         else:
-            x = self.attn_drop(attention_weights(q, k, bias).type_as(v)) @ v
+            weights = attention_weights(q, k, bias).type_as(v)
+            x = self.attn_drop(weights) @ v
         x = x.transpose(1, 2).flatten(2)  # (B, num_heads, N, head_dim) -> (B, N, dim)
         return self.proj_drop(self.proj(x))
 

@@ -1,9 +1,11 @@
 """Residual blocks of the stages and of the feature pyramid."""
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from torch.types import Device
 
 from .attention import Attention
 from .fused import FusedAttentionBlock, FusedMlp
@@ -35,10 +37,10 @@ class MlpBlock(nn.Module):
             init_values: float | None = None,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.mlp = Mlp(
@@ -98,10 +100,10 @@ class AttentionBlock(nn.Module):
             init_values: float | None = None,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(

@@ -117,6 +117,6 @@ def use_onednn(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
             if type(layer) in _WITH_ONEDNN:
-                twin = _WITH_ONEDNN[type(layer)].__new__(_WITH_ONEDNN[type(layer)])
+                twin: nn.Module = nn.Module.__new__(_WITH_ONEDNN[type(layer)])
                 twin.__dict__.update(layer.__dict__)  # the same parameters, under the same names
                 setattr(module, name, twin)

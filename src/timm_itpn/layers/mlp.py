@@ -56,12 +56,13 @@ class SwiGLU(timm.layers.SwiGLU):
     """timm's `SwiGLU`: fc2(norm(silu(fc1_g) * fc1_x)), with less memory in training. (..., dim) -> (..., dim).
 
     Args:
-        args: As for timm's.
+        in_features: Width of a token.
+        hidden_features: Width of gate and value.
         kwargs: As for timm's, without `act_layer`.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, act_layer=GatedSiLU, **kwargs)
+    def __init__(self, in_features: int, hidden_features: int, **kwargs: Any):
+        super().__init__(in_features, hidden_features, act_layer=GatedSiLU, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.fc1_g(x), self.fc1_x(x))

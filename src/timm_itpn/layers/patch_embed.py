@@ -4,11 +4,13 @@ Everything before stage 3, and in the pyramid, stays inside one 16 x 16 pixel pa
 patch's border.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 from einops import rearrange, reduce
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
+from torch.types import Device
 
 from .fused import FusedLinear, fold_norm, weights_of
 
@@ -67,10 +69,10 @@ class StemPatchEmbed(nn.Module):
             embed_dim: int = 96,
             strict_img_size: bool = True,
             norm_layer: Callable | None = None,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
         self.token_stride = token_stride
@@ -98,10 +100,10 @@ class ConvPatchMerge(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -131,10 +133,10 @@ class LinearPatchMerge(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of the four positions together.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
@@ -160,10 +162,10 @@ class ConvPatchSplit(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.ConvTranspose2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -192,10 +194,10 @@ class LinearPatchSplit(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Linear(dim, 4 * out_dim, bias=False, **dd)

@@ -4,10 +4,12 @@ It goes from stride 16 down to 4; nothing in it mixes positions except the split
 patch. The levels at strides 32 and 64, which detectors want, are pooled from the one at stride 16.
 """
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm
+from torch.types import Device
 
 from .blocks import MlpBlock
 from .patch_embed import ConvPatchSplit
@@ -45,11 +47,11 @@ class PyramidLevel(nn.Module):
             align_bias: bool,
             split_layer: Callable,
             norm_layer: Callable = LayerNorm,
-            device=None,
-            dtype=None,
-            **block_kwargs,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **block_kwargs: Any,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
         block_kwargs = dict(norm_layer=norm_layer, **block_kwargs, **dd)
@@ -108,16 +110,16 @@ class FeaturePyramid(nn.Module):
             concat: bool = False,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f'pyramid_pool {pool!r} is unknown, use one of {tuple(POOLS)}')
         self.concat = concat
         self.norm = norm_layer(in_dims[2], **dd) if pre_norm else nn.Identity()
-        shared = dict(
+        shared: dict[str, Any] = dict(
             dim=dim, split_layer=split_layer, mlp_ratio=mlp_ratio, act_layer=act_layer, norm_layer=norm_layer, **dd)
         self.levels = nn.ModuleList([
             PyramidLevel(in_dims[0], above_dim=dim, depth=depth, align_bias=align_bias, **shared),

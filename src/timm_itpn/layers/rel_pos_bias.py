@@ -5,12 +5,13 @@ block, as timm's module has it, would be 3.2 GB for 24 blocks at 1024 pixels.
 """
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
+from torch.types import Device
 
 __all__ = ['RelPosBias', 'resample_table']
 
@@ -124,11 +125,11 @@ def _gradient_fake(grad: torch.Tensor, height: int, width: int, old_height: int,
     return grad.new_empty((2 * old_height - 1) * (2 * old_width - 1), grad.shape[1])
 
 
-def _save_sizes(ctx, inputs, output) -> None:
+def _save_sizes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, *ctx.sizes = inputs
 
 
-def _backward(ctx, grad: torch.Tensor):
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return torch.ops.timm_itpn.resampled_rel_pos_table_backward(grad, *ctx.sizes), None, None, None, None
 
 
@@ -169,8 +170,8 @@ class RelPosBias(nn.Module):
             window_size: tuple[int, int],
             num_heads: int,
             dynamic_window_size: bool = False,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.window_size = window_size
@@ -273,5 +274,5 @@ class RelPosBias(nn.Module):
         self._cache = _Kept((height, width), table.detach().clone(), bias) if bias.numel() <= MAX_CACHED else None
         return bias
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_cache': None}

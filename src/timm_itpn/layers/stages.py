@@ -1,10 +1,12 @@
 """The stages: a merge of 2 x 2 neighbours, then blocks. Maps are (B, H, W, C) in and out."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm, trunc_normal_
 from timm.models import checkpoint
+from torch.types import Device
 
 from .blocks import AttentionBlock, MlpBlock
 from .patch_embed import ConvPatchMerge
@@ -32,13 +34,13 @@ class MlpStage(nn.Module):
             depth: int,
             in_dim: int | None = None,
             merge_layer: Callable = ConvPatchMerge,
-            drop_path: tuple[float, ...] = (),
+            drop_path: Sequence[float] = (),
             norm_layer: Callable = LayerNorm,
-            device=None,
-            dtype=None,
-            **block_kwargs,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **block_kwargs: Any,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grad_checkpointing = False
         self.downsample = nn.Identity() if in_dim is None else merge_layer(in_dim, dim, norm_layer=norm_layer, **dd)
@@ -79,15 +81,15 @@ class AttentionStage(nn.Module):
             dynamic_grid_size: bool = False,
             rel_pos_bias: bool = False,
             merge_layer: Callable = ConvPatchMerge,
-            drop_path: tuple[float, ...] = (),
+            drop_path: Sequence[float] = (),
             pos_drop: float = 0.,
             block_layer: Callable = AttentionBlock,
             norm_layer: Callable = LayerNorm,
-            device=None,
-            dtype=None,
-            **block_kwargs,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
+            **block_kwargs: Any,
     ):
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.grid_size = grid_size
         self.dynamic_grid_size = dynamic_grid_size
@@ -118,6 +120,7 @@ class AttentionStage(nn.Module):
         with torch.no_grad():
             pos_embed = resample_pos_embed(self.pos_embed, new_size=list(grid_size), old_size=list(self.grid_size))
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=self.pos_embed.requires_grad)
+        block: Any
         for block in self.blocks:
             if block.rel_pos_bias is not None:
                 block.rel_pos_bias.set_window_size(grid_size)

@@ -4,4 +4,3 @@ from timm.models._features import feature_take_indices as feature_take_indices
 from timm.models._hub import generate_readme as generate_readme
 from timm.models._hub import save_config_for_hf as save_config_for_hf
 from timm.models._input import update_model_input_size as update_model_input_size
-from timm.models._manipulate import reinit_non_persistent_buffers as reinit_non_persistent_buffers

@@ -1,5 +1,6 @@
 """A backbone for torchvision's detection models, which want one module that returns named maps of equal channels."""
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -30,17 +31,18 @@ class DetectionBackbone(nn.Module):
         ValueError: The levels have unequal numbers of channels.
     """
 
-    def __init__(self, model_name: str, dynamic_img_size: bool = True, pyramid_pool: str = 'avg', **kwargs):
+    def __init__(self, model_name: str, dynamic_img_size: bool = True, pyramid_pool: str = 'avg', **kwargs: Any):
         super().__init__()
         # feature_cls: the other feature classes of timm give maps that are channels last
-        self.body = create_model(
+        body: Any = create_model(
             model_name, features_only=True, feature_cls='getter', dynamic_img_size=dynamic_img_size,
             pyramid_pool=pyramid_pool, **kwargs)
-        channels = self.body.feature_info.channels()
+        channels = body.feature_info.channels()
         if len(set(channels)) > 1:
             raise ValueError(
                 f'The levels of {model_name} have {channels} channels, but a detector needs the same number in all: '
                 f'use a model whose name ends in _fpn, without pyramid_concat=True.')
+        self.body = body
         self.out_channels = channels[0]
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -45,6 +45,7 @@ from timm.models import (
     register_model_deprecations,
     resolve_pretrained_cfg,
 )
+from torch.types import Device
 
 from ..acceleration.schedule import parse_schedule
 from ..acceleration.stage import attention_stage
@@ -200,22 +201,22 @@ class ITPN(nn.Module):
             head_init_scale: float = 0.01,
             act_layer: LayerType = 'gelu',
             norm_layer: LayerType = LayerNorm,
-            device=None,
-            dtype=None,
+            device: Device = None,
+            dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         check_global_pool(global_pool)
         if pyramid_init not in PYRAMID_INITS:
             raise ValueError(f'pyramid_init {pyramid_init!r} is unknown, use one of {PYRAMID_INITS}')
-        norm_layer = get_norm_layer(norm_layer)
-        act_layer = get_act_layer(act_layer)
+        norm: Any = get_norm_layer(norm_layer)
+        act: Any = get_act_layer(act_layer)
         differs = FAMILIES[family]
         mlp_ratio = differs.mlp_ratio if mlp_ratio is None else mlp_ratio
         rel_pos_bias = differs.rel_pos_bias if rel_pos_bias is None else rel_pos_bias
         init_values = differs.init_values if init_values is None else init_values
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         schedule = parse_schedule(depths[2], acceleration, gather_window, gather_blocks, migrate)
 
         self.family = family
@@ -237,13 +238,13 @@ class ITPN(nn.Module):
             in_chans=in_chans,
             embed_dim=dims[0],
             strict_img_size=not dynamic_img_size,
-            norm_layer=norm_layer if differs.stem_norm else None,
+            norm_layer=norm if differs.stem_norm else None,
             **dd,
         )
-        shared = dict(
+        shared: dict[str, Any] = dict(
             merge_layer=differs.merge_layer, scale_mlp=differs.scale_mlp, proj_drop=proj_drop_rate,
-            act_layer=act_layer, norm_layer=norm_layer, **dd)
-        stem = dict(
+            act_layer=act, norm_layer=norm, **dd)
+        stem: dict[str, Any] = dict(
             mlp_ratio=stem_mlp_ratio, init_values=init_values if differs.stem_layer_scale else None, **shared)
         self.stages = nn.Sequential(
             MlpStage(dims[0], depths[0], drop_path=drop_path[0], **stem),
@@ -281,13 +282,13 @@ class ITPN(nn.Module):
                 split_layer=differs.split_layer,
                 pool=pyramid_pool,
                 concat=pyramid_concat,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
+                act_layer=act,
+                norm_layer=norm,
                 **dd,
             )
             self.feature_info = [dict(info, module=f'pyramid.{info["module"]}') for info in self.pyramid.feature_info]
         self.head = ClNormMlpClassifierHead(
-            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm_layer, **dd)
+            embed_dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm, **dd)
 
         use_onednn(self)
         self.register_load_state_dict_pre_hook(convert_on_load)
@@ -320,6 +321,7 @@ class ITPN(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates: stem, each block and each merge, then norm, head and pyramid."""
+        blocks: Any
         if coarse:
             blocks = r'^stages\.(\d+)'
         else:
@@ -330,11 +332,9 @@ class ITPN(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-        if self.pyramid is not None:
-            for level in self.pyramid.levels:
-                level.grad_checkpointing = enable
+        part: Any
+        for part in (*self.stages, *(self.pyramid.levels if self.pyramid is not None else ())):
+            part.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -535,7 +535,7 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs: Any) -> ITPN:
         ValueError: The features of a pyramid are asked for by another `feature_cls` than 'getter'.
     """
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    model_args = dict(SIZES[variant.removesuffix('_fpn')], **TAG_ARGS.get(source.tag, {}))
+    model_args = dict(SIZES[variant.removesuffix('_fpn')], **TAG_ARGS.get(source.tag or '', {}))
     if variant.endswith('_fpn'):
         model_args['pyramid'] = kwargs.get('features_only', False)
     kwargs = dict(model_args, **kwargs)
@@ -581,7 +581,7 @@ def _cfg(paper: str, weights: str = '', num_classes: int = 0, **kwargs: Any) -> 
             hf_hub_id=source.hub_repo or None,
             hf_hub_filename=source.hub_path or None,
             origin_url=drive_url(source),
-            license=source.licence,
+            license=source.license,
             description=source.contents,
         )
     paper_id, paper_name = PAPERS[paper]
@@ -632,122 +632,122 @@ default_cfgs = generate_default_cfgs({
     'itpn_large_fpn.pixel_in1k': _cfg('itpn', 'itpn_large.pixel_in1k'),
     'itpn_large_fpn.clip_in1k': _cfg('itpn', 'itpn_large.clip_in1k'),
     'hivit_tiny': _cfg('hivit', num_classes=1000),
-    'hivit_small': _cfg('hivit', num_classes=1000),
+    'hivit_small.in1k': _cfg('hivit', 'hivit_small.in1k', num_classes=1000),
     'hivit_base.mae_in1k_ft_in1k': _cfg('hivit', 'hivit_base.mae_in1k_ft_in1k', num_classes=1000),
     'hivit_base.mae_in1k': _cfg('hivit', 'hivit_base.mae_in1k'),
 })
 
 
 @register_model
-def fast_itpn_tiny(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_tiny(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-T, 24 M parameters."""
     return _create_itpn('fast_itpn_tiny', pretrained, **kwargs)
 
 
 @register_model
-def fast_itpn_small(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_small(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-S, 40 M parameters."""
     return _create_itpn('fast_itpn_small', pretrained, **kwargs)
 
 
 @register_model
-def fast_itpn_base(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_base(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-B, 85 M parameters."""
     return _create_itpn('fast_itpn_base', pretrained, **kwargs)
 
 
 @register_model
-def fast_itpn_large(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_large(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-L, 312 M parameters."""
     return _create_itpn('fast_itpn_large', pretrained, **kwargs)
 
 
 @register_model
-def fast_itpn_tiny_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_tiny_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-T; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('fast_itpn_tiny_fpn', pretrained, **kwargs)
 
 
 @register_model
-def fast_itpn_small_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_small_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-S; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('fast_itpn_small_fpn', pretrained, **kwargs)
 
 
 @register_model
-def fast_itpn_base_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_base_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-B; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('fast_itpn_base_fpn', pretrained, **kwargs)
 
 
 @register_model
-def fast_itpn_large_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def fast_itpn_large_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """Fast-iTPN-L; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('fast_itpn_large_fpn', pretrained, **kwargs)
 
 
 @register_model
-def itpn_tiny(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_tiny(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-T, 19 M parameters. Its sizes are inferred from HiViT and from the parameter count in the result tables."""
     return _create_itpn('itpn_tiny', pretrained, **kwargs)
 
 
 @register_model
-def itpn_small(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_small(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-S, 38 M parameters. Its sizes are inferred from HiViT and from the parameter count in the result tables."""
     return _create_itpn('itpn_small', pretrained, **kwargs)
 
 
 @register_model
-def itpn_base(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_base(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-B, 79 M parameters."""
     return _create_itpn('itpn_base', pretrained, **kwargs)
 
 
 @register_model
-def itpn_large(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_large(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-L, 288 M parameters."""
     return _create_itpn('itpn_large', pretrained, **kwargs)
 
 
 @register_model
-def itpn_tiny_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_tiny_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-T; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('itpn_tiny_fpn', pretrained, **kwargs)
 
 
 @register_model
-def itpn_small_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_small_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-S; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('itpn_small_fpn', pretrained, **kwargs)
 
 
 @register_model
-def itpn_base_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_base_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-B; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('itpn_base_fpn', pretrained, **kwargs)
 
 
 @register_model
-def itpn_large_fpn(pretrained: bool = False, **kwargs) -> ITPN:
+def itpn_large_fpn(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """iTPN-L; its features (features_only=True) are those of the pyramid."""
     return _create_itpn('itpn_large_fpn', pretrained, **kwargs)
 
 
 @register_model
-def hivit_tiny(pretrained: bool = False, **kwargs) -> ITPN:
+def hivit_tiny(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """HiViT-T, 19 M parameters."""
     return _create_itpn('hivit_tiny', pretrained, **kwargs)
 
 
 @register_model
-def hivit_small(pretrained: bool = False, **kwargs) -> ITPN:
+def hivit_small(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """HiViT-S, 38 M parameters."""
     return _create_itpn('hivit_small', pretrained, **kwargs)
 
 
 @register_model
-def hivit_base(pretrained: bool = False, **kwargs) -> ITPN:
+def hivit_base(pretrained: bool = False, **kwargs: Any) -> ITPN:
     """HiViT-B, 66 M parameters."""
     return _create_itpn('hivit_base', pretrained, **kwargs)
 

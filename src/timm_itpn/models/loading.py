@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap
+from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, with_weights
 from ..weights.fetch import fetch
 from ..weights.layout import current_names, is_native, layout_of, official_to_native
 
@@ -17,15 +17,18 @@ __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_
 _logger = logging.getLogger(__name__)
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, torch.Tensor]:
     """Fit a checkpoint to `model`: official or native layout, wrapped or bare, of any image size.
 
     Raises:
         ValueError: It is of something else, of another size, has unknown keys or lacks some; the message lists them.
     """
     native = fit_to_model(to_native(state_dict), model)
+    cfg = getattr(model, 'pretrained_cfg', {})
+    if cfg.get('state_dict') is state_dict:  # of `with_weights`: the model needs no second copy of its weights
+        del cfg['state_dict']
     num_classes = len(native.get('head.fc.bias', ()))
-    cfg_classes = getattr(model, 'pretrained_cfg', {}).get('num_classes', num_classes)
+    cfg_classes = cfg.get('num_classes', num_classes)
     if num_classes == model.num_classes > 0 and cfg_classes not in (num_classes, -1):  # -1: replacing it is asked for
         _logger.warning(
             f'The classifier in the checkpoint is not used: it has {num_classes} classes, but pretrained_cfg says '
@@ -33,7 +36,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return native
 
 
-def prepare_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
+def prepare_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
     """What `model.load_state_dict()` is to load, for loaders of timm that run no filter and for users.
 
     `checkpoint_path=` and `--initial-checkpoint` are such loaders. Native weights, or a part of them, stay as they are.
@@ -41,11 +44,11 @@ def prepare_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: 
     Raises:
         ValueError: `strict`, and weights in official layout do not fit.
     """
-    if is_native(state_dict) or set(state_dict) <= set(model.state_dict()):
+    if is_native(dict(state_dict)) or set(state_dict) <= set(model.state_dict()):
         return state_dict
     if not strict:
         return _unwrapped(state_dict)
-    native = fit_to_model(to_native(state_dict), model)
+    native = fit_to_model(to_native(dict(state_dict)), model)
     if model.num_classes > 0 and 'head.fc.weight' not in native:
         raise ValueError(
             'The checkpoint has no classifier: load it with strict=False, or create the model with pretrained=True '
@@ -80,7 +83,7 @@ def convert_on_load(
 def _unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state dict in a checkpoint, or what was given if there is none, for PyTorch to report."""
     try:
-        return unwrap(state_dict)[0]
+        return unwrap(dict(state_dict))[0]
     except ValueError:
         return state_dict
 
@@ -92,17 +95,18 @@ def fetched(
         cache_dir: str | Path | None = None,
         **_: Any,
 ) -> dict[str, Any] | None:
-    """Overlay of the pretrained cfg that names the weight file on this machine, fetched if need be.
+    """Overlay of the pretrained cfg that has the weights of the file on this machine, fetched if need be.
 
-    If the caller names a source other than the registered one, the overlay comes back as it is: timm looks there.
+    If the caller names a source other than a file or the registered one, it comes back as it is: timm looks there.
     """
     asked = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     name = f'{variant}.{asked.tag}' if asked.tag else variant
     registered = get_pretrained_cfg(name)
     if registered is None or _sources(asked) != _sources(registered):
-        return pretrained_cfg_overlay
+        return with_weights(pretrained_cfg_overlay)
     path = fetch(name, cache_dir)
-    return pretrained_cfg_overlay if path is None else {**(pretrained_cfg_overlay or {}), 'file': str(path)}
+    file = {} if path is None else {'file': str(path)}
+    return with_weights({**(pretrained_cfg_overlay or {}), **file})
 
 
 def _sources(pretrained_cfg: PretrainedCfg) -> list[Any]:

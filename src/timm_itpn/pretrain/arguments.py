@@ -4,19 +4,17 @@ Nothing here imports torch, so that `--help` is quick.
 """
 import argparse
 import ast
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ['FREE', 'MASKING_NAMES', 'OBJECTIVE_NAMES', 'ConfigurableParser', 'add_arguments', 'keyword_arguments']
+from . import MASKING_NAMES, OBJECTIVE_NAMES
 
-OBJECTIVE_NAMES = ('clip', 'clip-distill', 'pixel', 'mfm')
-MASKING_NAMES = ('block', 'random')
+__all__ = ['ConfigurableParser', 'add_arguments', 'settings_of']
 
 # may differ when a run is resumed: they do not change what is computed
-FREE = ('config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
+FREE = ('run', 'config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
         'figure_interval', 'log_tensorboard', 'data_dir')
 
 
@@ -27,21 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('data')
     group.add_argument('--data-dir', type=Path, metavar='DIR', help='folder or tar file of images')
     group.add_argument('--dataset', default='', metavar='NAME', help="timm's name: hfds/..., wds/..., '' for a folder")
-    group.add_argument('--train-split', default='train', metavar='NAME', help='split of the data')
-    group.add_argument('--train-num-samples', type=int, metavar='N', help='images of data that do not tell (wds)')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='split of the data set')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='number of images, for streams (wds)')
     group.add_argument('--img-size', type=int, default=224, metavar='N', help="side of the student's images, pixels")
     group.add_argument('--scale', type=float, nargs=2, default=[0.2, 1.0], help="crop, share of the image's area")
     group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], help='crop, width by height')
     group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
-    group.add_argument('--train-interpolation', default='bicubic', help='of the crop')
+    group.add_argument('--train-interpolation', default='bicubic', help='interpolation of the crop')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that read, 0 for none')
 
     group = parser.add_argument_group('student, objective, teacher')
     group.add_argument('--model', default='fast_itpn_base', help='any model of this package')
-    group.add_argument('--model-kwargs', nargs='*', default=(), metavar='KEY=VALUE', help="the model's arguments")
+    pairs: dict[str, Any] = dict(nargs='*', action=_KeyValues, default={}, metavar='KEY=VALUE')
+    group.add_argument('--model-kwargs', help="the model's arguments", **pairs)
     group.add_argument('--objective', default='clip', choices=OBJECTIVE_NAMES, help='what is learned')
-    group.add_argument(
-        '--objective-kwargs', nargs='*', default=(), metavar='KEY=VALUE', help="the objective's arguments")
+    group.add_argument('--objective-kwargs', help="the objective's arguments", **pairs)
     group.add_argument('--masking', choices=MASKING_NAMES, help="which tokens are masked; default: the objective's")
     group.add_argument('--mask-ratio', type=float, help="share of masked tokens; default: the objective's")
     group.add_argument('--teacher', metavar='NAME', help="timm's name of the teacher")
@@ -74,13 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
     group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the objective')
-    group.add_argument('--fsdp', action='store_true', help='processes share parameters (FSDP2), not copies (DDP)')
-    group.add_argument('--seed', type=int, default=42, help='of weights, order, crops and masks')
+    group.add_argument('--fsdp', action='store_true', help='each process holds a share of the parameters (FSDP2)')
+    group.add_argument('--seed', type=int, default=42, help='seed of weights, order, crops and masks')
     group.add_argument('--deterministic', action='store_true', help='deterministic algorithms only')
 
     group = parser.add_argument_group('output')
     group.add_argument('--output', type=Path, default=Path('output/pretrain'), metavar='DIR')
-    group.add_argument('--resume', metavar='auto|FILE', help='go on: from the last checkpoint, or from FILE')
+    group.add_argument('--resume', metavar='auto|FILE', help='go on from the last checkpoint, or from FILE')
     group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
                        help='updates between checkpoints; 0: only after epochs')
@@ -89,24 +87,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--log-tensorboard', action='store_true', help='also write for TensorBoard')
 
 
-def keyword_arguments(given: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs of a command line, or the mapping of a YAML file, as keyword arguments.
+class _KeyValues(argparse.Action):
+    """`KEY=VALUE` pairs as a dict; a YAML file has a mapping in their place."""
 
-    Raises:
-        ValueError: A pair has no `=`.
-    """
-    if isinstance(given, Mapping):
-        return dict(given)
-    values: dict[str, Any] = {}
-    for pair in given:
-        key, equals, text = pair.partition('=')
-        if not equals:
-            raise ValueError(f'{pair!r} is no argument: write KEY=VALUE.')
-        try:
-            values[key] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):  # a plain word
-            values[key] = text
-    return values
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs: dict[str, Any] = {}
+        for pair in values:
+            key, equals, text = pair.partition('=')
+            if not equals:
+                parser.error(f'{option_string}: {pair!r} is not an argument: write KEY=VALUE.')
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (SyntaxError, ValueError):  # a plain word
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that the result depends on."""
+    return {key: value for key, value in vars(args).items() if key not in FREE}
 
 
 class ConfigurableParser(argparse.ArgumentParser):
@@ -117,13 +116,13 @@ class ConfigurableParser(argparse.ArgumentParser):
         if getattr(known, 'config', None) is None:
             return known, rest
         try:
-            self.set_defaults(**read_config(known.config, vars(known)))
+            self.set_defaults(**_read_config(known.config, known))
         except ValueError as error:
             self.error(str(error))
         return super().parse_known_args(args, namespace)
 
 
-def read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+def _read_config(path: Path, known: argparse.Namespace) -> dict[str, Any]:
     """Settings of a YAML file.
 
     Raises:
@@ -134,8 +133,8 @@ def read_config(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f'{path} cannot be read: {error}') from error
     if not isinstance(settings, dict):
-        raise ValueError(f'{path} holds no settings: write one `name: value` per line.')
-    unknown: list[str] = sorted(set(settings) - set(known))
+        raise ValueError(f'{path} does not hold settings: write one `name: value` per line.')
+    unknown = [key for key in settings if key not in known]
     if unknown:
-        raise ValueError(f'{path} has settings that do not exist: {", ".join(unknown)}.')
-    return {key: Path(value) if key in ('data_dir', 'output') else value for key, value in settings.items()}
+        raise ValueError(f'{path} has settings that do not exist: {", ".join(map(str, unknown))}.')
+    return settings

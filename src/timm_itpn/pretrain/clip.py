@@ -1,6 +1,5 @@
 """Objectives of a CLIP teacher: its tokens are predicted from an image of which a part is masked."""
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -8,10 +7,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, trunc_normal_
 
 from ..layers.blocks import AttentionBlock
-from ..models.itpn import ITPN
-from .decoders import ConvLevels, LinearLevels
-from .objective import Objective
-from .student import STEM, levels_of, run_blocks, scale_gradient, stage_maps
+from .base import LevelsToTokens, Losses, Objective, init_linear
+from .student import STEM_SIDE, Student, pyramid_levels, pyramid_of, run_blocks, stage_maps, third_stage
 
 __all__ = ['Clip', 'ClipDistill']
 
@@ -24,19 +21,19 @@ class Clip(Objective):
     The mask token replaces what the stem makes of a masked patch. All three levels of the pyramid take part.
 
     Args:
-        backbone: The student, with pyramid.
+        student: Fast-iTPN with pyramid.
         num_masked: Tokens that are masked in every image.
         teacher_dim: Channels of the teacher's tokens.
     """
     NAME = 'clip'
     TEACHER = True
-    STUDENT: dict[str, dict[str, Any]] = {'fast_itpn': dict(pyramid=True, init_values=0.1)}
+    STUDENT = {'fast_itpn': dict(pyramid=True, init_values=0.1)}
 
-    def __init__(self, backbone: ITPN, num_masked: int, teacher_dim: int):
-        super().__init__(backbone, num_masked)
-        dim = backbone.embed_dim
+    def __init__(self, student: Student, num_masked: int, teacher_dim: int):
+        super().__init__(student, num_masked)
+        dim = student.embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, 4 * dim))  # (channel, y, x) of the stem's 4 x 4 positions
-        self.decoder_embed = ConvLevels(backbone.pyramid.levels[0].align.out_features, dim)
+        self.decoder_embed = LevelsToTokens(pyramid_of(student).feature_info[0]['num_chs'], dim, conv=True)
         self.lm_head = nn.Linear(dim, teacher_dim)
         trunc_normal_(self.mask_token, std=.02, a=-.02, b=.02)
         nn.init.xavier_normal_(self.lm_head.weight)
@@ -44,107 +41,87 @@ class Clip(Objective):
 
     def masked_stem(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """The stem's map (B, H / 4, W / 4, dim / 4), the mask token where masked."""
-        x = scale_gradient(self.backbone.patch_embed(images), STEM_GRADIENT)
+        x = self.backbone.patch_embed(images)
+        x = STEM_GRADIENT * x + (1 - STEM_GRADIENT) * x.detach()
         B, H, W, C = x.shape
-        token = self.mask_token.reshape(C, STEM, STEM).permute(1, 2, 0)[:, None]  # (4, 1, 4, C)
-        x = x.reshape(B, H // STEM, STEM, W // STEM, STEM, C)
+        token = self.mask_token.reshape(C, STEM_SIDE, STEM_SIDE).permute(1, 2, 0)[:, None]  # (4, 1, 4, C)
+        x = x.reshape(B, H // STEM_SIDE, STEM_SIDE, W // STEM_SIDE, STEM_SIDE, C)
         x = torch.where(masked[:, :, None, :, None, None], token.to(x.dtype), x)
         return x.reshape(B, H, W, C)
 
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Prediction of the teacher's tokens, (B, N, teacher_dim), of all tokens."""
         maps = stage_maps(self.backbone, self.masked_stem(images, masked))
-        levels = self.decoder_embed(levels_of(self.backbone, maps))
-        return self.lm_head(self.backbone.pyramid.norm(sum(levels)))
+        tokens = self.decoder_embed(pyramid_levels(self.backbone, maps))
+        return self.lm_head(pyramid_of(self.backbone).norm(sum(tokens)))
 
-    def forward(
-            self,
-            images: torch.Tensor,
-            masked: torch.Tensor,
-            target: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        prediction = self.predict(images, masked)
-        similarity = F.cosine_similarity(prediction.float(), target.float(), dim=-1)  # (B, N)
+    def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:
+        assert target is not None
+        similarity = F.cosine_similarity(self.predict(images, masked).float(), target.float(), dim=-1)  # (B, N)
         return {'loss': -(similarity * masked.flatten(1)).sum() / (len(images) * self.num_masked)}
 
 
 class ClipDistill(Objective):
     """iTPN's: smooth L1 to the teacher's tokens, at all tokens, by the pyramid and by an auxiliary branch.
 
-    The mask token replaces masked tokens at the input of stage 3. The auxiliary branch starts in the midst of stage 3.
+    The mask token replaces masked tokens at the input of stage 3. The auxiliary branch starts within stage 3.
 
     Args:
-        backbone: The student, with pyramid and relative position bias.
+        student: iTPN with pyramid and relative position bias.
         num_masked: Tokens that are masked in every image.
         teacher_dim: Channels of the teacher's tokens.
     """
     NAME = 'clip-distill'
     TEACHER = True
-    STUDENT: dict[str, dict[str, Any]] = {'itpn': dict(pyramid=True, init_values=0.1, pyramid_depth=1)}
+    STUDENT = {'itpn': dict(pyramid=True, init_values=0.1, pyramid_depth=1)}
     AUXILIARY_DEPTH = 2
     AUXILIARY_START = 0.75  # after the block of this share of the depth
     AUXILIARY_NORM = partial(LayerNorm, eps=1e-5)
 
-    def __init__(self, backbone: ITPN, num_masked: int, teacher_dim: int):
-        super().__init__(backbone, num_masked)
-        dim, stage = backbone.embed_dim, backbone.stages[2]
+    def __init__(self, student: Student, num_masked: int, teacher_dim: int):
+        super().__init__(student, num_masked)
+        dim, stage = student.embed_dim, third_stage(student)
         block = stage.blocks[0]
-        if block.rel_pos_bias is None:
-            raise ValueError('The objective clip-distill needs relative position bias: rel_pos_bias=True.')
         if hasattr(stage, 'gather_window'):
             raise ValueError('The objective clip-distill is for students without acceleration.')
-        self.auxiliary_block = int(self.AUXILIARY_START * len(stage.blocks))
+        if not isinstance(block, AttentionBlock) or block.rel_pos_bias is None:
+            raise ValueError('The objective clip-distill needs relative position bias: rel_pos_bias=True.')
+        self.auxiliary_start = int(self.AUXILIARY_START * len(stage.blocks)) + 1
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_embed = LinearLevels(backbone.pyramid.levels[0].align.out_features, dim)
+        self.decoder_embed = LevelsToTokens(pyramid_of(student).feature_info[0]['num_chs'], dim)
         self.norm = LayerNorm(dim)
         self.lm_head = nn.Linear(dim, teacher_dim)
         self.cls_pt_layers = nn.ModuleList([
             AttentionBlock(
-                dim, block.attn.num_heads, window_size=self.grid_size, init_values=0.1,
-                norm_layer=self.AUXILIARY_NORM)
+                dim, block.attn.num_heads, window_size=self.grid_size, init_values=0.1, norm_layer=self.AUXILIARY_NORM)
             for _ in range(self.AUXILIARY_DEPTH)])
         self.norm_cls = LayerNorm(dim)
         self.lm_cls_head = nn.Linear(dim, teacher_dim)
         trunc_normal_(self.mask_token, std=.02)
-        for part in (self.decoder_embed, self.lm_head, self.cls_pt_layers, self.lm_cls_head):
-            part.apply(init_linear)
+        init_linear((self.decoder_embed, self.lm_head, self.cls_pt_layers, self.lm_cls_head))
 
-    def no_weight_decay(self) -> set:
+    def no_weight_decay(self) -> set[str]:
         tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
         return super().no_weight_decay() | tables
 
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions of the teacher's tokens, (B, N, teacher_dim), by the pyramid and by the auxiliary branch."""
-        first, second, third = self.backbone.stages
-        maps: list[torch.Tensor] = [first(self.backbone.patch_embed(images))]
-        maps.append(second(maps[0]))
-        x = third.downsample(maps[1])
+        first, second, _ = self.backbone.stages
+        third = third_stage(self.backbone)
+        fine = first(self.backbone.patch_embed(images))
+        middle = second(fine)
+        x = third.downsample(middle)
         B, H, W, C = x.shape
         x = torch.where(masked[..., None], self.mask_token[:, :, None].to(x.dtype), x)
         x = third.add_positions(x).reshape(B, H * W, C)
-        x = run_blocks(self.backbone, x, H, W, 0, self.auxiliary_block + 1)
-        auxiliary = x
-        x = run_blocks(self.backbone, x, H, W, self.auxiliary_block + 1, len(third.blocks))
-        maps.append(x.reshape(B, H, W, C))
+        x = auxiliary = run_blocks(third, x, H, W, 0, self.auxiliary_start)
+        x = run_blocks(third, x, H, W, self.auxiliary_start, len(third.blocks))
         for block in self.cls_pt_layers:
             auxiliary = block(auxiliary, H, W)
-        levels = self.decoder_embed(levels_of(self.backbone, maps))
-        return self.lm_head(self.norm(sum(levels))), self.lm_cls_head(self.norm_cls(auxiliary))
+        tokens = self.decoder_embed(pyramid_levels(self.backbone, [fine, middle, x.reshape(B, H, W, C)]))
+        return self.lm_head(self.norm(sum(tokens))), self.lm_cls_head(self.norm_cls(auxiliary))
 
-    def forward(
-            self,
-            images: torch.Tensor,
-            masked: torch.Tensor,
-            target: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        target = target.float()
-        main, auxiliary = (F.smooth_l1_loss(x.float(), target) for x in self.predict(images, masked))
+    def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:
+        assert target is not None
+        main, auxiliary = (F.smooth_l1_loss(x.float(), target.float()) for x in self.predict(images, masked))
         return {'loss': main + auxiliary, 'pyramid': main.detach(), 'auxiliary': auxiliary.detach()}
-
-
-def init_linear(module: nn.Module) -> None:
-    """As the models do it: trunc normal of 0.02, biases zero."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -1,15 +1,15 @@
-"""Pictures of what an objective predicts, for a few images of the last batch."""
+"""Pictures of what an objective predicts, for a few images of a batch."""
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
-from torchvision.utils import make_grid
+from torchvision.utils import save_image
 
 from ..files import replaced
-from .objective import Objective
+from .data import View
 from .pixel import STRIDE, Pixel, pixels
+from .task import PretrainTask
 
 __all__ = ['draw']
 
@@ -18,7 +18,7 @@ GREY = 0.5
 
 
 @torch.no_grad()
-def draw(path: Path, objective: Objective, batch: dict[str, torch.Tensor], target: Any, view: Any) -> None:
+def draw(path: Path, task: PretrainTask, batch: dict[str, torch.Tensor]) -> None:
     """Write a PNG: one column per image.
 
     Rows for objectives of pixels: image, what is visible of it, prediction. For those of a teacher: image, what is
@@ -26,55 +26,39 @@ def draw(path: Path, objective: Objective, batch: dict[str, torch.Tensor], targe
 
     Args:
         path: Of the PNG.
-        objective: What predicts.
-        batch: 'images' and 'masked'.
-        target: Teacher's tokens, if there is a teacher.
-        view: How the student sees images.
+        task: What predicts.
+        batch: As for the task.
     """
-    images, masked = batch['images'][:NUM_IMAGES], batch['masked'][:NUM_IMAGES]
-    training = objective.training
-    objective.eval()
-    seen = unnormalised(images, view.mean, view.std)
-    hidden = spread(masked)
-    rows: list[torch.Tensor] = [seen, torch.where(hidden, torch.full_like(seen, GREY), seen)]
-    if isinstance(objective, Pixel):
-        predicted = unnormalised(reconstructed(objective, images, masked), view.mean, view.std)
-        rows.append(torch.where(hidden, predicted, seen))
-    else:
-        rows.append(similarity_map(objective, images, masked, target[:NUM_IMAGES]))
-    objective.train(training)
-    grid = make_grid(torch.cat(rows).clamp(0, 1).cpu(), nrow=len(images), padding=2, pad_value=1.)
-    with replaced(path) as part:
-        Image.fromarray((grid * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(part)
-
-
-def reconstructed(objective: Pixel, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Predicted pixels, with the mean and deviation that the objective takes away."""
-    variance, mean = torch.var_mean(pixels(images), dim=-1, keepdim=True)
-    prediction = objective.predict(images, masked).float() * variance.sqrt() + mean
-    return rearrange(
-        prediction, 'b (h w) (y x c) -> b c (h y) (w x)', h=masked.shape[1], y=STRIDE, x=STRIDE)
-
-
-def similarity_map(
-        objective: Objective,
-        images: torch.Tensor,
-        masked: torch.Tensor,
-        target: torch.Tensor,
-) -> torch.Tensor:
-    """Cosine similarity of prediction and target of each token, as grey images."""
+    batch = {key: value[:NUM_IMAGES] for key, value in batch.items()}
+    images, masked = batch['images'], batch['masked']
+    objective, view, training = task.objective, task.views[0], task.training
+    task.eval()
+    seen = _unnormalised(images, view)
+    hidden = _to_pixels(masked)
+    rows = [seen, torch.where(hidden, GREY, seen)]
     prediction = objective.predict(images, masked)
-    prediction = prediction[0] if isinstance(prediction, tuple) else prediction
-    similarity = torch.nn.functional.cosine_similarity(prediction.float(), target.float(), dim=-1)
-    return spread(similarity.reshape(masked.shape)).expand(-1, 3, -1, -1)
+    if isinstance(objective, Pixel):
+        # with the mean and deviation that the objective takes away
+        variance, mean = torch.var_mean(pixels(images), dim=-1, keepdim=True)
+        predicted = rearrange(
+            prediction.float() * variance.sqrt() + mean, 'b (h w) (y x c) -> b c (h y) (w x)', h=masked.shape[1],
+            y=STRIDE, x=STRIDE)
+        rows.append(torch.where(hidden, _unnormalised(predicted, view), seen))
+    elif (target := task.target(batch)) is not None:
+        tokens = prediction[0] if isinstance(prediction, tuple) else prediction
+        similarity = F.cosine_similarity(tokens.float(), target.float(), dim=-1).reshape(masked.shape)
+        rows.append(_to_pixels(similarity).expand(-1, 3, -1, -1))
+    task.train(training)
+    with replaced(path) as part:
+        save_image(torch.cat(rows).clamp(0, 1), part, nrow=len(images), pad_value=1.)
 
 
-def spread(tokens: torch.Tensor) -> torch.Tensor:
+def _to_pixels(tokens: torch.Tensor) -> torch.Tensor:
     """One value per token (B, h, w) -> one per pixel (B, 1, H, W)."""
     return tokens.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
 
 
-def unnormalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+def _unnormalised(images: torch.Tensor, view: View) -> torch.Tensor:
     """Images in 0..1 again."""
-    shape = (1, -1, 1, 1)
-    return images.float() * images.new_tensor(std).reshape(shape) + images.new_tensor(mean).reshape(shape)
+    mean, std = (images.new_tensor(values).reshape(1, -1, 1, 1) for values in (view.mean, view.std))
+    return images.float() * std + mean

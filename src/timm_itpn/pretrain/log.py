@@ -1,5 +1,4 @@
 """Log of a run: a progress bar, lines of JSON, timm's table of epochs, and TensorBoard if asked for."""
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,57 +7,55 @@ from typing import Any
 from timm.utils import trim_summary, update_summary
 from tqdm import tqdm
 
-__all__ = ['Log', 'check_tensorboard']
+from .run import Run
+
+__all__ = ['Log']
 
 LINES = 'log.jsonl'
 TABLE = 'summary.csv'
 
 
 class Log:
-    """What one process of a run tells; others than the first tell nothing.
+    """What a run tells of itself; only its first process does.
 
-    Args:
-        folder: Where the files are.
-        total: Updates of the whole run.
-        done: Updates that are done already; later lines, of a run that was interrupted, are removed.
-        epoch: Epochs that are done already.
-        writes: This is the first process.
-        tensorboard: Also write for TensorBoard; see `check_tensorboard`.
+    Lines after the updates that are done, of a run that was interrupted, are removed.
     """
 
-    def __init__(self, folder: Path, total: int, done: int, epoch: int, writes: bool, tensorboard: bool = False):
-        self.folder = folder
-        self.writes = writes
+    def __init__(self, run: Run):
+        self.run = run
+        self.folder = run.args.output
+        self.writes = run.args.rank == 0
         self.writer: Any | None = None
         self.progress = tqdm(
-            total=total, initial=done, unit='update', mininterval=1, file=sys.stderr, disable=not writes)
-        if not writes:
+            total=run.total_updates, initial=run.num_updates, unit='update', mininterval=1, file=sys.stderr,
+            disable=not self.writes)
+        if not self.writes:
             return
-        trim_lines(folder / LINES, done)
-        trim_summary(str(folder / TABLE), epoch)
-        if tensorboard:
+        _trim_lines(self.folder / LINES, run.num_updates)
+        trim_summary(str(self.folder / TABLE), run.epoch)
+        if run.args.log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=done + 1)
+            self.writer = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=run.num_updates + 1)
 
-    def update(self, images_per_s: float, **shown: Any) -> None:
+    def update(self, **shown: Any) -> None:
         """One more update is done."""
         self.progress.update()
-        self.progress.set_postfix(images_per_s=f'{images_per_s:.1f}', **shown, refresh=False)
+        self.progress.set_postfix(**shown, refresh=False)
 
-    def line(self, num_updates: int, values: dict[str, float]) -> None:
-        """A line of the log."""
+    def line(self, values: dict[str, float]) -> None:
+        """A line of the log, after an update."""
         if not self.writes:
             return
         with (self.folder / LINES).open('a', encoding='utf-8') as file:
-            file.write(json.dumps({'num_updates': num_updates, **values}) + '\n')
+            file.write(json.dumps({'num_updates': self.run.num_updates, **values}) + '\n')
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, num_updates)
+                self.writer.add_scalar(name, value, self.run.num_updates)
 
-    def epoch(self, epoch: int, values: dict[str, float], lr: float) -> None:
-        """A row of the table."""
+    def epoch(self, values: dict[str, float]) -> None:
+        """A row of the table, at the end of an epoch."""
         if self.writes:
-            update_summary(epoch, values, None, str(self.folder / TABLE), lr=lr)
+            update_summary(self.run.epoch, values, None, str(self.folder / TABLE), lr=self.run.lr)
 
     def close(self) -> None:
         self.progress.close()
@@ -66,13 +63,7 @@ class Log:
             self.writer.close()
 
 
-def check_tensorboard() -> None:
-    """Raise RuntimeError if TensorBoard is not installed."""
-    if importlib.util.find_spec('tensorboard') is None:
-        raise RuntimeError("--log-tensorboard needs tensorboard: pip install 'timm-itpn[tensorboard]'")
-
-
-def trim_lines(path: Path, num_updates: int) -> None:
+def _trim_lines(path: Path, num_updates: int) -> None:
     """Remove the lines after `num_updates`, and one that was cut off."""
     if not path.exists():
         return

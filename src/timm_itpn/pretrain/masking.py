@@ -1,8 +1,10 @@
-"""Which tokens of an image are masked; on the CPU, from a generator of its own."""
+"""Which tokens of an image are masked; drawn on the CPU."""
 import math
 from collections.abc import Callable
 
 import torch
+
+from . import MASKING_NAMES
 
 __all__ = ['MASKINGS', 'block_masking', 'check_num_masked', 'random_masking']
 
@@ -17,20 +19,11 @@ def check_num_masked(num_masked: int, grid_size: tuple[int, int]) -> None:
     if not 0 < num_masked < num_tokens:
         raise ValueError(
             f'{num_masked} masked tokens of a {grid_size[0]} x {grid_size[1]} grid: there must be at least 1, and at '
-            f'most {num_tokens - 1}')
+            f'most {num_tokens - 1}. Choose another --mask-ratio.')
 
 
 def random_masking(grid_size: tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
-    """Mask random tokens.
-
-    Args:
-        grid_size: Tokens (height, width).
-        num_masked: How many.
-        generator: Of all that is random.
-
-    Returns:
-        (height, width), bool, True where masked.
-    """
+    """Mask random tokens; arguments and result as of `block_masking`."""
     height, width = grid_size
     masked = torch.zeros(height * width, dtype=torch.bool)
     masked[torch.randperm(height * width, generator=generator)[:num_masked]] = True
@@ -40,13 +33,12 @@ def random_masking(grid_size: tuple[int, int], num_masked: int, generator: torch
 def block_masking(grid_size: tuple[int, int], num_masked: int, generator: torch.Generator) -> torch.Tensor:
     """Mask rectangles of at least 16 tokens, of aspect 0.3 to 1 / 0.3, until there are enough.
 
-    A rectangle may overlap others. What the last one is too large by, and what no rectangle fits into, is made even
-    by single tokens, so the number is exact.
+    Rectangles may overlap. Single random tokens make up the number where no further rectangle fits, so it is exact.
 
     Args:
         grid_size: Tokens (height, width).
         num_masked: How many.
-        generator: Of all that is random.
+        generator: Of everything random.
 
     Returns:
         (height, width), bool, True where masked.
@@ -85,3 +77,4 @@ def _add_block(masked: torch.Tensor, left: int, generator: torch.Generator) -> i
 
 
 MASKINGS: dict[str, Callable] = {'block': block_masking, 'random': random_masking}
+assert tuple(MASKINGS) == MASKING_NAMES

@@ -1,22 +1,23 @@
-"""The objectives by name, and how one is built with its student."""
+"""The objectives by name, and how one is created with its student."""
 from typing import Any
 
 import timm
 
-from ..models.itpn import ITPN
 from ..models.names import check_name
+from . import OBJECTIVE_NAMES
+from .base import Objective
 from .clip import Clip, ClipDistill
-from .initialise import initialise
 from .masking import check_num_masked
-from .objective import Objective
 from .pixel import Mfm, Pixel
+from .student import Student, initialise
 
 __all__ = ['OBJECTIVES', 'create_objective', 'create_student']
 
 OBJECTIVES: dict[str, type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
+assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
 
 
-def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> ITPN:
+def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> Student:
     """Create the student of an objective, with new weights and without classifier.
 
     Args:
@@ -26,20 +27,21 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> I
         kwargs: For the model.
 
     Raises:
-        ValueError: The objective is not for this family.
+        ValueError: There is no such model.
     """
     check_name(name)
-    needs = OBJECTIVES[objective].STUDENT
-    family = timm.create_model(name, device='meta').family
-    model = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs.get(family, {}), **kwargs})
-    if model.pyramid is not None:
-        model.prune_intermediate_layers([0, 1, 2])  # the head; the pyramid stays
-    return model
+    family = str(timm.create_model(name, device='meta').family)
+    needs = OBJECTIVES[objective].STUDENT.get(family, {})
+    student = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
+    assert isinstance(student, Student)
+    if student.pyramid is not None:
+        student.prune_intermediate_layers([0, 1, 2])  # the head; the pyramid stays
+    return student
 
 
 def create_objective(
         name: str,
-        student: ITPN,
+        student: Student,
         mask_ratio: float | None = None,
         teacher_dim: int | None = None,
         **kwargs: Any,
@@ -54,12 +56,14 @@ def create_objective(
         kwargs: For the objective.
 
     Raises:
-        ValueError: The objective wants a teacher, or has no use for one; an argument is unknown; the student does not
-            fit; or there are not so many tokens.
+        ValueError: The objective needs a teacher, or takes none; an argument is unknown; the student does not fit; or
+            there are not so many tokens.
     """
     cls = OBJECTIVES[name]
-    if cls.TEACHER != (teacher_dim is not None):
-        raise ValueError(f'The objective {name} {"needs a" if cls.TEACHER else "has no"} teacher: --teacher.')
+    if cls.TEACHER and teacher_dim is None:
+        raise ValueError(f'The objective {name} needs a teacher: --teacher vit_base_patch16_clip_224.openai, say.')
+    if not cls.TEACHER and teacher_dim is not None:
+        raise ValueError(f'The objective {name} takes no teacher: leave out --teacher.')
     height, width = student.patch_embed.grid_size
     num_masked = round((cls.MASK_RATIO if mask_ratio is None else mask_ratio) * height * width)
     check_num_masked(num_masked, (height, width))
@@ -69,4 +73,4 @@ def create_objective(
     try:
         return cls(student, num_masked, **kwargs)
     except TypeError as error:
-        raise ValueError(f'The objective {name} cannot be made: {error}') from error
+        raise ValueError(f'The objective {name} cannot be created: {error}') from error

@@ -1,6 +1,7 @@
-"""Runs of several processes that share parameters, gradients and optimizer states (FSDP2), and their whole states."""
+"""Runs whose processes share parameters, gradients and optimizer states (FSDP2), and their whole states."""
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -9,49 +10,41 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..layers.blocks import AttentionBlock, MlpBlock
 
-try:
-    from torch.distributed.fsdp import fully_shard
-except ImportError:  # torch 2.5
-    from torch.distributed._composable.fsdp import fully_shard
-
-__all__ = ['load_model_state', 'load_optimizer_state', 'model_state', 'optimizer_state', 'shard']
+__all__ = ['load_whole_state', 'shard', 'whole_state']
 
 State = dict[str, Any]
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(module: nn.Module) -> None:
-    """Divide the parameters among the processes; blocks are the units that are brought together when they run."""
+    """Divide the parameters among the processes; each block's are brought together while it runs."""
     for block in module.modules():
         if isinstance(block, (AttentionBlock, MlpBlock)):
             fully_shard(block)
     fully_shard(module)
 
 
-def model_state(module: nn.Module, sharded: bool) -> State:
-    """State dict with whole tensors; with `sharded`, every process has to call it, and the first gets it."""
-    return get_model_state_dict(module, options=FULL) if sharded else module.state_dict()
+def whole_state(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
+    """State dict, with whole tensors, of a module or of the optimizer of its parameters.
+
+    Of a sharded module, every process has to call it, and the first gets it.
+    """
+    if not isinstance(module, FSDPModule):
+        return (optimizer or module).state_dict()
+    if optimizer is None:
+        return get_model_state_dict(module, options=WHOLE)
+    return get_optimizer_state_dict(module, optimizer, options=WHOLE)
 
 
-def load_model_state(module: nn.Module, state: State, sharded: bool) -> None:
-    """The reverse of `model_state`; every process has the state."""
-    if sharded:
-        set_model_state_dict(module, state, options=FULL)
+def load_whole_state(state: State, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """The reverse of `whole_state`; every process has the state."""
+    if not isinstance(module, FSDPModule):
+        (optimizer or module).load_state_dict(state)
+    elif optimizer is None:
+        set_model_state_dict(module, state, options=WHOLE)
     else:
-        module.load_state_dict(state)
-
-
-def optimizer_state(module: nn.Module, optimizer: Any, sharded: bool) -> State:
-    """State dict of the optimizer of `module`, as `model_state`."""
-    return get_optimizer_state_dict(module, optimizer, options=FULL) if sharded else optimizer.state_dict()
-
-
-def load_optimizer_state(module: nn.Module, optimizer: Any, state: State, sharded: bool) -> None:
-    """The reverse of `optimizer_state`."""
-    if sharded:
-        set_optimizer_state_dict(module, optimizer, state, options=FULL)
-    else:
-        optimizer.load_state_dict(state)
+        set_optimizer_state_dict(module, optimizer, state, options=WHOLE)

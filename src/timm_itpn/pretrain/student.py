@@ -1,39 +1,90 @@
-"""How objectives run a backbone with its pyramid on images of which a part is hidden."""
+"""The student: a backbone with its pyramid, and how it runs on images of which a part is hidden."""
+import math
+
 import torch
 import torch.nn as nn
 from einops import rearrange
+from timm.layers import trunc_normal_
 from timm.models import checkpoint
 
-from ..models.itpn import ITPN
+from ..layers.pyramid import FeaturePyramid
+from ..layers.stages import AttentionStage
+from ..models.itpn import ITPN as Student
 
 __all__ = [
-    'LEVELS', 'STEM', 'check_no_grid', 'check_student', 'freeze', 'gather_tokens', 'keep_indices', 'levels_of',
-    'run_blocks', 'scale_gradient', 'split_patches', 'stage_maps', 'visible_maps']
+    'STEM_SIDE', 'Student', 'check_no_grid', 'check_student', 'initialise', 'keep_indices',
+    'pyramid_levels', 'pyramid_of', 'run_blocks', 'split_patches', 'stage_maps', 'third_stage',
+    'visible_maps']
 
-LEVELS = (0, 1, 2)  # of the pyramid, strides 4, 8, 16
-STEM = 4  # stem positions along a side of a patch
+STEM_SIDE = 4  # stem positions along a side of a patch
+SCALED = ('mlp.fc1', 'mlp.fc1_g', 'mlp.fc1_x', 'mlp.fc2', 'attn.proj')
 
 
-def check_student(backbone: ITPN) -> None:
-    """Raise ValueError if the backbone cannot be pre-trained."""
-    if backbone.pyramid is None:
+def third_stage(student: Student) -> AttentionStage:
+    """Stage 3, which holds the positions and the attention blocks."""
+    stage = student.stages[2]
+    assert isinstance(stage, AttentionStage)
+    return stage
+
+
+def pyramid_of(student: Student) -> FeaturePyramid:
+    """The pyramid.
+
+    Raises:
+        ValueError: The student has none.
+    """
+    if student.pyramid is None:
         raise ValueError('The student has no feature pyramid: create it with pyramid=True.')
-    if backbone.dynamic_img_size:
+    return student.pyramid
+
+
+def check_student(student: Student) -> None:
+    """Raise ValueError if the student cannot be pre-trained."""
+    if pyramid_of(student).concat:
+        raise ValueError('The student has pyramid_concat=True: create it without.')
+    if student.dynamic_img_size:
         raise ValueError('The student has dynamic_img_size=True: pre-training is at one size.')
 
 
-def check_no_grid(backbone: ITPN) -> None:
-    """Raise ValueError if the backbone needs all tokens of the grid."""
-    third = backbone.stages[2]
-    if third.blocks[0].rel_pos_bias is not None:
+def check_no_grid(student: Student) -> None:
+    """Raise ValueError if the student needs all tokens of the grid."""
+    stage = third_stage(student)
+    if getattr(stage.blocks[0], 'rel_pos_bias', None) is not None:
         raise ValueError('Tokens are dropped, so there is no grid: create the student with rel_pos_bias=False.')
-    if hasattr(third, 'gather_window'):
+    if hasattr(stage, 'gather_window'):
         raise ValueError('Tokens are dropped, so there are no windows: create the student without acceleration.')
 
 
-def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """`x`, whose gradient is multiplied by `factor`."""
-    return factor * x + (1 - factor) * x.detach()
+@torch.no_grad()
+def initialise(student: Student) -> None:
+    """Initialise a Fast-iTPN for pre-training, as published; the other models start as they are created.
+
+    Matrices of stage 3 are xavier normal, each on its own, their biases zero; the stem is xavier uniform, seen as a
+    matrix; positions are trunc normal of 0.02, cut at one standard deviation. Then every MLP, the values and what
+    follows attention are scaled by sqrt(ln(2 * depth of stage 3)).
+    """
+    if student.family != 'fast_itpn':
+        return
+    stage = third_stage(student)
+    stem = student.patch_embed.proj.weight
+    stem.copy_(nn.init.xavier_uniform_(torch.empty_like(stem.flatten(1))).reshape(stem.shape))
+    trunc_normal_(stage.pos_embed, std=.02, a=-.02, b=.02)
+    scale = math.sqrt(math.log(2 * len(stage.blocks)))
+    for name, module in student.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        leaf = '.'.join(name.split('.')[-2:])
+        if name.startswith('stages.2.blocks.'):
+            for matrix in module.weight.chunk(3 if leaf == 'attn.qkv' else 1):
+                nn.init.xavier_normal_(matrix)
+            for key, parameter in module.named_parameters(recurse=False):
+                if key.endswith('bias'):
+                    nn.init.zeros_(parameter)
+        if leaf == 'attn.qkv':
+            module.weight.chunk(3)[2].mul_(scale)  # the values
+        elif leaf in SCALED:
+            module.weight.mul_(scale)
+            module.bias.mul_(scale)
 
 
 def keep_indices(masked: torch.Tensor, num_masked: int) -> torch.Tensor:
@@ -51,66 +102,50 @@ def keep_indices(masked: torch.Tensor, num_masked: int) -> torch.Tensor:
     return order[:, :masked.shape[1] - num_masked]
 
 
-def gather_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Tokens (B, N, ...) at `indices` (B, K) -> (B, K, ...)."""
-    indices = indices.reshape(list(indices.shape) + [1] * (x.ndim - 2))
-    return x.gather(1, indices.expand(-1, -1, *x.shape[2:]))
-
-
 def split_patches(x: torch.Tensor, side: int) -> torch.Tensor:
     """Map (B, h * side, w * side, C) -> (B, h * w, side, side, C)."""
     return rearrange(x, 'b (h y) (w x) c -> b (h w) y x c', y=side, x=side)
 
 
-def run_blocks(backbone: ITPN, x: torch.Tensor, height: int, width: int, first: int, last: int) -> torch.Tensor:
+def run_blocks(stage: AttentionStage, x: torch.Tensor, height: int, width: int, first: int, last: int) -> torch.Tensor:
     """Blocks `first` to `last` - 1 of stage 3 on tokens (B, N, dim)."""
-    stage = backbone.stages[2]
     for block in stage.blocks[first:last]:
         x = checkpoint(block, x, height, width) if stage.grad_checkpointing else block(x, height, width)
     return x
 
 
-def stage_maps(backbone: ITPN, x: torch.Tensor) -> list[torch.Tensor]:
+def stage_maps(student: Student, x: torch.Tensor) -> list[torch.Tensor]:
     """Maps of the three stages for all tokens, from the stem's (B, H / 4, W / 4, dim / 4)."""
     maps = []
-    for stage in backbone.stages:
+    for stage in student.stages:
         x = stage(x)
         maps.append(x)
     return maps
 
 
-def visible_maps(backbone: ITPN, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
+def visible_maps(student: Student, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
     """Maps of the three stages for the visible tokens only; the others are dropped before stage 1.
 
     Everything but attention stays inside one patch, so K visible patches make a map of one row: (B, 1, K, dim) after
     stage 3, and four and two times as high and wide before.
 
     Args:
-        backbone: As `check_no_grid` wants it.
+        student: One that passes `check_no_grid`.
         images: (B, 3, H, W).
         visible: (B, K), indices of the visible tokens.
     """
-    first, second, third = backbone.stages
-    x = gather_tokens(split_patches(backbone.patch_embed(images), STEM), visible)
-    x = rearrange(x, 'b k y x c -> b y (k x) c')
-    x = first(x)
-    maps = [x]
-    x = second(x)
-    maps.append(x)
-    x = third.downsample(x).flatten(1, 2)  # (B, 1, K, C) -> (B, K, C)
-    positions = third.pos_embed.expand(len(x), -1, -1)
-    x = third.pos_drop(x + gather_tokens(positions, visible))
-    x = run_blocks(backbone, x, 1, x.shape[1], 0, len(third.blocks))
-    maps.append(x[:, None])
-    return maps
+    first, second, _ = student.stages
+    third = third_stage(student)
+    x = split_patches(student.patch_embed(images), STEM_SIDE)
+    x = torch.take_along_dim(x, visible[..., None, None, None], dim=1)
+    fine = first(rearrange(x, 'b k y x c -> b y (k x) c'))
+    middle = second(fine)
+    x = third.downsample(middle).flatten(1, 2)  # (B, 1, K, C) -> (B, K, C)
+    x = third.pos_drop(x + torch.take_along_dim(third.pos_embed, visible[..., None], dim=1))
+    x = run_blocks(third, x, 1, x.shape[1], 0, len(third.blocks))
+    return [fine, middle, x[:, None]]
 
 
-def levels_of(backbone: ITPN, maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def pyramid_levels(student: Student, maps: list[torch.Tensor]) -> list[torch.Tensor]:
     """Levels of the pyramid at strides 4, 8 and 16, (B, H, W, pyramid_dim)."""
-    fine, middle, coarse = backbone.pyramid(maps, list(LEVELS))
-    return fine, middle, coarse
-
-
-def freeze(module: nn.Module) -> nn.Module:
-    """The module without gradients, in evaluation mode."""
-    return module.requires_grad_(False).eval()
+    return pyramid_of(student)(maps, [0, 1, 2])

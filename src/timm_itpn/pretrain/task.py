@@ -1,15 +1,19 @@
-"""Objective and teacher as a task of timm: what is compiled, distributed and averaged is the objective alone."""
+"""Objective and teacher as a task of timm: only the objective is compiled, distributed and averaged."""
+import argparse
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn as nn
 from timm.task import TrainingTask
 from torch.nn.parallel import DistributedDataParallel
 
-from .objective import Objective
-from .teacher import Teacher
+from .base import Losses, Objective
+from .data import View
+from .objectives import create_objective, create_student
+from .teacher import Teacher, create_teacher
 
-__all__ = ['PretrainTask']
+__all__ = ['PretrainTask', 'create_task']
 
 
 class PretrainTask(TrainingTask):
@@ -17,9 +21,12 @@ class PretrainTask(TrainingTask):
 
     Args:
         objective: What is trained.
-        teacher: What it learns from, None for nothing but images.
+        teacher: Whose tokens it predicts, None for an objective without teacher.
         device: Where both are.
         amp_dtype: Type of autocast, None for none; the teacher then is of that type.
+
+    Attributes:
+        views: How the student, and the teacher if there is one, see images.
     """
 
     def __init__(
@@ -30,34 +37,65 @@ class PretrainTask(TrainingTask):
             amp_dtype: torch.dtype | None = None,
     ):
         super().__init__(device=device, verbose=False)
-        self.objective = objective
-        self.trainable_module: Any = objective
-        self.teacher = teacher
+        self.objective = objective.to(device)
+        self.trainable_module: nn.Module = objective
+        self.teacher = None if teacher is None else teacher.to(device=device, dtype=amp_dtype)
         self.amp_dtype = amp_dtype
+        self.views = [_view(objective.backbone, objective.backbone.patch_embed.img_size)]
         if teacher is not None:
-            teacher.to(device=device, dtype=amp_dtype)
+            self.views.append(_view(teacher.model, teacher.img_size))
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'PretrainTask':
         self.trainable_module = DistributedDataParallel(self.objective, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **kwargs: Any) -> Objective:
-        self.objective.compile(backend=backend, mode=mode, **kwargs)
-        return self.objective
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        self.objective.compile(*args, **kwargs)
 
     def autocast(self) -> AbstractContextManager:
         """Autocast, if it is on."""
-        if self.amp_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+        return torch.autocast(self.device.type, dtype=self.amp_dtype) if self.amp_dtype else nullcontext()
 
-    def forward(self, input: dict[str, torch.Tensor], target: Any = None) -> dict[str, torch.Tensor]:
+    def target(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The teacher's tokens, if there is a teacher."""
+        return None if self.teacher is None else self.teacher(batch['teacher_images'])
+
+    def forward(self, input: Any, target: Any = None) -> Losses:
         """Compute the loss of a batch.
 
         Args:
-            input: 'images', 'masked', and for a teacher 'teacher_images'; see `data.MaskMaker.sample`.
+            input: 'images', 'masked', and for a teacher 'teacher_images'; see `data.SampleMaker`.
             target: Not used: the target is in the images.
         """
-        features = None if self.teacher is None else self.teacher(input['teacher_images'])
+        target = self.target(input)
         with self.autocast():
-            return self.trainable_module(input['images'], input['masked'], features)
+            return self.trainable_module(input['images'], input['masked'], target)
+
+
+def create_task(args: argparse.Namespace, device: torch.device) -> PretrainTask:
+    """Create student, objective and teacher.
+
+    Args:
+        args: Arguments of the command, see `arguments.add_arguments`.
+        device: Where the task is.
+
+    Raises:
+        RuntimeError: Weights of the teacher cannot be had.
+        ValueError: An argument is not usable.
+    """
+    student = create_student(
+        args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
+    student.set_grad_checkpointing(args.grad_checkpointing)
+    teacher: Teacher | None = None
+    if args.teacher is not None:
+        teacher = create_teacher(
+            args.teacher, student.patch_embed.grid_size, args.teacher_img_size, args.teacher_path or '')
+    objective = create_objective(
+        args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim, **args.objective_kwargs)
+    return PretrainTask(objective, teacher, device, getattr(torch, args.amp_dtype) if args.amp else None)
+
+
+def _view(model: Any, size: tuple[int, int]) -> View:
+    """How a timm model sees images of `size`."""
+    cfg = model.pretrained_cfg
+    return View(size, tuple(cfg['mean']), tuple(cfg['std']))

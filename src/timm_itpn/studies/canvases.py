@@ -1,7 +1,7 @@
 """Handwritten digits drawn onto textured canvases: small real data with many tokens, most of which say little.
 
-Digits are scikit-learn's. The texture is a dimmed part of one of its two photographs on one side of a random line, of
-the other on the other; a plain ground has one dim colour. Digits are bright, each of random place, size and colour.
+Digits are scikit-learn's. The texture is a dimmed crop of one of its two photographs on one side of a random line, of
+the other on the other side; a plain ground has one dim colour. Digits are bright, of random position, size and colour.
 """
 import math
 from typing import NamedTuple
@@ -13,10 +13,10 @@ __all__ = ['NUM_CLASSES', 'NUM_TEXTURES', 'Canvases', 'draw', 'load_digits']
 
 NUM_CLASSES = 10
 NUM_TEXTURES = 2
-SIZES = (32, 65)  # of a drawing, in pixels, the last excluded
-DIM = 0.6  # the brightest ground, of 0..1
-INK = 0.2  # share of a token's pixels that are ink, from which on it belongs to the digit
-TEST_SHARE = 5  # every fifth digit is for testing
+
+_DIM = 0.6  # the brightest ground, of 0..1
+_INK = 0.2  # share of a token's pixels that are ink from which on it belongs to the digit
+_TEST_SHARE = 5  # every fifth digit is for testing
 
 
 class Canvases(NamedTuple):
@@ -38,7 +38,7 @@ def load_digits(test: bool) -> tuple[torch.Tensor, torch.Tensor]:
     from sklearn.datasets import load_digits as load
 
     data = load()
-    chosen = (torch.arange(len(data.target)) % TEST_SHARE == 0) == test
+    chosen = (torch.arange(len(data.target)) % _TEST_SHARE == 0) == test
     return torch.tensor(data.images, dtype=torch.float32)[chosen] / 16, torch.tensor(data.target)[chosen]
 
 
@@ -49,7 +49,7 @@ def draw(
         side: int,
         copies: int,
         seed: int,
-        sizes: tuple[int, int] = SIZES,
+        sizes: tuple[int, int] = (32, 65),
         stride: int = 16,
         plain: bool = False,
 ) -> Canvases:
@@ -58,7 +58,7 @@ def draw(
     Args:
         digits: (M, 8, 8) in 0..1.
         labels: (M,).
-        num: How many canvases.
+        num: Number of canvases.
         side: Of a canvas, in pixels, a multiple of `stride`, at least as long as a drawing.
         copies: Drawings of its digit on a canvas.
         seed: Of all that is random.
@@ -76,30 +76,30 @@ def draw(
     for i in range(num):
         if plain:
             first = torch.ones(1, side, side, dtype=torch.bool)
-            canvas = (DIM * torch.rand(3, 1, 1, generator=generator)).expand(3, side, side)
+            canvas = (_DIM * torch.rand(3, 1, 1, generator=generator)).expand(3, side, side)
         else:
-            first = boundary(side, generator)  # True where the first photograph is
-            ground = [texture(photograph, side, generator) for photograph in photographs]
+            first = _boundary(side, generator)  # True where the first photograph is
+            ground = [_texture(photograph, side, generator) for photograph in photographs]
             canvas = torch.where(first, ground[0], ground[1])
         marks = torch.zeros(1, side, side)
         for _ in range(copies):
-            mask = place(digits[which[i]], side, sizes, generator)
+            ink = _drawing(digits[which[i]], side, sizes, generator)
             colour = 1 - 0.3 * torch.rand(3, 1, 1, generator=generator)
-            canvas = canvas + mask * (colour - canvas)
-            marks = torch.maximum(marks, mask)
+            canvas = canvas + ink * (colour - canvas)
+            marks = torch.maximum(marks, ink)
         images[i] = (canvas * 255).round().to(torch.uint8)
-        ink = F.avg_pool2d((marks > 0.5).float(), stride)[0]
+        share = F.avg_pool2d((marks > 0.5).float(), stride)[0]
         second = (F.avg_pool2d(first.float(), stride)[0] < 0.5).long()
-        token_labels[i] = torch.where(ink < INK, second, 2 + labels[which[i]])
+        token_labels[i] = torch.where(share < _INK, second, 2 + labels[which[i]])
     return Canvases(images, labels[which], token_labels)
 
 
-def integer(low: int, high: int, generator: torch.Generator) -> int:
+def _integer(low: int, high: int, generator: torch.Generator) -> int:
     """A random integer, low <= i < high."""
     return int(torch.randint(low, high, (), generator=generator))
 
 
-def boundary(side: int, generator: torch.Generator) -> torch.Tensor:
+def _boundary(side: int, generator: torch.Generator) -> torch.Tensor:
     """True on one side of a random line, (1, side, side); it passes near the middle."""
     angle = 2 * math.pi * torch.rand((), generator=generator)
     offset = (torch.rand((), generator=generator) - 0.5) * 0.6
@@ -107,22 +107,22 @@ def boundary(side: int, generator: torch.Generator) -> torch.Tensor:
     return (along * angle.cos() + along[:, None] * angle.sin() > offset)[None]
 
 
-def texture(photograph: torch.Tensor, side: int, generator: torch.Generator) -> torch.Tensor:
-    """A square part of a photograph, perhaps mirrored, dimmed, (3, side, side)."""
+def _texture(photograph: torch.Tensor, side: int, generator: torch.Generator) -> torch.Tensor:
+    """A square crop of a photograph, perhaps mirrored, dimmed, (3, side, side)."""
     _, height, width = photograph.shape
-    size = integer(height // 3, height, generator)
-    top, left = integer(0, height - size, generator), integer(0, width - size, generator)
-    part = photograph[:, top:top + size, left:left + size]
-    if integer(0, 2, generator):
-        part = part.flip(2)
-    part = F.interpolate(part[None], (side, side), mode='bilinear', antialias=True)[0]
-    return part * (DIM / 2 + DIM / 2 * torch.rand((), generator=generator))
+    size = _integer(height // 3, height, generator)
+    top, left = _integer(0, height - size, generator), _integer(0, width - size, generator)
+    crop = photograph[:, top:top + size, left:left + size]
+    if _integer(0, 2, generator):
+        crop = crop.flip(2)
+    crop = F.interpolate(crop[None], (side, side), mode='bilinear', antialias=True)[0]
+    return crop * (_DIM / 2 + _DIM / 2 * torch.rand((), generator=generator))
 
 
-def place(digit: torch.Tensor, side: int, sizes: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Ink of a digit (8, 8) at a random place of an empty canvas, (1, side, side) in 0..1."""
-    size = integer(*sizes, generator)
-    top, left = integer(0, side - size + 1, generator), integer(0, side - size + 1, generator)
+def _drawing(digit: torch.Tensor, side: int, sizes: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+    """Ink of a digit (8, 8) at a random position of an empty canvas, (1, side, side) in 0..1."""
+    size = _integer(*sizes, generator)
+    top, left = _integer(0, side - size + 1, generator), _integer(0, side - size + 1, generator)
     ink = torch.zeros(1, side, side)
     drawn = F.interpolate(digit[None, None], (size, size), mode='bicubic')[0].clamp(0, 1)
     ink[:, top:top + size, left:left + size] = drawn

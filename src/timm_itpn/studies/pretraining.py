@@ -4,64 +4,69 @@ The tasks are the digit, by the classifier, and the digit at each position of th
 see the same labels in the same order; only their weights at the start differ.
 """
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2
-from timm.utils import dispatch_clip_grad, random_seed
+import torch.nn as nn
+from timm.layers import LayerNorm
+from timm.utils import random_seed
 
+from ..bench.machine import this_machine
 from ..bench.processes import in_processes
-from ..bench.rows import lines_as_markdown
 from ..pretrain.masking import random_masking
-from ..pretrain.objectives import create_objective, create_student
+from ..pretrain.objectives import create_student
+from ..pretrain.pixel import Mfm, Pixel
+from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
-from .two_tasks import TwoTasks, batches, mean, normalised, percent, schedule, test, train
+from .results import Row, report
+from .two_tasks import Training, TwoTasks, fit, normalised, test, train
 
-__all__ = ['LABELS', 'STARTS', 'Start', 'markdown_table', 'study']
+__all__ = ['ARMS', 'study']
 
-Row = dict[str, Any]
-StateDict = dict[str, torch.Tensor]
+State = dict[str, torch.Tensor]
 
-MODEL_NAME = 'fast_itpn_tiny'
-MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
-DECODER = dict(decoder_dim=64, decoder_depth=2, decoder_num_heads=2)
-SIDE = 64  # pixels, 4 x 4 tokens
-CANVAS: dict[str, Any] = dict(side=SIDE, copies=1, sizes=(56, 65), stride=4, plain=True)
-MASK_RATIO = 0.5  # of 16 tokens; of those of a photograph the paper hides 0.75
-UPDATES, BATCH, LR = 1500, 64, 2e-3
-TUNING_UPDATES, TUNING_BATCH, TUNING_LR = 300, 32, 1e-3
-LABELS = (10, 50)  # per class
-MAX_NORM = 3.  # of gradients in pre-training
-DRAWINGS = 4  # of each digit without label
-TEST_DRAWINGS = 3
+_MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
+_DECODER: dict[str, Any] = dict(decoder_dim=64, decoder_depth=2, decoder_num_heads=2)
+_SIDE = 64  # pixels, 4 x 4 tokens
+_CANVAS: dict[str, Any] = dict(side=_SIDE, copies=1, sizes=(56, 65), stride=4, plain=True)
+_NUM_MASKED = 8  # of 16 tokens; of those of a photograph the paper hides 0.75
+_PRETRAINING = Training(1500, 64, 2e-3)
+_TUNING = Training(300, 32, 1e-3)
+_LABELS = (10, 50)  # per class
+_DRAWINGS = 4  # of each digit without label
+_TEST_DRAWINGS = 3
 
 
-class Start(NamedTuple):
-    """Where fine-tuning starts.
+class _PixelOfStage3(Pixel):
+    """`Pixel` whose decoder sees stage 3 and not the pyramid, which is then not trained; to compare with."""
 
-    Attributes:
-        name: Its name in the rows.
-        objective: Key of `pretrain.objectives.OBJECTIVES`, None for no pre-training.
-        kwargs: Arguments of the objective.
-        new_pyramid: The pyramid does not get the trained weights.
-    """
-    name: str
-    objective: str | None = None
-    kwargs: dict[str, Any] = {}
-    new_pyramid: bool = False
+    def __init__(self, student: Student, num_masked: int, **kwargs: Any):
+        super().__init__(student, num_masked, **kwargs)
+        pyramid_of(student).requires_grad_(False)
+        dim = student.embed_dim
+        self.decoder_embed = nn.Sequential(LayerNorm(dim), nn.Linear(dim, _DECODER['decoder_dim']))
+
+    def encode(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
+        return [self.decoder_embed(visible_maps(self.backbone, images, visible)[2][:, 0])]
 
 
-STARTS = (
-    Start('scratch'),
-    Start('pixel', 'pixel'),
-    Start('pixel, new pyramid', 'pixel', new_pyramid=True),
-    Start('pixel without pyramid, new pyramid', 'pixel', dict(pyramid=False), new_pyramid=True),
-    Start('mfm', 'mfm'),
-    Start('mfm, new pyramid', 'mfm', new_pyramid=True),
-)
+class _Start(NamedTuple):
+    """Where fine-tuning starts."""
+    objective: type[Pixel] | None = None  # of pre-training
+    new_pyramid: bool = False  # the pyramid does not get the trained weights
+
+
+_STARTS = {
+    'scratch': _Start(),
+    'pixel': _Start(Pixel),
+    'pixel, new pyramid': _Start(Pixel, new_pyramid=True),
+    'pixel without pyramid, new pyramid': _Start(_PixelOfStage3, new_pyramid=True),
+    'mfm': _Start(Mfm),
+    'mfm, new pyramid': _Start(Mfm, new_pyramid=True),
+}
+ARMS = tuple(_STARTS)
 
 
 def study(seeds: Sequence[int]) -> Iterator[Row]:
@@ -73,78 +78,57 @@ def study(seeds: Sequence[int]) -> Iterator[Row]:
     Yields:
         A row for each seed, start and number of labels.
     """
-    for rows in in_processes(study_seed, seeds, processes=min(len(seeds), os.cpu_count() or 1), threads=1):
+    for rows in in_processes(_study_seed, seeds, processes=min(len(seeds), os.cpu_count() or 1), threads=1):
         yield from rows
 
 
-def study_seed(seed: int) -> list[Row]:
-    """The rows of one seed."""
+def _study_seed(seed: int) -> list[Row]:
     digits, labels = load_digits(test=False)
-    unlabelled = draw(digits, labels, num=DRAWINGS * len(labels), seed=1, **CANVAS)
+    unlabelled = draw(digits, labels, num=_DRAWINGS * len(labels), seed=1, **_CANVAS)
     test_digits, test_labels = load_digits(test=True)
-    test_set = draw(test_digits, test_labels, num=TEST_DRAWINGS * len(test_labels), seed=4, **CANVAS)
-    train_sets = {num: labelled(digits, labels, num) for num in LABELS}
-    states: dict[str, StateDict] = {}
+    test_set = draw(test_digits, test_labels, num=_TEST_DRAWINGS * len(test_labels), seed=4, **_CANVAS)
+    train_sets = {num: _labelled(digits, labels, num) for num in _LABELS}
+    states: dict[type[Pixel] | None, State] = {None: {}}  # starts share what is pre-trained alike
     rows: list[Row] = []
-    for start in STARTS:
-        way = f'{start.objective} {start.kwargs}'  # starts share what is pre-trained alike
-        if start.objective and way not in states:
-            states[way] = pretrain(start, unlabelled, seed)
+    for arm, start in _STARTS.items():
+        if start.objective is not None and start.objective not in states:
+            states[start.objective] = _pretrain(start.objective, unlabelled, seed)
         for num, train_set in train_sets.items():
-            network = build(start, states.get(way, {}), seed)
-            train(network, train_set, TUNING_UPDATES, TUNING_BATCH, TUNING_LR, seed)
-            rows.append({'start': start.name, 'labels': num, 'seed': seed, **test(network, test_set)})
-            print(rows[-1], file=sys.stderr, flush=True)
+            network = _network(start, states[start.objective], seed)
+            train(network, train_set, _TUNING, seed)
+            scores = test(network, test_set)
+            rows.append(report(Row(arm, f'{num} labels', seed, **scores, machine=this_machine('cpu'))))
     return rows
 
 
-def labelled(digits: torch.Tensor, labels: torch.Tensor, num: int) -> Canvases:
+def _labelled(digits: torch.Tensor, labels: torch.Tensor, num: int) -> Canvases:
     """A canvas of each of the first `num` digits of each class."""
     indices = torch.cat([(labels == label).nonzero()[:num, 0] for label in range(NUM_CLASSES)])
-    return draw(digits[indices], labels[indices], num=len(indices), seed=7, **CANVAS)
+    return draw(digits[indices], labels[indices], num=len(indices), seed=7, **_CANVAS)
 
 
-def pretrain(start: Start, data: Canvases, seed: int) -> StateDict:
+def _pretrain(objective_type: type[Pixel], data: Canvases, seed: int) -> State:
     """State of a student after pre-training, backbone and pyramid."""
     random_seed(seed)
-    objective_name = str(start.objective)
-    student = create_student(MODEL_NAME, objective_name, SIDE, **MODEL)
-    objective = create_objective(objective_name, student, MASK_RATIO, **DECODER, **start.kwargs)
-    optimizer = create_optimizer_v2(objective, opt='adamw', lr=LR, weight_decay=0.05, betas=(0.9, 0.95))
-    scheduler = schedule(optimizer, UPDATES, LR)
+    student = create_student('fast_itpn_tiny', objective_type.NAME, _SIDE, **_MODEL)
+    initialise(student)
+    objective = objective_type(student, _NUM_MASKED, **_DECODER)
     generator = torch.Generator().manual_seed(seed)
-    objective.train()
-    for i, batch in enumerate(batches(data, UPDATES, BATCH, seed)):
-        scheduler.step_update(i)
-        masked = torch.stack([
-            random_masking(objective.grid_size, objective.num_masked, generator) for _ in batch.images])
-        loss = objective(normalised(batch.images, student), masked)['loss']
-        optimizer.zero_grad()
-        loss.backward()
-        dispatch_clip_grad(objective.parameters(), MAX_NORM)
-        optimizer.step()
-        objective.after_update((i + 1) / UPDATES)
+
+    def loss_of(batch: Canvases) -> torch.Tensor:
+        masked = torch.stack([random_masking(objective.grid_size, _NUM_MASKED, generator) for _ in batch.labels])
+        return objective(normalised(batch.images, student), masked)['loss']
+
+    fit(objective, loss_of, data, _PRETRAINING, seed, objective.after_update, max_norm=3., betas=(0.9, 0.95))
     return student.state_dict()
 
 
-def build(start: Start, state: StateDict, seed: int) -> TwoTasks:
+def _network(start: _Start, state: State, seed: int) -> TwoTasks:
     """A network with the weights of `state`; all others, and for scratch all, are new."""
     random_seed(seed)
     model = timm.create_model(
-        MODEL_NAME, **MODEL, img_size=SIDE, num_classes=NUM_CLASSES, head_init_scale=1., pyramid=True)
+        'fast_itpn_tiny', **_MODEL, img_size=_SIDE, num_classes=NUM_CLASSES, head_init_scale=1., pyramid=True)
     new = ('head.', 'pyramid.') if start.new_pyramid else ('head.',)
-    state = {key: value for key, value in state.items() if not key.startswith(new)}
-    rest = {key: value for key, value in model.state_dict().items() if not state or key.startswith(new)}
-    model.load_state_dict({**state, **rest})
+    kept = {key: value for key, value in state.items() if not key.startswith(new)}
+    model.load_state_dict({**model.state_dict(), **kept})
     return TwoTasks(model, level=0)
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """Means over seeds in percent, one line per start in the order of the rows."""
-    labels = sorted({row['labels'] for row in rows})
-    header = ('start', *(f'{value}, {num} labels' for num in labels for value in ('top-1', 'mIoU')), 'seeds')
-    lines = []
-    for name in dict.fromkeys(row['start'] for row in rows):
-        values = [percent(mean(rows, value, start=name, labels=num)) for num in labels for value in ('top1', 'miou')]
-        lines.append((name, *values, str(len({row['seed'] for row in rows if row['start'] == name}))))
-    return lines_as_markdown(header, lines)

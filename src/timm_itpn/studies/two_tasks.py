@@ -1,7 +1,7 @@
-"""A model that tells the digit of a canvas, and for each token of it what it is of; how it is trained and tested."""
-import statistics
-from collections.abc import Iterator, Sequence
-from typing import Any
+"""A model that tells the digit of a canvas, and for each token of it what it shows; how it is trained and tested."""
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -12,12 +12,19 @@ from timm.utils import random_seed
 
 from .canvases import NUM_CLASSES, NUM_TEXTURES, Canvases
 
-__all__ = ['TwoTasks', 'batches', 'mean', 'normalised', 'percent', 'schedule', 'test', 'train']
+__all__ = ['Training', 'TwoTasks', 'fit', 'normalised', 'test', 'train']
 
-NUM_TOKEN_CLASSES = NUM_TEXTURES + NUM_CLASSES
-TEXTURE_WEIGHT = 0.1  # in the loss: nine of ten tokens are texture
-WARMUP = 0.1  # share of the updates
-TEST_BATCH = 64
+_NUM_TOKEN_CLASSES = NUM_TEXTURES + NUM_CLASSES
+_TEXTURE_WEIGHT = 0.1  # in the loss: nine of ten tokens are texture
+_WARMUP = 0.1  # share of the updates
+_TEST_BATCH = 64
+
+
+class Training(NamedTuple):
+    """Length, batch size and peak learning rate of a training."""
+    updates: int
+    batch: int
+    lr: float
 
 
 class TwoTasks(nn.Module):
@@ -32,7 +39,7 @@ class TwoTasks(nn.Module):
         super().__init__()
         self.model = model
         self.level = level
-        self.tokens = nn.Linear(model.pyramid.levels[level].align.out_features, NUM_TOKEN_CLASSES)
+        self.tokens = nn.Linear(model.pyramid.levels[level].align.out_features, _NUM_TOKEN_CLASSES)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, (level,) = self.model.forward_intermediates(images, indices=[self.level], output_fmt='NHWC')
@@ -46,65 +53,76 @@ def normalised(images: torch.Tensor, model: Any) -> torch.Tensor:
     return (images / 255 - mean) / std
 
 
-def batches(data: Canvases, num: int, batch_size: int, seed: int) -> Iterator[Canvases]:
-    """`num` random batches."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(data.labels), generator=generator)
-                       for _ in range(1 + num * batch_size // len(data.labels))])
-    for indices in order[:num * batch_size].split(batch_size):
-        yield Canvases(*(part[indices] for part in data))
+def fit(
+        module: nn.Module,
+        loss_of: Callable[[Canvases], torch.Tensor],
+        data: Canvases,
+        training: Training,
+        seed: int,
+        after_update: Callable[[float], None] = lambda progress: None,
+        max_norm: float = math.inf,
+        **options: Any,
+) -> None:
+    """Train with AdamW, warm-up and a cosine.
 
-
-def schedule(optimizer: torch.optim.Optimizer, num_updates: int, lr: float) -> CosineLRScheduler:
-    """Warm-up, then a cosine, per update."""
-    return CosineLRScheduler(
-        optimizer, num_updates, lr_min=lr / 100, warmup_t=int(WARMUP * num_updates), warmup_lr_init=lr / 100,
-        warmup_prefix=False, t_in_epochs=False)
-
-
-def train(network: TwoTasks, data: Canvases, num_updates: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train both tasks with AdamW."""
+    Args:
+        module: What is trained.
+        loss_of: Loss of a batch.
+        data: What batches are taken from.
+        training: How long.
+        seed: Of the order, and of all that is random in the model.
+        after_update: Called with the share of all updates that are done.
+        max_norm: Of the gradients.
+        options: For timm's optimizer factory.
+    """
     random_seed(seed)
-    optimizer = create_optimizer_v2(network, opt='adamw', lr=lr, weight_decay=0.05)
-    scheduler = schedule(optimizer, num_updates, lr)
-    weight = torch.tensor(NUM_TEXTURES * [TEXTURE_WEIGHT] + NUM_CLASSES * [1.])
-    network.train()
-    for i, batch in enumerate(batches(data, num_updates, batch_size, seed)):
+    optimizer = create_optimizer_v2(module, opt='adamw', lr=training.lr, weight_decay=0.05, **options)
+    scheduler = CosineLRScheduler(
+        optimizer, training.updates, lr_min=training.lr / 100, warmup_t=int(_WARMUP * training.updates),
+        warmup_lr_init=training.lr / 100, warmup_prefix=False, t_in_epochs=False)
+    module.train()
+    for i, batch in enumerate(_batches(data, training, seed)):
         scheduler.step_update(i)
-        logits, token_logits = network(normalised(batch.images, network.model))
-        loss = F.cross_entropy(logits, batch.labels)
-        loss = loss + F.cross_entropy(token_logits.flatten(0, 2), batch.token_labels.flatten(), weight)
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(batch).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         optimizer.step()
+        after_update((i + 1) / training.updates)
+
+
+def train(network: TwoTasks, data: Canvases, training: Training, seed: int) -> None:
+    """Train both tasks."""
+    weight = torch.tensor(NUM_TEXTURES * [_TEXTURE_WEIGHT] + NUM_CLASSES * [1.])
+
+    def loss_of(batch: Canvases) -> torch.Tensor:
+        logits, token_logits = network(normalised(batch.images, network.model))
+        token_loss = F.cross_entropy(token_logits.flatten(0, 2), batch.token_labels.flatten(), weight)
+        return F.cross_entropy(logits, batch.labels) + token_loss
+
+    fit(network, loss_of, data, training, seed)
+
+
+def _batches(data: Canvases, training: Training, seed: int) -> Iterator[Canvases]:
+    """Random batches; all canvases come before one repeats."""
+    generator = torch.Generator().manual_seed(seed)
+    num = training.updates * training.batch
+    order = torch.cat([
+        torch.randperm(len(data.labels), generator=generator) for _ in range(1 + num // len(data.labels))])
+    for indices in order[:num].split(training.batch):
+        yield Canvases(*(values[indices] for values in data))
 
 
 @torch.inference_mode()
-def test(network: Any, data: Canvases) -> dict[str, float]:
-    """Accuracy of both tasks, in percent.
-
-    Returns:
-        top1: Canvases whose digit is right.
-        miou: Intersection over union of tokens, mean over the textures and digits that occur.
-    """
+def test(network: nn.Module, data: Canvases) -> dict[str, float]:
+    """Accuracy of both tasks, in percent: `top1` and `miou`, see `results.Row`."""
     network.eval()
     random_seed(0)
-    right, counts = 0, torch.zeros(NUM_TOKEN_CLASSES ** 2)
-    for images, labels, token_labels in zip(*(part.split(TEST_BATCH) for part in data)):
+    right, counts = 0, torch.zeros(_NUM_TOKEN_CLASSES ** 2)
+    for images, labels, token_labels in zip(*(values.split(_TEST_BATCH) for values in data)):
         logits, token_logits = network(normalised(images, network.model))
         right += int((logits.argmax(dim=1) == labels).sum())
-        pairs = token_labels * NUM_TOKEN_CLASSES + token_logits.argmax(dim=3)
+        pairs = token_labels * _NUM_TOKEN_CLASSES + token_logits.argmax(dim=3)
         counts += torch.bincount(pairs.flatten(), minlength=len(counts))
-    counts = counts.reshape(NUM_TOKEN_CLASSES, NUM_TOKEN_CLASSES)
+    counts = counts.reshape(_NUM_TOKEN_CLASSES, _NUM_TOKEN_CLASSES)
     overlap = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
     return {'top1': 100 * right / len(data.labels), 'miou': 100 * overlap.nanmean().item()}
-
-
-def mean(rows: Sequence[dict[str, Any]], value: str, **which: Any) -> float | None:
-    """Mean of a value over the rows that have these other values, None if there are none."""
-    values = [row[value] for row in rows if all(row[key] == wanted for key, wanted in which.items())]
-    return statistics.fmean(values) if values else None
-
-
-def percent(value: float | None) -> str:
-    return '' if value is None else f'{value:.2f}'

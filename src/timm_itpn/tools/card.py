@@ -2,7 +2,6 @@
 from typing import Any
 
 from ..models._timm import generate_readme
-from ..weights.records import expected_sha256
 from ..weights.sources import drive_url, source_of
 
 __all__ = ['model_card']
@@ -49,12 +48,12 @@ def model_card(report: dict[str, Any], pretraining: bool) -> str:
     }
     if published:
         details['Contents'] = published.contents
-        details['Licence of the weights, as their authors state it'] = published.licence
+        details['License of the weights, as their authors state it'] = published.license
         details['Reported by the authors, not measured for this copy'] = list(published.figures)
     return generate_readme(
         dict(
             tags=['timm', family.replace('_', '-')],
-            license=published.licence if published else 'unknown',
+            license=published.license if published else 'unknown',
             details=details,
             usage=usage(report, pretraining),
             citation=CITATIONS[family],
@@ -77,13 +76,12 @@ def provenance(report: dict[str, Any]) -> list[str]:
     published = source_of(report['model'])
     if published is None:
         return [*lines, 'Not a published file of the authors, as far as was said at the conversion']
-    expected = expected_sha256(report['model'])
-    if expected is None:
-        check = 'No hash of the published file is known: that this is it was not checked'
-    elif expected == (origin or source)['sha256']:
+    if published.sha256 is None:
+        check = 'No SHA-256 of the published file is known, so the source was not checked against it'
+    elif published.sha256 == (origin or source)['sha256']:
         check = 'This is the known SHA-256 of the published file'
     else:
-        check = f'The known SHA-256 of the published file is another, `{expected}`'
+        check = f'The known SHA-256 of the published file is another, `{published.sha256}`'
     taken = 'Taken by its shapes for' if report['guessed'] else 'Said at the conversion to be'
     return [*lines, f'{taken} the file that the authors publish at {drive_url(published)}', check]
 

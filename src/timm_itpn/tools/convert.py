@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
@@ -20,18 +20,19 @@ from safetensors.torch import save_file
 
 from .. import __version__
 from ..files import replaced
-from ..models._timm import reinit_non_persistent_buffers, save_config_for_hf
-from ..weights.checkpoint import fit_to_model, to_native
+from ..models._timm import save_config_for_hf
+from ..weights.checkpoint import StateDict, fit_to_model
 from ..weights.integrity import sha256_of
 from ..weights.layout import native_to_official
 from .card import model_card
-from .checkpoint_file import CONFIG, WEIGHTS, open_checkpoint
+from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from .describe import describe
 from .match import choose_model, matching_models, model_args, why_not_published
 
 __all__ = ['convert', 'revert']
 
 CARD = 'README.md'
+Digests = dict[str, str]  # key -> hash of the tensor's bytes, its shape and type, in the layout of the source
 
 
 def convert(
@@ -42,6 +43,7 @@ def convert(
         ema: bool = False,
         img_size: tuple[int, int] | None = None,
         verify: bool = False,
+        prefix: str | None = None,
 ) -> dict[str, Any]:
     """Write a timm Hub folder from a checkpoint.
 
@@ -54,52 +56,40 @@ def convert(
         ema: Take the averaged weights.
         img_size: Height and width in pixels that the position embedding is for, None for a square.
         verify: Read the folder again and compare every tensor, and what the model computes.
+        prefix: Which of several networks in the file to take, such as 'backbone'.
 
     Returns:
         What was read and written, for JSON.
 
     Raises:
-        RuntimeError: The file cannot be read, or what was written is not the same.
-        ValueError: It does not fit the model, or `output` exists.
+        RuntimeError: The file is damaged, or what was written is not the same.
+        ValueError: It cannot be read, does not fit the model, or `output` exists.
     """
-    if os.path.lexists(output):
-        raise ValueError(f'{output} exists already: name another folder, or remove it.')
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(output) as part:
+    with _new(output) as part:
         part.mkdir()
-        report, fingerprint = _write(part, path, name, dtype, ema, img_size, verify)
-        if fingerprint is not None:
-            _compare(_fingerprint_of_folder(part, report), fingerprint)
+        report, digests, outputs = _write(part, open_checkpoint(path, dtype, ema, img_size, prefix), name, verify)
+        if verify:
+            native = open_checkpoint(part).native
+            _compare(native_to_official(native) if report['source']['layout'] == 'official' else native, digests)
+            _compare_outputs(_outputs(f'local-dir:{part}', native, pyramid='pyramid' in report['parts']), outputs)
     return {'output': str(output), **report, 'verified': verify}
-
-
-class Fingerprint(NamedTuple):
-    """What two copies of the same weights have in common.
-
-    Attributes:
-        digests: Key -> hash of the tensor's bytes, shape and type, in the source's layout.
-        outputs: Logits (or pooled features) and maps of a fixed image.
-    """
-    digests: dict[str, str]
-    outputs: list[torch.Tensor]
 
 
 def _write(
         folder: Path,
-        path: Path,
+        checkpoint: Checkpoint,
         name: str | None,
-        dtype: torch.dtype | None,
-        ema: bool,
-        img_size: tuple[int, int] | None,
         verify: bool,
-) -> tuple[dict[str, Any], Fingerprint | None]:
-    """Fill a folder; on return the memory of the source is free again."""
-    checkpoint = open_checkpoint(path, ema)
-    native = _cast(to_native(checkpoint.state_dict), dtype)
+) -> tuple[dict[str, Any], Digests, list[torch.Tensor]]:
+    """Fill a folder; return what was read and written, and if asked to verify what to compare with.
+
+    The caller keeps no reference to the checkpoint, so its memory is free on return.
+    """
+    native = checkpoint.native
     weights = describe(native)
     guessed = name is None
     name = name or checkpoint.name or choose_model(weights, checkpoint.published)
-    args = model_args(name, native, weights, img_size or checkpoint.img_size)
+    args = model_args(name, native, weights, checkpoint.img_size)
     if '.' in name:
         wrong = why_not_published(name, weights) if checkpoint.published else 'it is in native layout'
         if wrong:
@@ -108,53 +98,44 @@ def _write(
                 f'model without tag: --model {name.partition(".")[0]}.')
     if checkpoint.global_pool:
         args['global_pool'] = checkpoint.global_pool
+    source = checkpoint.report()
     report = dict(
         model=name,
         guessed=guessed,
         global_pool=checkpoint.global_pool or 'avg',
-        source=checkpoint.report(),
+        source=source,
         dtypes=_dtypes(native),
         parts=weights.parts,
         num_classes=weights.num_classes,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         tool=f'timm-itpn {__version__}',
     )
-    source = checkpoint.origin or report['source']
-    metadata = {'format': 'pt', 'model': name, 'source': source['file'], 'source_sha256': source['sha256']}
+    origin = checkpoint.origin or source
+    metadata = {'format': 'pt', 'model': name, 'source': origin['file'], 'source_sha256': origin['sha256']}
     with _writing(folder.parent.parent):
         save_file({key: value.contiguous() for key, value in native.items()}, folder / WEIGHTS, metadata=metadata)
     _write_config(name, args, folder / CONFIG)
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors leaves it to its owner alone
     (folder / CARD).write_text(model_card(report, weights.pretraining), encoding='utf-8')
     if not verify:
-        return report, None
-    outputs = _outputs(name, native, pyramid=weights.pyramid_dim > 0, **args)
-    return report, Fingerprint(_digests(_cast(checkpoint.state_dict, dtype)), outputs)
+        return report, {}, []
+    return report, _digests(checkpoint.state_dict), _outputs(name, native, pyramid=weights.pyramid_dim > 0, **args)
 
 
-def _fingerprint_of_folder(folder: Path, report: dict[str, Any]) -> Fingerprint:
-    state_dict = open_checkpoint(folder).state_dict
-    outputs = _outputs(f'local-dir:{folder}', state_dict, pyramid='pyramid' in report['parts'])
-    if report['source']['layout'] == 'official':
-        state_dict = native_to_official(state_dict)
-    return Fingerprint(_digests(state_dict), outputs)
-
-
-def _digests(state_dict: dict[str, torch.Tensor]) -> dict[str, str]:
+def _digests(state_dict: StateDict) -> Digests:
     digests = {}
     for key, value in state_dict.items():
         if key.endswith('relative_position_index'):
             continue  # it follows from the size of the table, and is in no folder
         data = value.contiguous().flatten().view(torch.uint8).numpy()
-        digests[key] = f'{hashlib.sha256(data).hexdigest()} {tuple(value.shape)} {value.dtype}'
+        digests[key] = f'{hashlib.sha256(data.data).hexdigest()} {tuple(value.shape)} {value.dtype}'
     return digests
 
 
-def _outputs(name: str, native: dict[str, torch.Tensor], **args: Any) -> list[torch.Tensor]:
+def _outputs(name: str, native: StateDict, **args: Any) -> list[torch.Tensor]:
     """Outputs of a model that takes these tensors, without a copy of them."""
     # allocated but not written to, so it takes no memory: the tensors take its place
-    model = timm.create_model(name, device='meta', **args).to_empty(device='cpu')
-    reinit_non_persistent_buffers(model)
+    model: Any = timm.create_model(name, device='meta', **args).to_empty(device='cpu')
     model.head.norm.reset_parameters()  # starts new if the weights have none
     model.load_state_dict(fit_to_model(native, model), assign=True)
     generator = torch.Generator().manual_seed(0)
@@ -164,18 +145,33 @@ def _outputs(name: str, native: dict[str, torch.Tensor], **args: Any) -> list[to
         return [model.forward_head(last), *maps]
 
 
-def _compare(written: Fingerprint, expected: Fingerprint) -> None:
-    """Raise RuntimeError unless tensors are the same to the bit, and outputs to float32 error."""
-    keys = sorted({*written.digests, *expected.digests})
-    differing = [key for key in keys if written.digests.get(key) != expected.digests.get(key)]
+def _compare(written: StateDict, expected: Digests) -> None:
+    """Raise RuntimeError unless tensors are the same to the bit."""
+    found = _digests(written)
+    differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
     if differing:
         raise RuntimeError(f'What was written differs from the checkpoint in {", ".join(differing)}: it was not kept.')
-    if not all(output.isfinite().all() for output in expected.outputs):
+
+
+def _compare_outputs(written: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Raise RuntimeError unless outputs are the same to float32 error.
+
+    They are not to the bit: tensors lie at other addresses in the two files, and kernels round by alignment.
+    """
+    if not all(output.isfinite().all() for output in expected):
         raise RuntimeError('The outputs for a fixed image are not finite: the weights are broken, nothing was kept.')
-    pairs = zip(written.outputs, expected.outputs)
-    # to float32 error only: tensors lie at other addresses in the two files, and kernels round by alignment
-    if not all((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() for ours, theirs in pairs):
+    if not all((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() for ours, theirs in zip(written, expected)):
         raise RuntimeError('What was written gives other outputs than the checkpoint: it was not kept.')
+
+
+@contextmanager
+def _new(output: Path) -> Iterator[Path]:
+    """A path to write to; it becomes `output` if no error occurs."""
+    if os.path.lexists(output):
+        raise ValueError(f'{output} exists already: name another with -o, or remove it.')
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(output) as part:
+        yield part
 
 
 @contextmanager
@@ -186,24 +182,15 @@ def _writing(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise RuntimeError(
             f'The weights could not be written to {folder.absolute()} ({str(error).splitlines()[0]}): free space there '
-            'or name another place with -o.') from error
+            'or write elsewhere with -o.') from error
 
 
-def _cast(state_dict: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The tensors in another type; ValueError if one does not fit in it."""
-    cast = {key: value.to(dtype or value.dtype) for key, value in state_dict.items()}
-    for key, value in cast.items() if dtype else ():
-        if not value.isfinite().all() and state_dict[key].isfinite().all():
-            raise ValueError(f'{key} has values that {dtype} cannot hold: choose another --dtype.')
-    return cast
-
-
-def _dtypes(state_dict: dict[str, torch.Tensor]) -> list[str]:
+def _dtypes(state_dict: StateDict) -> list[str]:
     return sorted({str(value.dtype).removeprefix('torch.') for value in state_dict.values()})
 
 
 def _write_config(name: str, args: dict[str, Any], path: Path) -> None:
-    save_config_for_hf(timm.create_model(name, device='meta', **args), path)
+    save_config_for_hf(timm.create_model(name, device='meta', **args), str(path))
     config = json.loads(path.read_text(encoding='utf-8'))
     config['model_args'].pop('num_classes')  # it stands beside them too; transformers 5.23 fails on having it twice
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
@@ -216,6 +203,7 @@ def revert(
         ema: bool = False,
         img_size: tuple[int, int] | None = None,
         verify: bool = False,
+        prefix: str | None = None,
 ) -> dict[str, Any]:
     """Write a checkpoint in official layout, `{'model': state dict}`, from a folder or a checkpoint in native layout.
 
@@ -227,41 +215,32 @@ def revert(
         img_size: Height and width in pixels that the position embedding is for, None for a square, or for what the
             folder says.
         verify: Read the file again and compare every tensor.
+        prefix: Which of several networks in the file to take, such as 'backbone'.
 
     Returns:
         What was read and written, for JSON.
 
     Raises:
-        RuntimeError: The file cannot be read, or what was written is not the same.
-        ValueError: It is in official layout already, has unknown keys or lacks some, or `output` exists.
+        RuntimeError: The file is damaged, or what was written is not the same.
+        ValueError: It cannot be read, is in official layout already, has unknown keys or lacks some, or `output`
+            exists.
     """
-    if os.path.lexists(output):
-        raise ValueError(f'{output} exists already: name another file, or remove it.')
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(output) as part:
-        report, digests = _write_official(part, path, dtype, ema, img_size)
+    with _new(output) as part:
+        report, digests = _write_official(part, open_checkpoint(path, dtype, ema, img_size, prefix))
         if verify:
-            written = to_native(open_checkpoint(part).state_dict)
-            _compare(Fingerprint(_digests(written), []), Fingerprint(digests, []))
+            _compare(open_checkpoint(part).native, digests)
     return {'output': str(output), **report, 'sha256': sha256_of(output), 'verified': verify}
 
 
-def _write_official(
-        output: Path,
-        path: Path,
-        dtype: torch.dtype | None,
-        ema: bool,
-        img_size: tuple[int, int] | None,
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _write_official(output: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], Digests]:
     """Write the file; return what it is, and digests of the native tensors."""
-    checkpoint = open_checkpoint(path, ema)
     if checkpoint.layout == 'official':
         raise ValueError(f'{checkpoint.path} is in official layout already.')
-    native = _cast(checkpoint.state_dict, dtype)
+    native = checkpoint.native
     weights = describe(native)
     names = [checkpoint.name] if checkpoint.name else matching_models(weights, published=False)
     if names:  # if it is of a registered model, it must have all of it
-        model_args(names[0], native, weights, img_size or checkpoint.img_size)
+        model_args(names[0], native, weights, checkpoint.img_size)
     official = native_to_official(native)
     for key, value in official.items():
         if value.nbytes < value.untyped_storage().nbytes():  # a part of a tensor would be saved with the whole

@@ -56,7 +56,7 @@ class Description(NamedTuple):
         side = math.isqrt(self.num_tokens)
         if side * side != self.num_tokens:
             raise ValueError(
-                f'The position embedding has {self.num_tokens} tokens, which is no square grid: give '
+                f'The position embedding has {self.num_tokens} tokens, which is not a square grid: give '
                 '`timm-itpn convert` the image size that it was trained at with --img-size HEIGHT WIDTH.')
         return side, side
 

@@ -12,37 +12,43 @@ from typing import Any
 import timm
 import torch
 
-from ..weights.checkpoint import AVERAGED, PLAIN, to_native, unwrap
-from ..weights.contents import Opaque, read_contents
-from ..weights.integrity import sha256_of, why_no_weight_file
+from ..models.names import check_name
+from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
+from ..weights.integrity import sha256_of
 from ..weights.layout import FAST_ITPN, ITPN, layout_of
-from ..weights.records import expected_sha256, record
-from ..weights.sources import SOURCES, plain_name
+from ..weights.read import read_contents, stand_in_name
+from ..weights.sources import SOURCES, plain_name, source_of
 from .checkpoint_file import WEIGHTS
 from .describe import Description, describe
-from .match import matching_models, model_args, why_not_published
+from .match import matching_models, model_args
 
-__all__ = ['inspect', 'record_hash']
+__all__ = ['inspect']
 
 MAX_KEYS = 8
 MAX_TEXT = 200
 UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)  # what tensors of any shape may lead to
 
 
-def inspect(path: Path, name: str | None = None) -> dict[str, Any]:
+def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> dict[str, Any]:
     """What is in a weight file, for JSON.
 
     Args:
         path: File of any format, or folder that `convert` wrote.
         name: Model to compare it with, None to tell from the file.
+        prefix: Which of several networks to look at, such as 'backbone'.
 
     Raises:
-        ValueError: It cannot be read, or is no weight file.
+        ValueError: It cannot be read, or is not a weight file; or there is no model of that name.
     """
+    if name:
+        check_name(name)
     path = path / WEIGHTS if path.is_dir() else path
-    contents = read_contents(path)
-    state_dict, wrapper = _find_weights(contents.tree)
-    tensors = {key: value for key, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    contents = read_contents(path, meta=True)
+    problem = ''
+    try:
+        tensors, wrapper = unwrap(contents.tree, PLAIN + AVERAGED, prefix)
+    except ValueError as error:
+        problem, tensors, wrapper = str(error), {}, ''
     facts = {
         'file': str(path),
         'format': contents.format,
@@ -51,12 +57,12 @@ def inspect(path: Path, name: str | None = None) -> dict[str, Any]:
         'metadata': contents.metadata,
         'globals': list(contents.globals),
         'wrapper': wrapper,
-        'others': {entry: _summary(value) for entry, value in _others(contents.tree, wrapper, bool(state_dict))},
+        'others': {entry: _summary(value) for entry, value in _others(contents.tree, wrapper, len(tensors))},
         'num_tensors': len(tensors),
         'num_values': sum(value.numel() for value in tensors.values()),
         'dtypes': dict(Counter(_short(value.dtype) for value in tensors.values()).most_common()),
         'first_keys': list(tensors)[:MAX_KEYS],
-        **_network(state_dict, name, contents.metadata.get('model', '')),
+        **_network(tensors, name, contents.metadata.get('model', ''), problem),
     }
     tree = contents.tree if wrapper else {}
     averaged = [key for key in AVERAGED if isinstance(tree.get(key), dict) and not wrapper.startswith(key)]
@@ -68,47 +74,23 @@ def inspect(path: Path, name: str | None = None) -> dict[str, Any]:
     return facts
 
 
-def record_hash(facts: dict[str, Any]) -> Path:
-    """Keep the hash of a file as that of the published one of the model that it was compared with.
-
-    Args:
-        facts: What `inspect` found; its check of the hash is brought up to date.
-
-    Returns:
-        The file that holds the records.
-
-    Raises:
-        ValueError: The file is damaged, or not that of the model.
-    """
-    damage = why_no_weight_file(facts['file'])
-    wrong = f'it is {damage}' if damage else facts['published']['why_not']
-    if wrong:
-        raise ValueError(f'The SHA-256 of {facts["file"]} was not recorded: {wrong}')
-    path = record(facts['model'], facts['sha256'])
-    facts['published'] = _published(facts)
-    return path
-
-
-def _find_weights(tree: Any) -> tuple[dict[str, Any], str]:
-    """State dict that `convert` takes, and the dotted names of what it is in; empty if there is none."""
-    try:
-        return unwrap(tree, PLAIN + AVERAGED)
-    except ValueError:
-        return {}, ''
-
-
-def _others(tree: Any, wrapper: str, has_weights: bool) -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of each thing in the file that is no tensor of the state dict."""
+def _others(tree: Any, wrapper: str, num_tensors: int) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each thing in the file that is not a tensor of the state dict."""
     if not isinstance(tree, dict):
         yield 'whole file', tree
         return
     path = ''
-    for name in filter(None, wrapper.split('.')):
+    while True:
+        names = [key for key, value in tree.items() if isinstance(key, str) and isinstance(value, dict)]
+        name = next((key for key in names if f'{wrapper}.'.startswith(f'{key}.')), None)
+        if name is None:
+            break
         yield from ((path + _text(key), value) for key, value in tree.items() if key != name)
-        tree, path = tree[name], f'{path}{name}.'
-    for key, value in tree.items():
-        if not (has_weights and isinstance(value, torch.Tensor)):
-            yield path + _text(key), value
+        tree, path, wrapper = tree[name], f'{path}{name}.', wrapper[len(name) + 1:]
+    tensors = {key for key, value in tree.items() if num_tensors and isinstance(value, torch.Tensor)}
+    yield from ((path + _text(key), value) for key, value in tree.items() if key not in tensors)
+    if len(tensors) > num_tensors:
+        yield path + 'other tensors', len(tensors) - num_tensors
 
 
 def _text(key: Any) -> str:
@@ -119,11 +101,12 @@ def _summary(value: Any) -> str:
     """What a value of the file is, in a few words."""
     if isinstance(value, torch.Tensor):
         return f'tensor {list(value.shape)} of {_short(value.dtype)}'
-    if isinstance(value, Opaque):
-        return value.name
-    if isinstance(value, (dict, list, tuple, set, frozenset)):
-        num_tensors = _num_tensors(value)
-        return f'{type(value).__name__} of {len(value)}' + (f' (tensors: {num_tensors})' if num_tensors else '')
+    if stand_in_name(value):
+        return str(stand_in_name(value))
+    for kind in (dict, list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            num_tensors = _num_tensors(value)
+            return f'{kind.__name__} of {len(value)}' + (f' (tensors: {num_tensors})' if num_tensors else '')
     if isinstance(value, (bytes, bytearray)):
         return f'{len(value)} bytes'
     if isinstance(value, int) and value.bit_length() > 64:  # Python does not write out those of 4,300 digits
@@ -143,12 +126,14 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _network(state_dict: dict[str, Any], name: str | None, converted_as: str) -> dict[str, Any]:
+def _network(state_dict: StateDict, name: str | None, converted_as: str, problem: str) -> dict[str, Any]:
     """Layout, network and parts of the weights, and the models that they are compared with."""
     layout = layout_of(state_dict)
-    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem='')
+    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem=problem)
+    if problem:
+        return found
     if not layout:
-        found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no dict of tensors.'
+        found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no named tensors.'
         return found
     try:
         native = to_native(state_dict)
@@ -173,7 +158,7 @@ def _with_grid(weights: Description) -> Description:
 def _reason(error: Exception) -> str:
     if isinstance(error, ValueError):
         return str(error)
-    return f'Its tensors have shapes that are those of no model ({type(error).__name__}).'
+    return f'The shapes of its tensors fit no model ({type(error).__name__}).'
 
 
 def _fit(name: str, native: dict[str, torch.Tensor], weights: Description) -> dict[str, Any]:
@@ -207,31 +192,14 @@ def _notes(weights: Description, name: str) -> list[str]:
     return found
 
 
-def _known_as(sha256: str) -> list[str]:
-    """Published files that have this hash."""
-    return [name for name in SOURCES if expected_sha256(name) == sha256]
-
-
 def _published(facts: dict[str, Any]) -> dict[str, Any]:
-    """Whether the file is the published one, or says that it was converted from it, as far as hashes are known."""
+    """Whether the file is a published one, or says that it was converted from one, as far as hashes are known."""
     source = facts['metadata'].get('source_sha256') if facts['layout'] == 'native' else None
+    sha256 = source or facts['sha256']
+    compared = source_of(facts['model']) if facts['model'] else None
     return dict(
-        sha256=source or facts['sha256'],
+        sha256=sha256,
         by_metadata=bool(source),
-        known_as=_known_as(source or facts['sha256']),
-        expected=expected_sha256(facts['model']) if facts['model'] else None,
-        why_not=_why_not_published(facts),
+        known_as=[name for name, published in SOURCES.items() if published.sha256 == sha256],
+        expected=compared.sha256 if compared else None,
     )
-
-
-def _why_not_published(facts: dict[str, Any]) -> str:
-    """Why the contents cannot be those of the model's published file, '' if they can."""
-    name = facts['model']
-    model = next((model for model in facts['models'] if model['name'] == name), None)
-    if model is None:
-        return facts['problem'] or 'which model it is of is not clear'
-    if not model['fits']:
-        return model['problem']
-    if facts['layout'] != 'official':
-        return 'it is in the layout of this package, published files are in the official one'
-    return why_not_published(name, Description(**facts['network'], parts=facts['parts']))

@@ -47,7 +47,8 @@ def why_not_published(name: str, weights: Description) -> str:
     if args:
         told = ', '.join(f'{key}={value}' for key, value in args.items())
         return f'{name} holds it only if created with {told}, which the published file does not need'
-    if weights.pretraining != (timm.get_pretrained_cfg(name).num_classes == 0):
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and weights.pretraining != (cfg.num_classes == 0):
         return f'it has {"no" if weights.pretraining else "a"} classifier, unlike the published file of {name}'
     return ''
 
@@ -122,7 +123,7 @@ def _args(name: str, weights: Description, img_size: tuple[int, int] | None = No
 @functools.cache
 def _default(name: str, pyramid: bool) -> tuple[Description, tuple[int, int]]:
     """Weights and image size of a model as it is created without further arguments."""
-    model = timm.create_model(name, device='meta', pyramid=pyramid, **_cfg_args(name))
+    model: Any = timm.create_model(name, device='meta', pyramid=pyramid, **_cfg_args(name))
     return describe(model.state_dict()), model.patch_embed.img_size
 
 

@@ -1,12 +1,12 @@
-"""From whatever a checkpoint file holds to a state dict that fits a model, with nothing dropped in silence."""
+"""From what a checkpoint file holds to a state dict that fits a model, with nothing dropped in silence."""
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import clean_state_dict
 
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.rel_pos_bias import resample_table
@@ -14,6 +14,7 @@ from .layout import (
     PRETRAIN,
     PYRAMID,
     current_names,
+    find_prefixes,
     layout_of,
     native_depths,
     native_layout,
@@ -21,8 +22,12 @@ from .layout import (
     official_to_native,
     pretraining_part,
 )
+from .read import read_contents
 
-__all__ = ['AVERAGED', 'PLAIN', 'architecture', 'fit_to_model', 'leave_out', 'to_native', 'unwrap']
+__all__ = [
+    'AVERAGED', 'CLASSIFIER', 'CLASSIFIER_NORM', 'PLAIN', 'POS_EMBED', 'TABLE', 'StateDict', 'architecture',
+    'fit_to_model', 'leave_out', 'to_native', 'unwrap', 'with_weights',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -37,57 +42,142 @@ CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
 
 
-def unwrap(checkpoint: Any, wrappers: tuple[str, ...] = AVERAGED + PLAIN) -> tuple[StateDict, str]:
-    """Find the state dict in a checkpoint.
+def unwrap(
+        checkpoint: Any,
+        wrappers: tuple[str, ...] = AVERAGED + PLAIN,
+        prefix: str | None = None,
+) -> tuple[StateDict, str]:
+    """Find the network of this package in a checkpoint, whatever dicts and prefixes it is under.
 
     Args:
         checkpoint: What a file holds.
-        wrappers: Keys that may hold it, the preferred ones first: averaged weights, as timm does.
+        wrappers: Keys that may hold it, the preferred ones first: averaged weights, as timm does. Dicts under other
+            keys are looked through where none of these holds a network.
+        prefix: Where in the checkpoint it is, such as 'net.backbone' or 'backbone', needed only if several networks
+            are there.
 
     Returns:
-        State dict without `module.` before its keys, and the dotted names of what it was in, '' for nothing.
+        Tensors of the network without the prefix of their keys, and the dotted names of what they were under, '' for
+        nothing. If there is no network of this package, the dict in which it should be.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There are several networks and `prefix` does not choose one, or there is no dict of tensors.
     """
+    found = _networks(checkpoint, None if prefix is not None else wrappers)
+    if prefix is not None:
+        end = prefix.strip('.')
+        chosen = [network for network in found if network.path == end]
+        chosen = chosen or [network for network in found if f'.{network.path}'.endswith(f'.{end}')]
+        if not chosen:
+            raise ValueError(f'The checkpoint has no network under the prefix {prefix!r}, only under: {_paths(found)}.')
+    else:
+        chosen = [network for network in found if network.rank == min(each.rank for each in found)]
+    if len(chosen) > 1:
+        raise ValueError(
+            f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with '
+            '`timm-itpn convert --prefix`, or in Python with to_native(..., prefix=).')
+    for network in chosen:
+        if network.num_left is not None:
+            _logger.info(f'Took the network under {network.path!r}; left out {network.num_left} other tensors.')
+        return network.state_dict, network.path
+    return _innermost(checkpoint, wrappers)
+
+
+class _Network(NamedTuple):
+    """A network in a checkpoint.
+
+    Attributes:
+        state_dict: Its tensors, without prefix.
+        path: Dotted names of the dicts that it is in, and the prefix of its keys.
+        rank: Of each dict, how much it is preferred.
+        num_left: Tensors without its prefix, None if it has no prefix.
+    """
+    state_dict: StateDict
+    path: str
+    rank: tuple[int, ...]
+    num_left: int | None
+
+
+def _networks(
+        tree: Any, wrappers: tuple[str, ...] | None, path: str = '', rank: tuple[int, ...] = (),
+) -> list[_Network]:
+    """All networks; those in a known wrapper that is not one of `wrappers` only if that is None."""
+    if not isinstance(tree, dict) or len(rank) > MAX_WRAPPERS:  # a dict may hold itself
+        return []
+    tensors = _tensors(tree)
+    prefixes = find_prefixes(tensors)
+    found = []
+    for prefix in prefixes:
+        others = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
+        state_dict = {
+            key.removeprefix(prefix): value for key, value in tensors.items()
+            if key.startswith(prefix) and not key.startswith(others)}
+        num_left = len(tensors) - len(state_dict) if prefix else None
+        found.append(_Network(state_dict, f'{path}{prefix}'.strip('.'), rank, num_left))
+    for key, value in tree.items():
+        if wrappers is not None and key in wrappers:
+            place = wrappers.index(key)
+        elif wrappers is not None and key in AVERAGED + PLAIN:
+            continue
+        else:
+            place = len(wrappers or ())
+        found += _networks(value, wrappers, f'{path}{key}.', (*rank, place))
+    return found
+
+
+def _innermost(checkpoint: Any, wrappers: tuple[str, ...]) -> tuple[StateDict, str]:
+    """What is in all known wrappers."""
     names: list[str] = []
-    state_dict = checkpoint
-    for _ in range(MAX_WRAPPERS):  # a dict may hold itself
-        if not isinstance(state_dict, dict):
-            break
-        inner = next((key for key in wrappers if isinstance(state_dict.get(key), dict)), None)
-        if inner is None and not all(isinstance(key, str) for key in state_dict):
-            raise ValueError('This is not a checkpoint: it holds a dict whose keys are no names.')
-        if inner is None:
-            return clean_state_dict(state_dict), '.'.join(names)
-        names.append(inner)
-        state_dict = state_dict[inner]
-    if isinstance(state_dict, dict):
-        raise ValueError(f'This is not a checkpoint: its dicts lie in one another {MAX_WRAPPERS} levels deep.')
-    raise ValueError(f'This is not a checkpoint: it holds a {type(state_dict).__name__}, not a dict of tensors.')
+    while isinstance(checkpoint, dict) and len(names) < MAX_WRAPPERS:
+        name = next((key for key in wrappers if isinstance(checkpoint.get(key), dict)), None)
+        if name is None:
+            return _tensors(checkpoint), '.'.join(names)
+        names.append(name)
+        checkpoint = checkpoint[name]
+    raise ValueError(f'This is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict of tensors.')
 
 
-def to_native(checkpoint: dict[str, Any]) -> StateDict:
-    """Unwrap a checkpoint and convert official names to native ones.
+def _tensors(tree: dict[Any, Any]) -> StateDict:
+    return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+
+
+def _paths(networks: list[_Network]) -> str:
+    return ', '.join(repr(network.path) for network in networks) or 'none'
+
+
+def to_native(checkpoint: dict[str, Any], prefix: str | None = None) -> StateDict:
+    """Find the network in a checkpoint and convert official names to native ones.
 
     Args:
-        checkpoint: State dict in official or native layout, bare or wrapped.
+        checkpoint: State dict in official or native layout, bare, wrapped, or under a prefix.
+        prefix: Where the network is, needed only if there are several; see `unwrap`.
 
     Raises:
         ValueError: It is not of a model of this package, or has keys of something else; the message lists them.
     """
-    state_dict, _ = unwrap(checkpoint)
+    state_dict, _ = unwrap(checkpoint, prefix=prefix)
     layout = layout_of(state_dict)
     if layout == 'official' or layout and POS_EMBED in state_dict:
-        other = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
-        if other:
-            raise ValueError(f'The checkpoint has entries that are no tensors: {_listed(other)}.')
         native = current_names(state_dict) if layout == 'native' else official_to_native(state_dict)
         if POS_EMBED in native and native[POS_EMBED].ndim != 3:
             raise ValueError(f'The position embedding has {native[POS_EMBED].ndim} dimensions, not 3.')
         return native
-    found = f'its keys are: {_listed(list(state_dict))}' if state_dict else 'it is empty'
-    raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT, {found}.')
+    found = f'its keys are: {_listed(list(state_dict))}' if state_dict else 'it holds no tensors'
+    raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT: {found}.')
+
+
+def with_weights(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An overlay of timm's pretrained cfg with the weights of its file: timm refuses files that hold more than tensors.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no weights.
+    """
+    if not overlay or not overlay.get('file') or overlay.get('state_dict'):
+        return overlay
+    state_dict, _ = unwrap(read_contents(Path(overlay['file'])).tree)
+    if not state_dict:
+        raise ValueError(f'{overlay["file"]} holds no tensors.')
+    return {**overlay, 'state_dict': state_dict}
 
 
 def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> StateDict:
@@ -236,7 +326,7 @@ def _source_grid(num_tokens: int, model: Any) -> tuple[int, int]:
         if height * width == num_tokens:
             return height, width
     raise ValueError(
-        f'The position embedding has {num_tokens} tokens, which is no square grid: give the image size that it was '
+        f'The position embedding has {num_tokens} tokens, which is not a square grid: give the image size that it was '
         'trained at with pretrained_cfg_overlay=dict(input_size=(3, height, width)).')
 
 

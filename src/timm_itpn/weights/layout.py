@@ -5,6 +5,7 @@ converts an official file, read the other way it writes one. What only pre-train
 `pretrain.` before it.
 """
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import torch
 from einops import rearrange
 
 __all__ = [
-    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'current_names', 'is_native', 'is_official', 'key_table',
-    'layout_of', 'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native',
-    'pretraining_part',
+    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'current_names', 'find_prefixes', 'is_native', 'is_official',
+    'key_table', 'layout_of', 'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official',
+    'official_to_native', 'pretraining_part',
 ]
 
 PYRAMID = 'pyramid.'
@@ -197,8 +198,22 @@ def key_table(layout: Layout, depths: tuple[int, int, int], pyramid_depth: int =
     return table
 
 
+def find_prefixes(keys: Iterable[str]) -> list[str]:
+    """Prefixes under which a whole network lies, official or native: '' or dotted names with a dot behind."""
+    official = re.compile(rf'(.*\.)?blocks\.{NUMBER}\.reduction\.weight')
+    native = re.compile(r'(.*\.)?stages\.2\.pos_embed')
+    num_merges: Counter[str] = Counter()
+    found = []
+    for key in keys:
+        if match := native.fullmatch(key):
+            found.append(match[1] or '')
+        elif match := official.fullmatch(key):
+            num_merges[match[1] or ''] += 1
+    return found + [prefix for prefix, num in num_merges.items() if num == 2]
+
+
 def layout_of(state_dict: dict[str, Any]) -> str:
-    """Whose names the keys are: 'native', 'official', or '' for neither."""
+    """Layout of the keys: 'native', 'official', or '' for neither."""
     return 'native' if is_native(state_dict) else 'official' if is_official(state_dict) else ''
 
 

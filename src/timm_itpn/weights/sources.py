@@ -1,8 +1,7 @@
 """Where the published weight files are, and what is known of each: one row per `arch.tag`.
 
-None of these files has been seen by us. A size or hash that is not known is None; `timm-itpn inspect FILE --record`
-keeps the hash of a file that a user has checked. `_fpn` models take the rows of the models without pyramid: backbone
-and pyramid are in one file.
+None of these files has been seen by us. A size or hash that is not known is None. `_fpn` models take the rows of the
+models without pyramid: backbone and pyramid are in one file.
 """
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ class Source(NamedTuple):
         hub_path: The file in that repository.
         size: Bytes.
         sha256: Hash, in hex.
-        licence: Of the weights, as stated by their authors.
+        license: Of the weights, as stated by their authors.
         known_from: How we know, and what is not sure.
         figures: What the authors report for it.
     """
@@ -31,7 +30,7 @@ class Source(NamedTuple):
     hub_path: str = ''
     size: int | None = None
     sha256: str | None = None
-    licence: str = 'unknown'
+    license: str = 'unknown'
     known_from: str = 'published by its authors; not downloaded by us'
     figures: tuple[str, ...] = ()
 
@@ -132,15 +131,22 @@ SOURCES: dict[str, Source] = {
         contents='HiViT, pre-trained as mae_in1k, then fine-tuned on ImageNet-1K: a classifier of 1000 classes',
         drive_id='1TVfocCnoJj-SB7to6UQFvrB2205u2Q59',
         file_name='mae_hivit_base_1600ep_ft100ep.pth',
-        licence='mit',
+        license='mit',
         figures=('ImageNet-1K top-1: 84.6',),
     ),
     'hivit_base.mae_in1k': Source(
         contents='HiViT, pre-trained for 1600 epochs on ImageNet-1K as a masked autoencoder',
         drive_id='1VZQz4buhlepZ5akTcEvrA3a_nxsQZ8eQ',
         file_name='mae_hivit_base_1600ep.pth',
-        licence='mit',
+        license='mit',
         figures=('ImageNet-1K top-1 after fine-tuning: 84.6',),
+    ),
+    'hivit_small.in1k': Source(
+        contents='HiViT, trained on ImageNet-1K: a classifier of 1000 classes',
+        drive_id='1bXr6089pbygItoVGBPbLhlRkdXG11NrT',
+        license='mit',
+        known_from='published by its authors in an issue of their repository; not downloaded by us',
+        figures=('ImageNet-1K top-1: 83.5',),
     ),
 }
 

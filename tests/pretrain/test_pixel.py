@@ -1,13 +1,13 @@
-"""Fixed positions."""
+"""Objectives of pixels."""
 import numpy as np
 import torch
 
-from timm_itpn.pretrain.positions import sincos_positions
+from timm_itpn.pretrain.pixel import sincos_pos_embed
 
 
-def test_positions_follow_the_definition():
+def test_fixed_position_embedding_follows_the_definition():
     height, width, dim = 3, 5, 16
-    positions = sincos_positions((height, width), dim)
+    positions = sincos_pos_embed((height, width), dim)
     frequencies = 10000. ** (-np.arange(dim // 4) / (dim // 4))
     for y in range(height):
         for x in range(width):

@@ -1,0 +1,223 @@
+"""What is measured: the model itself, what can be made of it, and other models."""
+import copy
+import enum
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.models import get_pretrained_cfg
+
+from .. import fuse
+from ..pretrain.masking import MASKINGS
+from ..pretrain.objectives import OBJECTIVES, create_objective, create_student
+from ..weights.layout import PYRAMID, native_depths, native_to_official
+from .baseline import Baseline
+from .cases import DTYPES, Candidates, Case
+from .flops import Outputs
+
+__all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Candidate', 'Kind', 'build', 'build_ours', 'checkpoint_gradients']
+
+NUM_CLASSES = 1000
+OURS = 'ours'
+BASELINE = 'baseline'
+
+_TEACHER_DIM = 512  # of OpenAI's ViT-B
+
+
+class Kind(enum.Enum):
+    SAME_FUNCTION = enum.auto()  # same weights and outputs as ours
+    ACCELERATED = enum.auto()  # same weights, other outputs by design
+    OTHER = enum.auto()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is measured."""
+    name: str  # in the rows
+    model: nn.Module  # as written
+    run: Callable[[torch.Tensor], Outputs]  # what is called: the module, or what a compiler made of it
+    kind: Kind
+    plain: nn.Module  # what operations are counted of: those of fused layers cannot be
+
+
+class PretrainingStep(nn.Module):
+    """The loss of an objective for images (B, 3, H, W), as a list of one tensor. Masks and teacher's tokens are fixed.
+
+    Args:
+        case: Model, size and batch.
+        name: Key of `OBJECTIVES`.
+    """
+
+    def __init__(self, case: Case, name: str):
+        super().__init__()
+        teacher_dim = _TEACHER_DIM if OBJECTIVES[name].TEACHER else None
+        student = create_student(case.model, name, case.img_size[0])
+        self.objective: Any = create_objective(name, student, teacher_dim=teacher_dim)
+        generator = torch.Generator().manual_seed(0)
+        masking = MASKINGS[self.objective.MASKING]
+        masked = torch.stack([
+            masking(self.objective.grid_size, self.objective.num_masked, generator) for _ in range(case.batch)])
+        self.register_buffer('masked', masked)
+        target = torch.randn(case.batch, masked[0].numel(), _TEACHER_DIM, generator=generator)
+        self.register_buffer('target', target if teacher_dim else None)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.objective.set_grad_checkpointing(enable)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [self.objective(images, self.masked, self.target)['loss']]
+
+
+def build(case: Case, asked: Candidates, device: str) -> list[Candidate]:
+    """Build all candidates of a case, ours first.
+
+    Raises:
+        ValueError: A candidate cannot be built, or not for this case.
+    """
+    ours = build_ours(case)
+    plain = {OURS: (ours, Kind.SAME_FUNCTION)}
+    for name in asked.accelerations:
+        accelerated = _create(case, name)
+        accelerated.load_state_dict(ours.state_dict())
+        plain[f'{OURS} {name}'] = accelerated, Kind.ACCELERATED
+    others: dict[str, tuple[nn.Module, Kind]] = {}
+    if asked.baseline:
+        others[BASELINE] = _build_baseline(ours, case), Kind.SAME_FUNCTION
+    for name in asked.peers:
+        others[name] = _build_peer(name, case.img_size), Kind.OTHER
+    if asked.against:
+        others[asked.against] = _build_against(asked.against, case.img_size), Kind.OTHER
+    if asked.objective:
+        others[f'{OURS} pre-training ({asked.objective})'] = PretrainingStep(case, asked.objective), Kind.OTHER
+    dtype = getattr(torch, DTYPES[case.dtype][0])
+    for model, _ in (*plain.values(), *others.values()):
+        model.to(device, dtype).train(case.mode == 'train')
+
+    candidates = []
+    for name, (model, kind) in plain.items():
+        candidates.append(Candidate(name, model, model, kind, plain=model))
+        if asked.fuse:  # last: what fusing does depends on device and type
+            fused = fuse(model)
+            candidates.append(Candidate(f'{name} fused', fused, fused, kind, plain=model))
+    if asked.compile:
+        candidates += [
+            replace(c, name=f'{c.name} compiled ({asked.compile})', run=_compiled(c.model, asked.compile))
+            for c in candidates]
+    return candidates + [Candidate(name, model, model, kind, plain=model) for name, (model, kind) in others.items()]
+
+
+def build_ours(case: Case) -> nn.Module:
+    """The model of a case with random weights, in float32 on the CPU.
+
+    Each layer roughly keeps the size of its input, so that an error in any of them shows in the output.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = _create(case)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def _create(case: Case, acceleration: str | None = None) -> nn.Module:
+    """The model of a case as timm makes it: a classifier, or timm's wrapper that returns the levels of the pyramid."""
+    output: dict[str, Any] = dict(features_only=True, pyramid=True) if case.pyramid else dict(num_classes=NUM_CLASSES)
+    return timm.create_model(case.model, img_size=case.img_size, acceleration=acceleration, **output)
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    """The model in timm's wrapper for features, or the model itself."""
+    return getattr(model, 'model', model)
+
+
+def _build_baseline(ours: nn.Module, case: Case) -> nn.Module:
+    model = _unwrapped(ours)
+    state = model.state_dict()
+    baseline = Baseline(
+        img_size=case.img_size,
+        num_classes=NUM_CLASSES,
+        embed_dim=model.embed_dim,
+        depths=native_depths(state),
+        num_heads=model.stages[2].blocks[0].attn.num_heads,
+        pyramid=copy.deepcopy(model.pyramid),
+    )
+    pyramid = {key: value for key, value in state.items() if key.startswith(PYRAMID)}  # it keeps its names
+    others = {key: value for key, value in state.items() if key not in pyramid}
+    baseline.load_state_dict({**native_to_official(others), **pyramid})
+    return baseline
+
+
+def _build_peer(name: str, img_size: tuple[int, int]) -> nn.Module:
+    """A model of timm with random weights for images of a size."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}: look it up with timm.list_models('*{name.partition('_')[0]}*')")
+    cfg = get_pretrained_cfg(name)
+    own_size = cfg is not None and cfg.input_size[1:] == img_size
+    height, width = img_size
+    options: dict[str, Any] = {} if own_size else {'img_size': img_size}
+    try:
+        peer = timm.create_model(name, num_classes=NUM_CLASSES, **options)
+        with torch.no_grad():
+            peer.eval()(torch.zeros(1, 3, height, width))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f'{name} cannot take images of {height} x {width} pixels: {error}') from error
+    patch_size = getattr(getattr(peer, 'patch_embed', None), 'patch_size', (1, 1))
+    if height % patch_size[0] or width % patch_size[1]:
+        raise ValueError(
+            f'{name} cannot take images of {height} x {width} pixels: its patches of {patch_size[0]} would leave out '
+            'the border')
+    return peer
+
+
+def _build_against(source: str, img_size: tuple[int, int]) -> nn.Module:
+    """Call the function of a user's file that builds a module, with `img_size=(height, width)` and `num_classes=`.
+
+    Args:
+        source: FILE:FUNCTION.
+        img_size: (height, width).
+    """
+    file, _, function = source.rpartition(':')
+    if not file or not function:
+        raise ValueError(f'--against {source}: give FILE:FUNCTION, such as my_model.py:build')
+    if not Path(file).is_file():
+        raise ValueError(f'--against {source}: there is no file {file}')
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # the file may import its neighbours, now or when its module runs
+    try:
+        functions = runpy.run_path(file)
+        module = functions[function](img_size=img_size, num_classes=NUM_CLASSES) if function in functions else None
+    except Exception as error:  # whatever the file does
+        raise ValueError(f'--against {source} cannot be built: {type(error).__name__}: {error}') from error
+    if function not in functions:
+        raise ValueError(f'--against {source}: {file} has no function {function}')
+    if not isinstance(module, nn.Module):
+        raise ValueError(f'--against {source}: {function} returned {type(module).__name__}, not a torch.nn.Module')
+    return module
+
+
+def checkpoint_gradients(candidates: list[Candidate]) -> None:
+    """Let all recompute activations in the backward pass."""
+    for candidate in candidates:
+        enable = getattr(_unwrapped(candidate.model), 'set_grad_checkpointing', None)
+        if enable is None:
+            raise ValueError(f'{candidate.name} has no set_grad_checkpointing(): leave out --grad-checkpointing')
+        enable()
+
+
+def _compiled(model: nn.Module, mode: str) -> Callable[[torch.Tensor], Outputs]:
+    compiled = torch.compile(model, mode=mode)
+
+    def run(images: torch.Tensor) -> Outputs:
+        torch.compiler.cudagraph_mark_step_begin()  # outputs of the last call may be overwritten
+        return compiled(images)
+    return run

@@ -1,0 +1,47 @@
+"""What a command checks before it starts long work. Each error is one sentence that says what to do."""
+import importlib.util
+import os
+from pathlib import Path
+
+__all__ = ['check_device', 'check_output', 'require']
+
+
+def require(purpose: str, extra: str, *packages: str) -> None:
+    """Raise RuntimeError unless all packages are installed.
+
+    Args:
+        purpose: What needs them, as the subject of the sentence.
+        extra: Extra of this package that installs them.
+        packages: Names to import them by.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"{purpose} needs {', '.join(missing)}: pip install 'timm-itpn[{extra}]'")
+
+
+def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = 'remove it') -> None:
+    """Raise ValueError unless a file, or a folder, can be written.
+
+    Args:
+        path: File or folder.
+        option: Option that names it.
+        suffix: What its name must end in.
+        overwrite: It may exist already.
+        remedy: What to do if it exists and may not.
+    """
+    if not path.name.lower().endswith(suffix):
+        raise ValueError(f'{path} is not a {suffix[1:].upper()} file name; {option} must end in {suffix}')
+    if not path.parent.is_dir():
+        raise ValueError(f'{path} cannot be written: there is no folder {path.parent}')
+    if not overwrite and os.path.lexists(path):
+        raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
+
+
+def check_device(device: str) -> None:
+    """Raise RuntimeError unless PyTorch can put a tensor on a device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # AssertionError: this build of torch is without the device
+        raise RuntimeError(f'device {device!r} cannot be used: {str(error).partition(". ")[0]}') from error

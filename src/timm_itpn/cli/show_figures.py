@@ -1,0 +1,164 @@
+"""The figures of `timm-itpn show`: features as colours, or which tokens leave at which block."""
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..acceleration.stage import MigrationStage
+from ..acceleration.windows import window_positions
+
+__all__ = ['Departures', 'colours', 'departures', 'draw_features', 'draw_tokens', 'feature_maps']
+
+STRIDE = 16  # pixels per token of stage 3
+FEATURE_WIDTH, TOKEN_WIDTH = 2.2, 3.2  # of a panel, inches
+LEAVING = torch.tensor(to_rgb('tab:red'))
+NUM_DIRECTIONS, NUM_ITERATIONS = 8, 4  # of the randomised PCA; more than are shown, for precision
+
+
+def feature_maps(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """Maps (H, W, C) of all stages and, if the model has a pyramid, of its levels, for one image (1, 3, H, W)."""
+    x = model.patch_embed(images)
+    stages = []
+    for stage in model.stages:
+        x = stage(x)
+        stages.append(x)
+    maps = {f'stage {i}': stage[0] for i, stage in enumerate(stages, 1)}
+    if model.pyramid is not None:
+        levels = model.pyramid(stages, indices=list(range(5)))
+        maps.update({f'pyramid level {i}': level[0] for i, level in enumerate(levels, 1)})
+    return maps
+
+
+def colours(features: Tensor, tail: float = 0.01) -> Tensor:
+    """The first three principal components of a map (H, W, C) as colours (H, W, 3) in 0..1.
+
+    Each component goes from 0 to 1 between its outliers, a fraction `tail` on each side; one that varies by less than
+    the precision of `features` is 0.5.
+
+    Raises:
+        ValueError: A feature is not finite.
+    """
+    x = features.detach().cpu().double().flatten(0, 1)  # (H, W, C) -> (H*W, C)
+    if not x.isfinite().all():
+        raise ValueError('the features are not finite: the weights are broken')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # pca_lowrank starts from random directions
+        _, _, directions = torch.pca_lowrank(x, q=min(NUM_DIRECTIONS, *x.shape), niter=NUM_ITERATIONS)
+    components = (x - x.mean(dim=0)) @ directions[:, :3]
+    components = torch.nn.functional.pad(components, (0, 3 - components.shape[1]))  # a map of one or two positions
+    low, high = torch.quantile(components, torch.tensor([tail, 1 - tail], dtype=x.dtype), dim=0)
+    noise = 10 * torch.finfo(features.dtype).eps * x.abs().max()
+    scaled = torch.where(high - low > noise, ((components - low) / (high - low)).clamp(0, 1), 0.5)
+    return scaled.reshape(*features.shape[:2], 3)
+
+
+def draw_features(image: Tensor, maps: dict[str, Tensor], caption: str) -> Figure:
+    """Draw stages and image, and below them the levels, each under the stage of the same stride.
+
+    Args:
+        image: Image (H, W, 3) in 0..1.
+        maps: By name, three stages, then levels if there are any; strides double from 4 on.
+        caption: Title of the figure.
+    """
+    height, width = image.shape[:2]
+    layout = 'ABCI' if len(maps) == 3 else 'AABBCC.II.\nDDEEFFGGHH'
+    columns, rows = (4, 1) if len(maps) == 3 else (5, 2)
+    caption += '\ncolours: the first three principal components of each map'
+    figure = _figure(columns, rows, FEATURE_WIDTH, height / width, caption)
+    panels = figure.subplot_mosaic(layout)
+    _panel(panels.pop('I'), image, f'image\n{height} x {width} pixels', height, width)
+    for i, (panel, (name, features)) in enumerate(zip(panels.values(), maps.items())):
+        stride = 4 * 2 ** (i if i < 3 else i - 3)
+        grid = f'{features.shape[0]} x {features.shape[1]}, {features.shape[2]} channels'
+        # the last cells of a coarse level may reach out of the image
+        _panel(panel, colours(features), f'{name}, stride {stride}\n{grid}', height, width, stride)
+    return figure
+
+
+class Departures(NamedTuple):
+    """When tokens left.
+
+    Attributes:
+        block: int map (h, w): block of stage 3 at which a token left, `depth` for one that stayed.
+        depth: Blocks of stage 3.
+        tops: First row of each row of windows.
+        lefts: First column of each column of windows.
+    """
+    block: Tensor
+    depth: int
+    tops: list[int]
+    lefts: list[int]
+
+
+def departures(model: Any, images: Tensor) -> Departures:
+    """Run a model of this package with token migration on one image (1, 3, H, W).
+
+    Raises:
+        ValueError: No token leaves: the model does not migrate.
+    """
+    stage = model.stages[2]
+    left: list[Tensor] = []
+    if isinstance(stage, MigrationStage):
+        x = model.patch_embed(images)
+        for earlier in model.stages[:2]:
+            x = earlier(x)
+        x, left = stage.run(x)
+    if not any(positions.numel() for positions in left):
+        raise ValueError('no token leaves, so there is nothing to draw: add --acceleration full')
+    _, height, width, _ = x.shape
+    block = torch.full((height * width,), len(left))
+    for i, positions in enumerate(left):
+        block[positions.flatten().cpu()] = i
+    first = window_positions(height, width, stage.gather_window, torch.device('cpu'))[:, 0]  # token of each window
+    return Departures(
+        block.reshape(height, width), len(left), (first // width).unique().tolist(), (first % width).unique().tolist())
+
+
+def draw_tokens(image: Tensor, left: Departures, caption: str) -> Figure:
+    """Draw the image with its windows, then for each block at which tokens leave: who is left, and who leaves.
+
+    Args:
+        image: Image (H, W, 3) in 0..1.
+        left: When tokens left.
+        caption: Title of the figure.
+    """
+    height, width = image.shape[:2]
+    blocks = sorted(set(left.block.flatten().tolist()) - {left.depth})
+    per_pixel = left.block.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)[:, :, None]  # (H, W, 1)
+    pictures = {f'{len(left.tops) * len(left.lefts)} windows': image}
+    for block in blocks:
+        picture = torch.where(per_pixel == block, 0.35 * image + 0.65 * LEAVING, image)
+        title = f'block {block}: {int((left.block == block).sum())} leave'
+        pictures[title] = torch.where(per_pixel < block, torch.ones(3), picture)
+    stay = left.block == left.depth
+    pictures[f'{int(stay.sum())} of {stay.numel()} stay'] = torch.where(per_pixel < left.depth, torch.ones(3), image)
+
+    caption += '\nred: tokens that leave, white: tokens that have left'
+    figure = _figure(len(pictures), 1, TOKEN_WIDTH, height / width, caption)
+    for panel, (title, picture) in zip(figure.subplots(1, len(pictures)), pictures.items()):
+        _panel(panel, picture, title, height, width)
+        for top in left.tops[1:]:
+            panel.axhline(STRIDE * top, color='white', linewidth=0.8)
+        for start in left.lefts[1:]:
+            panel.axvline(STRIDE * start, color='white', linewidth=0.8)
+    return figure
+
+
+def _figure(columns: int, rows: int, panel_width: float, ratio: float, title: str) -> Figure:
+    """A figure for panels of the shape of an image, height by width `ratio`."""
+    panel_height = panel_width * min(max(ratio, 0.4), 2.5) + 0.45
+    figure = Figure(figsize=(panel_width * columns, rows * panel_height + 0.6), layout='constrained')
+    figure.suptitle(title, parse_math=False, fontsize=11)
+    return figure
+
+
+def _panel(axes: Axes, picture: Tensor, title: str, height: int, width: int, stride: int = 1) -> None:
+    """Draw a picture (h, w, 3), each of whose cells is `stride` pixels, as large as an image of height x width."""
+    rows, columns, _ = picture.shape
+    axes.imshow(picture.numpy(), interpolation='nearest', extent=(0, columns * stride, rows * stride, 0))
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_title(title, fontsize=10)
+    axes.axis('off')

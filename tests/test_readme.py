@@ -1,0 +1,44 @@
+"""What the README files print is run: every python block, and the bash blocks that are marked `<!-- test -->`.
+
+The blocks of one file run in their order, in one folder; its python blocks share their variables. Commands are those of
+the environment that runs the tests. `python` blocks cannot be left out: what cannot run offline is not one.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+READMES = sorted([ROOT / 'README.md', *ROOT.glob('src/timm_itpn/*/README.md')])
+BLOCK = re.compile(r'^(?P<marker><!-- test -->\n+)?```(?P<language>\w+)\n(?P<code>.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+def blocks(text):
+    """Language, line number and code of the blocks that are run."""
+    for match in BLOCK.finditer(text):
+        language = match['language']
+        if language == 'python' or language == 'bash' and match['marker']:
+            yield language, text[:match.start('code')].count('\n') + 1, match['code']
+
+
+@pytest.mark.usefixtures('one_thread')
+@pytest.mark.parametrize('readme', READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_readme_runs_as_printed(readme, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PATH', str(Path(sys.executable).parent), prepend=os.pathsep)
+    namespace = {'__name__': '__main__'}
+    for language, line, code in blocks(readme.read_text()):
+        if language == 'python':
+            source = '\n' * (line - 1) + code  # tracebacks show the line of the README
+            exec(compile(source, readme, 'exec', dont_inherit=True), namespace)
+        else:
+            done = subprocess.run(['bash', '-euo', 'pipefail', '-c', code], capture_output=True, text=True)
+            assert done.returncode == 0, f'{readme}:{line}: {code}{done.stderr}'
+
+
+def test_blocks_are_found_by_language_and_marker():
+    text = 'a\n```python\nx = 1\n```\n```bash\nfalse\n```\n<!-- test -->\n```bash\ntrue\n```\n```text\n```python\n```\n'
+    assert list(blocks(text)) == [('python', 3, 'x = 1\n'), ('bash', 10, 'true\n')]
