@@ -14,6 +14,7 @@ from timm_itpn.layers.linear import OneDnnLinear, OneDnnProduct, use_onednn, why
 from timm_itpn.ops.linear import onednn
 
 ROWS, IN, OUT = (2, 150), 96, 192  # large enough for oneDNN
+LAYER = OneDnnLinear(IN, OUT)
 
 needs_onednn = pytest.mark.skipif(
     onednn.why_not(torch.zeros(1, 1)) is not None, reason='this build of PyTorch has no oneDNN')
@@ -26,8 +27,7 @@ def inputs(dtype=torch.float32, rows=ROWS):
 
 
 def by_layer(x, weight, bias):
-    layer = OneDnnLinear(IN, OUT, device='meta')
-    return torch.func.functional_call(layer, {'weight': weight, 'bias': bias}, (x,))
+    return torch.func.functional_call(LAYER, {'weight': weight, 'bias': bias}, (x,))
 
 
 def derivatives(forward, dtype):
