@@ -137,7 +137,7 @@ def test_concatenation_has_the_channels_of_the_segmentation_recipe(name):
 
 
 @every_pyramid
-def test_concatenation_is_stage_then_level(name):
+def test_concatenation_is_level_then_stage(name):
     x = images(2, 3, 64, 64)
     joined = backbone(name, pyramid_concat=True)
     model = backbone(name)
@@ -147,7 +147,7 @@ def test_concatenation_is_stage_then_level(name):
     with torch.inference_mode():
         levels, stages = model(x), plain(x)
         for feature, stage, level in zip(joined(x), stages, levels):
-            torch.testing.assert_close(feature, torch.cat((stage, level), dim=1))
+            torch.testing.assert_close(feature, torch.cat((level, stage), dim=1))
 
 
 @every_pyramid
