@@ -21,7 +21,7 @@ ImageSize = int | tuple[int, int]
 
 
 def check_side_lengths(img_size: ImageSize, stride: int) -> tuple[int, int]:
-    """Return `img_size` as (height, width), or raise ValueError if a side is no positive multiple of `stride`."""
+    """Return `img_size` as (height, width), or raise ValueError if a side is not a positive multiple of `stride`."""
     height, width = to_2tuple(img_size)
     if height < stride or width < stride or height % stride or width % stride:
         raise ValueError(f'img_size {height} x {width} is not usable: both sides must be multiples of {stride}')
@@ -176,7 +176,7 @@ class ConvPatchSplit(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """The same as a Linear layer: the shift of the norm differs between the four places."""
+        """The same as a Linear layer: the shift of the norm differs between the four positions."""
         conv = self.reduction
         split = LinearPatchSplit(conv.in_channels, conv.out_channels, device='meta')
         weight = rearrange(conv.weight, 'i o h w -> (h w o) i')
