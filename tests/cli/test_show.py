@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from support import golden
@@ -106,16 +105,6 @@ def test_maps_without_variation_are_grey(features):
     assert (show_figures.colours(features) == 0.5).all()
 
 
-def test_two_positions_are_told_apart():
-    colours = show_figures.colours(torch.rand(1, 2, 8))
-    assert sorted(colours[0, :, 0].tolist()) == [0, 1] and (colours[..., 1:] == 0.5).all()
-
-
-def test_broken_features_are_refused():
-    with pytest.raises(ValueError, match='the features are not finite'):
-        show_figures.colours(torch.full((2, 2, 8), float('nan')))
-
-
 def test_checkpoint_is_used(photo, capsys):
     state_dict = golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32)
     torch.save({'model': state_dict}, 'mim.pt')
@@ -154,17 +143,6 @@ def test_nothing_is_overwritten_unless_forced(photo, capsys):
     assert (photo.parent / 'flower_show.png').read_text() == 'mine'
     assert main([*argv, '--force']) == 0
     assert Image.open('flower_show.png').format == 'PNG'
-
-
-@pytest.mark.parametrize(('error', 'status'), [(OSError('No space left'), 1), (KeyboardInterrupt, 130)])
-def test_failed_write_leaves_nothing_behind(photo, monkeypatch, error, status):
-    def half_written(figure, path, **kwargs):
-        path.write_bytes(b'\x89PNG')
-        raise error
-
-    monkeypatch.setattr(Figure, 'savefig', half_written)
-    assert main(['show', str(photo), '--model', 'fast_itpn_tiny', '--img-size', '16']) == status
-    assert [path.name for path in photo.parent.iterdir()] == ['flower.jpg']
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -214,12 +192,6 @@ def test_images_are_read_upright_and_in_colour(tmp_path):
     assert show.read_image(tmp_path / 'rgba.png').getpixel((0, 0)) == (10, 20, 30)
     for name in ('grey.png', 'grey_16.png'):
         assert show.read_image(tmp_path / name).getpixel((0, 0)) == (100, 100, 100)
-
-
-def test_missing_matplotlib_is_named(photo, monkeypatch, capsys):
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    assert main(['show', str(photo)]) == 1
-    assert "a figure needs matplotlib: pip install 'timm-itpn[demo]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('command', ['show', 'demo', 'convert', 'inspect', 'list', 'recipe'])

@@ -13,13 +13,17 @@ import torch
 from einops import rearrange
 
 __all__ = [
-    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'current_names', 'find_prefixes', 'is_native', 'is_official',
-    'key_table', 'layout_of', 'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official',
-    'official_to_native', 'pretraining_part',
+    'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE', 'Layout',
+    'current_names', 'find_prefixes', 'is_native', 'is_official', 'key_table', 'layout_of', 'native_depths',
+    'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
 ]
 
 PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
+POS_EMBED = 'stages.2.pos_embed'
+TABLE = '.relative_position_bias_table'
+CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
+CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
 NUMBER = r'(\d{1,3})'  # of a block; a larger one is an unknown key, not a table of a billion blocks
 
 Sources = tuple[str, ...]
