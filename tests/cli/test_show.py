@@ -148,7 +148,7 @@ def test_nothing_is_overwritten_unless_forced(photo, capsys):
 @pytest.mark.parametrize(('change', 'message'), [
     (['--model', 'resnet50'], "there is no model 'resnet50'; there are: fast_itpn_base"),
     (['--model', 'itpn_tiny', '--pretrained'], 'itpn_tiny has no published weights'),
-    (['--checkpoint', 'none.pt'], 'none.pt does not exist'),
+    (['--checkpoint', 'none.pt'], "No such file or directory: 'none.pt'"),
     (['--img-size', '20'], 'both sides must be multiples of 16'),
     (['--img-size', '3', '64', '96'], '--img-size takes one or two numbers, not 3'),
     (['--output', 'x.jpg'], 'x.jpg is not a PNG file name; --output must end in .png'),
@@ -214,11 +214,11 @@ def test_tokens_that_leave_are_drawn(photo, drawn, capsys):
 
 def test_departures_are_those_of_the_model():
     model = timm.create_model('fast_itpn_tiny', img_size=(64, 96), migrate={0: 2, 3: 1}).eval()
-    places = []
+    departed = []
     for block in model.stages[2].blocks:
-        block.register_forward_hook(lambda module, args, output: places.append(output[3].flatten().tolist()))
-    left = show_figures.departures(model, torch.randn(1, 3, 64, 96))
-    assert left.depth == 12 and (left.tops, left.lefts) == ([0], [0])
-    blocks = left.block.flatten()
-    assert [(blocks == i).nonzero().flatten().tolist() for i in (0, 3)] == [sorted(places[0]), places[3]]
+        block.register_forward_hook(lambda module, args, output: departed.append(output[3].flatten().tolist()))
+    left, windows = show_figures.departures(model, torch.randn(1, 3, 64, 96))
+    assert windows.tolist() == [[0, 0]]
+    blocks = left.flatten()
+    assert [(blocks == i).nonzero().flatten().tolist() for i in (0, 3)] == [sorted(departed[0]), departed[3]]
     assert (blocks == 12).sum() == 21

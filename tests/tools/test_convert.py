@@ -77,7 +77,7 @@ def test_folder_has_weights_config_and_card(pretraining, tmp_path):
             'library_name: timm\nlicense: unknown\n', pretraining.name, sha256_of(pretraining), report['date'],
             f'timm-itpn {__version__}', 'pyramid: 2,583,890 values', 'under `model`',
             'Reported by the authors, not measured for this copy', 'ImageNet-1K top-1 after fine-tuning: 85.1 at 224',
-            'No SHA-256 of the published file is known'):
+            'Its SHA-256 was not checked: no SHA-256 is known of fast_itpn_tiny.mim_in1k'):
         assert part in card, part
 
 
@@ -110,7 +110,7 @@ def test_own_weights_are_not_taken_for_published_ones(classifier, tmp_path):
     assert 'Not a published file of the authors' in card and 'Reported by the authors' not in card
 
 
-@pytest.mark.parametrize('known, sentence', [(True, 'This is the known SHA-256'), (False, 'is another, `0')])
+@pytest.mark.parametrize('known, sentence', [(True, 'is the known SHA-256'), (False, 'is not the known one of')])
 def test_known_hash_is_compared(known, sentence, pretraining, tmp_path, monkeypatch):
     name = 'fast_itpn_tiny.mim_in1k'
     sha256 = sha256_of(pretraining) if known else '0' * 64
@@ -357,8 +357,6 @@ def test_damaged_file_is_named(classifier, tmp_path):
     (tmp_path / 'w.pt').write_bytes(content)
     with pytest.raises(RuntimeError, match=r'w\.pt .*damaged'):
         convert(tmp_path / 'w.pt', tmp_path / 'out')
-    with pytest.raises(ValueError, match='absent.pt does not exist'):
-        convert(tmp_path / 'absent.pt', tmp_path / 'out')
 
 
 @pytest.mark.parametrize('change, message', [

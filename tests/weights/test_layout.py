@@ -8,9 +8,8 @@ from timm_itpn.weights.layout import (
     FAST_ITPN,
     ITPN,
     PRETRAIN,
-    is_native,
-    is_official,
     key_table,
+    layout_of,
     native_depths,
     native_layout,
     native_pyramid_depth,
@@ -77,7 +76,7 @@ def test_there_and_back_is_the_same_to_the_bit(name, dtype):
     official = golden.official_state_dict(golden.load(name), dtype)
     native = official_to_native(official)
     back = native_to_official(native)
-    assert is_native(native) and not is_official(native) and is_official(back)
+    assert (layout_of(native), layout_of(back)) == ('native', 'official')
     assert set(back) == set(official)
     for key, value in official.items():
         assert back[key].dtype == dtype and torch.equal(back[key], value), key
@@ -115,4 +114,4 @@ def test_missing_part_of_a_packed_tensor_is_named():
 
 def test_other_models_are_not_taken_for_official_files():
     for name in ('vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224', 'fast_itpn_tiny', 'itpn_tiny'):
-        assert not is_official(timm.create_model(name, device='meta').state_dict())
+        assert layout_of(timm.create_model(name, device='meta').state_dict()) != 'official'

@@ -263,14 +263,13 @@ def test_missing_classifier_is_an_error_when_it_is_kept(native, tmp_path):
 
 
 @pytest.mark.parametrize('content, what', [
-    (None, 'does not exist'), (b'', 'is empty'), (b'<html>Virus scan warning', 'is a web page'),
+    (b'', 'is empty'), (b'<html>Virus scan warning', 'is a web page'),
     (as_bytes({'a': torch.zeros(9)})[:500], 'is truncated, damaged or not a weight file: get it again'),
     (as_bytes(torch.zeros(3)), 'holds a Tensor, not a dict of tensors'),
     (as_bytes({'args': argparse.Namespace()}), 'w.pt holds no tensors'),
 ])
 def test_file_without_weights_is_named(content, what, tmp_path):
-    if content is not None:
-        (tmp_path / 'w.pt').write_bytes(content)
+    (tmp_path / 'w.pt').write_bytes(content)
     with pytest.raises(ValueError, match=what) as error:
         load(tmp_path / 'w.pt')
     assert '\n' not in str(error.value)

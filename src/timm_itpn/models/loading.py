@@ -10,7 +10,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cf
 
 from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, with_weights
 from ..weights.fetch import fetch
-from ..weights.layout import current_names, is_native, layout_of, official_to_native
+from ..weights.layout import current_names, layout_of, official_to_native
 
 __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
 
@@ -44,7 +44,7 @@ def prepare_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool) 
     Raises:
         ValueError: `strict`, and weights in official layout do not fit.
     """
-    if is_native(dict(state_dict)) or set(state_dict) <= set(model.state_dict()):
+    if layout_of(state_dict) == 'native' or set(state_dict) <= set(model.state_dict()):
         return state_dict
     if not strict:
         return _unwrapped(state_dict)

@@ -3,7 +3,7 @@ from typing import Any
 
 from ..models._timm import generate_readme
 from ..models.itpn import PAPERS
-from ..weights.sources import drive_url, source_of
+from ..weights.sources import drive_url, hash_check, source_of
 
 __all__ = ['model_card']
 
@@ -56,23 +56,19 @@ def model_card(report: dict[str, Any], pretraining: bool) -> str:
 
 
 def provenance(report: dict[str, Any]) -> list[str]:
-    source = report['source']
+    source, origin, published = report['source'], report['source']['origin'], source_of(report['model'])
     layout = f'{source["layout"]} layout' + (f', under `{source["wrapper"]}`' if source['wrapper'] else '')
     lines = [
         f'Converted from `{source["file"]}` ({source["bytes"]:,} bytes, {layout}), SHA-256 `{source["sha256"]}`',
         f'On {report["date"]}, by {report["tool"]}',
     ]
-    origin = source['origin']
     if origin:
         lines.insert(1, f'That file says that it was converted from `{origin["file"]}`, SHA-256 `{origin["sha256"]}`')
-    published = source_of(report['model'])
     if published is None:
         return [*lines, 'Not a published file of the authors, as far as was said at the conversion']
-    if published.sha256 is None:
-        check = 'No SHA-256 of the published file is known, so the source was not checked against it'
-    elif published.sha256 == (origin or source)['sha256']:
-        check = 'This is the known SHA-256 of the published file'
-    else:
-        check = f'The known SHA-256 of the published file is another, `{published.sha256}`'
     taken = 'Taken by its shapes for' if report['guessed'] else 'Said at the conversion to be'
-    return [*lines, f'{taken} the file that the authors publish at {drive_url(published)}', check]
+    return [
+        *lines,
+        f'{taken} the file that the authors publish at {drive_url(published)}',
+        f'Its SHA-256 {hash_check((origin or source)["sha256"], report["model"])}',
+    ]

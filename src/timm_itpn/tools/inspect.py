@@ -18,7 +18,7 @@ from ..weights.describe import Description, describe
 from ..weights.integrity import sha256_of
 from ..weights.layout import FAST_ITPN, ITPN, layout_of
 from ..weights.read import read_contents, stand_in_name
-from ..weights.sources import SOURCES, plain_name, source_of
+from ..weights.sources import hash_check, plain_name
 from .checkpoint_file import WEIGHTS
 from .match import matching_models, model_args
 
@@ -70,7 +70,9 @@ def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> d
         facts['notes'].append(f"averaged weights in {averaged[0]}: timm's loaders take those, convert does with --ema")
     fitting = [model['name'] for model in facts['models'] if model['fits']]
     facts['model'] = name or (fitting[0] if len(fitting) == 1 else None)
-    facts['hash_check'] = _hash_check(facts)
+    origin = contents.metadata.get('source_sha256') if facts['layout'] == 'native' else None
+    told = f'says that it was converted from {origin}, which ' if origin else ''
+    facts['hash_check'] = told + hash_check(origin or facts['sha256'], facts['model'])
     return facts
 
 
@@ -181,19 +183,3 @@ def _notes(weights: Description, name: str) -> list[str]:
     if unused:
         found.append(f'for pre-training only, no model takes it: {", ".join(unused)}')
     return found
-
-
-def _hash_check(facts: dict[str, Any]) -> str:
-    """Whether the file is a published one, or says that it was converted from one, as a sentence without subject."""
-    sha256, model = facts['sha256'], facts['model']
-    subject = ''
-    if facts['layout'] == 'native' and 'source_sha256' in facts['metadata']:
-        sha256 = facts['metadata']['source_sha256']
-        subject = f'says that it was converted from {sha256}, which '
-    known_as = [name for name, published in SOURCES.items() if published.sha256 == sha256]
-    if known_as:
-        return f'{subject}is the known SHA-256 of {" and ".join(known_as)}'
-    source = source_of(model) if model else None
-    if source and source.sha256:
-        return f'{subject}is not the known one of {model}, {source.sha256}'
-    return f'{subject}was not checked: no SHA-256 is known' + (f' of {model}' if model else '')
