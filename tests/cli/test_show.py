@@ -168,7 +168,7 @@ def test_files_that_are_not_images_are_refused(photo, capsys):
     (photo.parent / 'notes.txt').write_text('no image')
     (photo.parent / 'cut.jpg').write_bytes(photo.read_bytes()[:5000])
     for name, message in [
-        ('absent.jpg', 'absent.jpg does not exist'),
+        ('absent.jpg', 'absent.jpg cannot be read as an image: '),
         ('notes.txt', 'notes.txt cannot be read as an image'),
         ('cut.jpg', 'cut.jpg cannot be read as an image: image file is truncated'),
         ('.', '. cannot be read as an image'),

@@ -102,7 +102,7 @@ def test_missing_folder_is_said(tmp_path, monkeypatch):
 def test_impossible_owner_is_said(monkeypatch):
     monkeypatch.setenv('TIMM_ITPN_HUB', 'https://huggingface.co/someone')
     for function in (fetch, cached):
-        with pytest.raises(RuntimeError, match='TIMM_ITPN_HUB=.* is not a user or organisation: correct or unset it'):
+        with pytest.raises(ValueError, match='Repo id must .*https://huggingface.co/someone'):
             function(NAME)
 
 

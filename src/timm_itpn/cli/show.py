@@ -78,8 +78,6 @@ def read_image(path: Path) -> 'Image':
     """An image file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
-    if not path.exists():
-        raise ValueError(f'{path} does not exist')
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import are_progress_bars_disabled, validate_repo_id
+from huggingface_hub.utils import are_progress_bars_disabled
 from torch.hub import get_dir
 
 from .. import __version__
@@ -91,11 +90,6 @@ def _candidates(name: str, cache_dir: Folder) -> list[_Candidate]:
             raise RuntimeError(f'TIMM_ITPN_WEIGHTS={folder} is not a folder: correct or unset it.')
         find = partial(_in_folder, Path(folder), name)
         candidates.append(_Candidate(f'TIMM_ITPN_WEIGHTS={folder}', find, find))
-    if owner:
-        try:
-            validate_repo_id(f'{owner}/{plain_name(name)}')
-        except HFValidationError as error:
-            raise RuntimeError(f'TIMM_ITPN_HUB={owner} is not a user or organisation: correct or unset it.') from error
     on_hub: list[tuple[str, str, str | None]] = [(f'{owner}/{plain_name(name)}', HUB_FILE, None)] if owner else []
     if source and source.hub_repo:
         on_hub.append((source.hub_repo, source.hub_path, source.sha256))
