@@ -16,7 +16,7 @@ def similarity(features: torch.Tensor, real: torch.Tensor | None = None) -> torc
 
     Args:
         features: (B, W, K, D), what tokens are compared by.
-        real: (1 or B, W, K), True where a place is not padded; None if none is.
+        real: (1 or B, W, K), True where a position is not padded; None if none is.
 
     Returns:
         (B, W, K // 2), -1 to 1 for tokens 1, 3, 5, ...; -inf for padded positions.

@@ -21,7 +21,7 @@ ImageSize = int | tuple[int, int]
 
 
 def check_side_lengths(img_size: ImageSize, stride: int) -> tuple[int, int]:
-    """Return `img_size` as (height, width), or raise ValueError if a side is no positive multiple of `stride`."""
+    """Return `img_size` as (height, width), or raise ValueError if a side is not a positive multiple of `stride`."""
     height, width = to_2tuple(img_size)
     if height < stride or width < stride or height % stride or width % stride:
         raise ValueError(f'img_size {height} x {width} is not usable: both sides must be multiples of {stride}')
@@ -100,17 +100,10 @@ class ConvPatchMerge(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -140,17 +133,10 @@ class LinearPatchMerge(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of the four positions together.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(4 * dim, **dd)
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
@@ -176,17 +162,10 @@ class ConvPatchSplit(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.ConvTranspose2d(dim, out_dim, kernel_size=2, stride=2, **dd)
@@ -197,7 +176,7 @@ class ConvPatchSplit(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """The same as a Linear layer: the shift of the norm differs between the four places."""
+        """The same as a Linear layer: the shift of the norm differs between the four positions."""
         conv = self.reduction
         split = LinearPatchSplit(conv.in_channels, conv.out_channels, device='meta')
         weight = rearrange(conv.weight, 'i o h w -> (h w o) i')
@@ -215,17 +194,10 @@ class LinearPatchSplit(nn.Module):
         dim: Input channels.
         out_dim: Output channels.
         norm_layer: Normalisation of each input position.
+        dd: Device and dtype of the parameters.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.reduction = nn.Linear(dim, 4 * out_dim, bias=False, **dd)

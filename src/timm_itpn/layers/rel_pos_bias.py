@@ -100,7 +100,7 @@ def _offsets(height: int, width: int, device: torch.device) -> torch.Tensor:
 
 
 def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    return resample_table(table, (height, width), (old_height, old_width)).clone()  # an operator's output is no input
+    return resample_table(table, (height, width), (old_height, old_width)).clone()  # not the input itself
 
 
 def _resampled_fake(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
@@ -211,21 +211,21 @@ class RelPosBias(nn.Module):
         """Return the bias between some tokens of a height x width grid only.
 
         Args:
-            queries: Their positions on the grid (..., Q), row-major; height * width for a token without place.
+            queries: Their positions on the grid (..., Q), row-major; height * width for a token without position.
             keys: Likewise, (..., K).
             height: Of the grid, in tokens.
             width: Of the grid, in tokens.
 
         Returns:
-            (..., num_heads, Q, K), 0 for tokens without place.
+            (..., num_heads, Q, K), 0 for tokens without position.
         """
         table = self._table(height, width)
         num_offsets = table.shape[0]
         y, x = queries[..., :, None] // width, queries[..., :, None] % width
         rows = (y - keys[..., None, :] // width + height - 1) * (2 * width - 1)  # (..., Q, K)
         index = rows + x - keys[..., None, :] % width + width - 1
-        nowhere = (queries[..., :, None] == height * width) | (keys[..., None, :] == height * width)
-        index = index.masked_fill(nowhere, num_offsets)
+        outside = (queries[..., :, None] == height * width) | (keys[..., None, :] == height * width)
+        index = index.masked_fill(outside, num_offsets)
         values = F.pad(table, (0, 0, 0, 1)).t().contiguous()  # (num_heads, num_offsets + 1), 0 at the end
         bias = values.index_select(1, index.flatten()).reshape([-1] + list(index.shape))
         return bias.movedim(0, -3)
