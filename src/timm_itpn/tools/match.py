@@ -47,7 +47,8 @@ def why_not_published(name: str, weights: Description) -> str:
     if args:
         told = ', '.join(f'{key}={value}' for key, value in args.items())
         return f'{name} holds it only if created with {told}, which the published file does not need'
-    if weights.pretraining != (timm.get_pretrained_cfg(name).num_classes == 0):
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and weights.pretraining != (cfg.num_classes == 0):
         return f'it has {"no" if weights.pretraining else "a"} classifier, unlike the published file of {name}'
     return ''
 
