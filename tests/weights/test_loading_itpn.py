@@ -46,7 +46,7 @@ def test_pixel_pretraining_starts_the_bias_at_zero_and_says_so(size, model, tmp_
 
 
 @pytest.mark.parametrize('option, with_it, without', [
-    ('init_values', 0.1, 0.), ('rel_pos_bias', True, False)])
+    ('init_values', 0.1, 0), ('rel_pos_bias', True, False)])
 @pytest.mark.parametrize('in_file', [True, False])
 def test_layer_scale_and_bias_are_never_dropped_nor_made_up(option, with_it, without, in_file, tmp_path):
     fits, fits_not = (with_it, without) if in_file else (without, with_it)

@@ -267,7 +267,7 @@ def _mismatch(unknown: list[str], missing: list[str], target: StateDict) -> str:
     differences += [f'the model has no {_listed(unknown)}'] if unknown else []
     message = f'The checkpoint does not fit the model: {", and ".join(differences)}.'
     for end, what, without, with_it in (
-            ('.gamma', 'layer scale', 'init_values=0.', 'init_values=0.1'),
+            ('.gamma', 'layer scale', 'init_values=0', 'init_values=0.1'),
             (TABLE, 'relative position bias', 'rel_pos_bias=False', 'rel_pos_bias=True')):
         if (wanted := {key for key in target if key.endswith(end)}) and wanted <= set(missing):
             message += f' The file has no {what}; a model without it is created with {without}.'
