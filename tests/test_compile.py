@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 SIZES = [(64, 64), (96, 48), (48, 112), (80, 80)]  # the first is that of the position embeddings
 
 pytestmark = pytest.mark.usefixtures('fresh', 'one_thread')
-every_model = pytest.mark.parametrize('name', [*FAMILIES, *PYRAMIDS])
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def fresh():
 
 
 def build(name, **kwargs):
-    kwargs = dict(head_init_scale=1., features_only=name in PYRAMIDS, **kwargs)
+    kwargs = dict(embed_dim=64, depths=(1, 1, 2), head_init_scale=1., features_only=name in PYRAMIDS) | kwargs
     if name in PYRAMIDS:
         kwargs['pyramid_dim'] = 32
     return small_model(name, **kwargs)
@@ -50,7 +49,7 @@ def assert_agree(compiled, model, x):
 
 
 @pytest.mark.parametrize(('name', 'mode'), [
-    *itertools.product(FAMILIES, ('eval', 'train', 'checkpointing')), *itertools.product(PYRAMIDS, ('train',))])
+    *itertools.product(FAMILIES, ('eval', 'checkpointing')), *itertools.product(PYRAMIDS, ('train',))])
 def test_one_graph_agrees_with_eager(name, mode):
     model = build(name).train(mode != 'eval')
     if mode == 'checkpointing':
@@ -82,13 +81,6 @@ def test_changing_sizes_take_few_compilations(name, mode):
     assert counter.frame_count == count
 
 
-@every_model
-def test_dynamo_finds_no_graph_break(name):
-    model = build(name, dynamic_img_size=True).train()
-    explanation = torch._dynamo.explain(model)(images(2, 3, 64, 96))
-    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0), explanation.break_reasons
-
-
 def test_weights_loaded_after_compilation_are_seen():
     """In evaluation the relative position bias is kept between calls, but never in a graph."""
     model = build('itpn_tiny')
@@ -114,7 +106,22 @@ def test_autocast_compiles_into_one_graph():
         assert (output.double() - exact).abs().max() / exact.std() < 16 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize('name', ['fast_itpn_tiny', pytest.param('itpn_tiny', marks=pytest.mark.slow)])
-def test_inductor_trains_as_eager(name):
-    model = build(name, depths=(1, 1, 1)).train()
+@pytest.mark.parametrize('name', FAMILIES)
+def test_inductor_agrees_with_eager(name):
+    model = build(name, depths=(1, 1, 1))
     assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
+
+
+def test_inductor_trains_as_eager():
+    model = build('fast_itpn_tiny', depths=(1, 1, 1)).train()
+    assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
+
+
+def test_compiled_model_copies():
+    model = build('fast_itpn_tiny')
+    compiled = torch.compile(model, backend='eager')
+    x = images(2, 3, 64, 64)
+    wanted, _ = run(compiled, model, x)
+    twin = copy.deepcopy(compiled)
+    torch.testing.assert_close(run(twin, model, x)[0], wanted)
+    assert set(twin.state_dict()) == {f'_orig_mod.{key}' for key in model.state_dict()}

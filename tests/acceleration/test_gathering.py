@@ -1,21 +1,18 @@
 """What queries see in windows, and what gathering tokens stand for."""
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 from timm_itpn.acceleration.gathering import (
-    FORMS,
     attention_bias,
     gathering_bias,
     global_heads,
-    key_places,
-    query_places,
+    key_positions,
     window_heads,
     window_mean,
 )
-from timm_itpn.acceleration.windows import window_places
+from timm_itpn.acceleration.windows import window_positions
 
 CPU = torch.device('cpu')
 
@@ -38,61 +35,43 @@ def test_gathering_tokens_stand_for_what_a_query_does_not_see():
         gathering_bias(torch.tensor([4, 6, 3])).exp(), torch.tensor([[0., 6., 3.], [4., 0., 3.], [4., 6., 0.]]))
 
 
-def test_mean_heads_are_without_padding():
-    qkv = random_tokens(2, 3, 4, 3, 2, 8)
-    torch.testing.assert_close(window_mean(qkv[:, :, :, 1:]), qkv[:, :, :, 1:].mean(dim=2))
-    real = torch.tensor([[[True] * 4, [True] * 3 + [False], [True] * 2 + [False] * 2]])
-    actual = window_mean(qkv[:, :, :, 1:], real)
-    for window, count in enumerate((4, 3, 2)):
-        torch.testing.assert_close(actual[:, window], qkv[:, window, :count, 1:].mean(dim=1))
-
-
-@pytest.mark.parametrize('form', FORMS)
-def test_equal_tokens_make_gathering_exact(form):
+def test_equal_tokens_make_gathering_exact():
     """If all tokens of a window are equal, a key with the logarithm of their number is as good as all of them."""
-    places = window_places(4, 6, 3, CPU)  # 2 x 2 windows of 2 x 3
-    W, P = places.shape
+    positions = window_positions(4, 6, 3, CPU)  # 2 x 2 windows of 2 x 3
+    W, P = positions.shape
     kv = random_tokens(1, W, 1, 2, 2, 8).expand(-1, -1, P, -1, -1, -1)
-    q = random_tokens(1, W, P, 1, 2, 8)
-    qkv = torch.cat((q, kv), dim=3)
-    wanted = F.scaled_dot_product_attention(*global_heads(qkv, 0))  # (1, heads, W * P, 8)
-    gathered = window_mean(qkv[:, :, :, 1:])
-    G = FORMS.index(form)
-    if G == 1:
-        qkv = torch.cat((qkv[:, :, :1], qkv), dim=2)
-        gathered = qkv[:, :, 0, 1:]
-    bias = attention_bias(places[None], 24, gathering_bias(torch.full((W,), P)), padded=False, windowed=True)
-    actual = F.scaled_dot_product_attention(*window_heads(qkv, G, gathered), attn_mask=bias.double().flatten(0, 1))
-    actual = actual[:, :, G:].transpose(0, 1).flatten(1, 2)[None]
-    torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
+    qkv = torch.cat((random_tokens(1, W, P, 1, 2, 8), kv), dim=3)
+    wanted = F.scaled_dot_product_attention(*global_heads(qkv))  # (1, heads, W * P, 8)
+    bias = attention_bias(positions[None], 24, gathering_bias(torch.full((W,), P)), padded=False, windowed=True)
+    q, k, v = window_heads(qkv, window_mean(qkv[:, :, :, 1:]))
+    actual = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.double().flatten(0, 1))
+    torch.testing.assert_close(actual.transpose(0, 1).flatten(1, 2)[None], wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_padded_keys_are_not_seen():
-    places = window_places(3, 3, 2, CPU)[None]  # windows of 1, 2, 2 and 4 tokens
-    bias = attention_bias(places, 9, gathering_bias((places < 9).sum(dim=2)[0]), padded=True, windowed=True)
+    positions = window_positions(3, 3, 2, CPU)[None]  # windows of 1, 2, 2 and 4 tokens
+    bias = attention_bias(positions, 9, gathering_bias((positions < 9).sum(dim=2)[0]), padded=True, windowed=True)
     assert bias.shape == (1, 4, 1, 1, 4 + 4)
-    assert ((bias[:, :, 0, 0, :4] == -math.inf) == (places == 9)).all()
-    bias = attention_bias(places, 9, None, padded=True, windowed=False)
-    assert ((bias[0, 0, 0, 0] == -math.inf) == (places.flatten() == 9)).all()
+    assert ((bias[:, :, 0, 0, :4] == -math.inf) == (positions == 9)).all()
+    bias = attention_bias(positions, 9, None, padded=True, windowed=False)
+    assert ((bias[0, 0, 0, 0] == -math.inf) == (positions.flatten() == 9)).all()
 
 
 def test_no_bias_where_there_is_nothing_to_add():
-    places = torch.arange(4).reshape(1, 1, 4)
-    assert attention_bias(places, 4, None, padded=False, windowed=True) is None
-    places = torch.arange(4).reshape(1, 2, 2)
-    assert attention_bias(places, 4, torch.zeros(2, 2), padded=False, windowed=False) is None
+    positions = torch.arange(4).reshape(1, 1, 4)
+    assert attention_bias(positions, 4, None, padded=False, windowed=True) is None
+    positions = torch.arange(4).reshape(1, 2, 2)
+    assert attention_bias(positions, 4, torch.zeros(2, 2), padded=False, windowed=False) is None
 
 
-def test_places_follow_queries_and_keys():
-    """Places are put through the same functions as tokens, so they cannot get out of step."""
-    places = window_places(3, 4, 2, CPU)[None]
-    W, K = places.shape[1:]
-    for num_gathering, gathers in ((0, False), (0, True), (1, True)):
-        as_tokens = F.pad(places, (num_gathering, 0), value=12).reshape(1, W, -1, 1, 1, 1)
-        qkv = as_tokens.expand(-1, -1, -1, 3, 1, 1)
-        nowhere = torch.full((1, W, 2, 1, 1), 12) if gathers else None
-        for windowed, (q, k, v) in (
-                (True, window_heads(qkv, num_gathering, nowhere)), (False, global_heads(qkv, num_gathering))):
-            assert torch.equal(q.flatten(1), query_places(places, 12, num_gathering, windowed)[0])
-            assert torch.equal(k.flatten(1), key_places(places, 12, gathers, windowed)[0])
-            assert torch.equal(v, k)
+def test_positions_follow_keys():
+    """Positions are put through the same functions as tokens, so they cannot get out of step."""
+    positions = window_positions(3, 4, 2, CPU)[None]
+    W, K = positions.shape[1:]
+    qkv = positions.reshape(1, W, K, 1, 1, 1).expand(-1, -1, -1, 3, 1, 1)
+    for nowhere in (None, torch.full((1, W, 2, 1, 1), 12)):
+        q, k, v = window_heads(qkv, nowhere)
+        assert torch.equal(q.flatten(1), positions[0]) and torch.equal(v, k)
+        assert torch.equal(k.flatten(1), key_positions(positions, 12, nowhere is not None)[0])
+    for x in global_heads(qkv):
+        assert torch.equal(x.flatten(), positions.flatten())

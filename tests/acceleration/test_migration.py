@@ -17,7 +17,7 @@ def test_similarity_is_the_largest_cosine_to_the_other_half():
         torch.testing.assert_close(actual[b, w, i], max(cosines))
 
 
-def test_padded_places_are_never_similar():
+def test_padded_positions_are_never_similar():
     x = random_tokens(1, 2, 6, 8)
     real = torch.tensor([[[True] * 6, [True] * 4 + [False] * 2]])
     actual = similarity(x, real)
@@ -50,14 +50,14 @@ def test_take_is_by_window():
     assert torch.equal(take(x, indices), torch.take_along_dim(x, indices[..., None], dim=2))
 
 
-def test_everything_returns_to_its_place():
+def test_everything_returns_to_its_position():
     x = random_tokens(2, 12, 4)
     order = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     tokens = torch.take_along_dim(x, order[..., None], dim=1).reshape(2, 3, 4, 4)
-    places = order.reshape(2, 3, 4)
+    positions = order.reshape(2, 3, 4)
     padding = torch.full((2, 3, 1), 12)
     groups = [tokens[:, :, :1], tokens[:, :, 1:], torch.full((2, 3, 1, 4), torch.nan)]
-    back = replenish(groups, [places[:, :, :1], places[:, :, 1:], padding], num_tokens=12)
+    back = replenish(groups, [positions[:, :, :1], positions[:, :, 1:], padding], num_tokens=12)
     assert torch.equal(back, x)
 
 
@@ -65,5 +65,5 @@ def test_everything_returns_to_its_place():
 def test_types_are_kept(dtype):
     x = random_tokens(1, 1, 8, 4).to(dtype)
     assert similarity(x).dtype == dtype
-    places = torch.arange(8).reshape(1, 1, 8)
-    assert replenish([x], [places], 8).dtype == dtype
+    positions = torch.arange(8).reshape(1, 1, 8)
+    assert replenish([x], [positions], 8).dtype == dtype

@@ -56,7 +56,6 @@ def test_parts_replace_those_of_a_named_setting():
     (dict(migrate={0: -1}), 'migrate asks for -1 at block 0'),
     (dict(migrate={0: float('nan')}), 'migrate asks for nan at block 0'),
     (dict(migrate={0: '0.5'}), "migrate asks for '0.5' at block 0"),
-    (dict(gather_window=7, gather_form='sum'), "gather_form 'sum' is unknown"),
     (dict(migrate=[0.5]), r'migrate \[0.5\] is not usable'),
 ])
 def test_what_cannot_be_is_refused(kwargs, message):

@@ -1,25 +1,20 @@
 """Models with token gathering and migration."""
 import copy
-import itertools
 
-import onnxruntime
 import pytest
 import timm
 import torch
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 from timm.models import load_state_dict
-from timm.utils.onnx import onnx_export
 
 from timm_itpn import fuse
 from timm_itpn.acceleration.stage import MigrationStage
 from timm_itpn.layers.stages import AttentionStage
-from timm_itpn.ops.attention import IMPLEMENTATIONS
 
 # 6 x 6 tokens in 4 windows of 9, and 4 x 7 in 6 windows of 4 to 6
 ON = dict(gather_window=3, gather_blocks=[0], migrate={0: 2, 1: 0.25}, img_size=96)
-PADDED = dict(gather_window=3, gather_form='token', migrate={0: 1}, img_size=(64, 112))
-PADDED_MEAN = dict(PADDED, gather_form='mean')
-EACH = [ON, PADDED, PADDED_MEAN]
+PADDED = dict(gather_window=3, migrate={0: 1}, img_size=(64, 112))
+EACH = [ON, PADDED]
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 every_family = pytest.mark.parametrize('name', FAMILIES)
@@ -55,9 +50,9 @@ def test_one_window_without_migration_is_global_attention(name):
 
 
 @every_family
-@pytest.mark.parametrize('kwargs', [dict(img_size=96), dict(img_size=(64, 112), gather_form='token')])
+@pytest.mark.parametrize('kwargs', [dict(img_size=96), dict(img_size=(64, 112))])
 def test_windows_without_windowed_blocks_are_global_attention(name, kwargs):
-    """Global blocks between windowed ones see all tokens; gathering tokens only ask."""
+    """Global blocks between windowed ones see all tokens."""
     plain, other = same_weights(name, gather_window=3, gather_blocks=[0], **kwargs)
     for block in other.stages[2].blocks:
         block.windowed = False
@@ -66,7 +61,7 @@ def test_windows_without_windowed_blocks_are_global_attention(name, kwargs):
 
 
 @every_family
-def test_windows_without_gathering_see_only_themselves(name):
+def test_windows_without_gathering_see_only_themselves(name, monkeypatch):
     """Of equal windows, each is what it would be as an image of its own."""
     plain = small_model(name, head_init_scale=1., depths=(1, 1, 2), img_size=32, global_pool='')
     model = small_model(name, head_init_scale=1., depths=(1, 1, 2), img_size=64, gather_window=2, global_pool='')
@@ -79,6 +74,7 @@ def test_windows_without_gathering_see_only_themselves(name):
         state[key] = table.flatten(0, 1)
     model.load_state_dict(state)
     stage = model.stages[2]
+    monkeypatch.setattr('timm_itpn.acceleration.stage.gathering_bias', lambda n: torch.full((4, 4), -torch.inf))
     x = images(1, 3, 64, 64)
     with torch.no_grad():
         maps = model.stages[1](model.stages[0](model.patch_embed(x)))
@@ -88,7 +84,6 @@ def test_windows_without_gathering_see_only_themselves(name):
         tokens = torch.cat(blocks).flatten(1, 2)  # four windows of four tokens
         for block in plain.stages[2].blocks:
             tokens = block(tokens, 2, 2)
-        stage.gathering_bias = lambda num_tokens: torch.full((4, 4), -torch.inf)
         out = stage(maps)
     windows = torch.stack([out[0, 2 * i:2 * i + 2, 2 * j:2 * j + 2].flatten(0, 1) for i in (0, 1) for j in (0, 1)])
     torch.testing.assert_close(windows, tokens, rtol=1e-4, atol=1e-5)
@@ -105,9 +100,9 @@ def test_tokens_that_left_are_as_they_were(name, kwargs):
         block.register_forward_hook(lambda module, args, output: left.append(output[2:]))
     x = images(2, 3, *model.patch_embed.img_size)
     with torch.no_grad():
-        maps, places = stage.run(model.stages[:2](model.patch_embed(x)))
+        maps, positions = stage.run(model.stages[:2](model.patch_embed(x)))
     flat = maps.flatten(1, 2)
-    for (tokens, where), listed in zip(left, places):
+    for (tokens, where), listed in zip(left, positions):
         assert torch.equal(where, listed)
         if tokens.shape[2] == 0:
             continue
@@ -115,7 +110,7 @@ def test_tokens_that_left_are_as_they_were(name, kwargs):
             assert torch.equal(flat[b, where[b].flatten()], tokens[b].flatten(0, 1))
     gone = torch.cat([where.flatten(1, 2) for tokens, where in left if tokens.shape[2] > 0], dim=1)
     assert all(len(set(row.tolist())) == len(row) for row in gone)  # nobody leaves twice
-    assert (gone < flat.shape[1]).all()  # and no padded place does
+    assert (gone < flat.shape[1]).all()  # and no padded position does
 
 
 @pytest.mark.parametrize('kwargs', EACH)
@@ -124,11 +119,11 @@ def test_the_same_number_leaves_every_window(kwargs):
     stage = model.stages[2]
     x = images(2, 3, *model.patch_embed.img_size)
     with torch.no_grad():
-        _, places = stage.run(model.stages[:2](model.patch_embed(x)))
-    numbers = [p.shape[2] for p in places]
+        _, positions = stage.run(model.stages[:2](model.patch_embed(x)))
+    numbers = [p.shape[2] for p in positions]
     assert numbers == ([2, 2] if kwargs is ON else [1, 0])
     H, W = stage.grid_size
-    for p in places:
+    for p in positions:
         rows, columns = (p // W) * -(-H // 3) // H, (p % W) * -(-W // 3) // W
         if kwargs is ON and p.shape[2]:
             windows = rows * 2 + columns
@@ -230,7 +225,7 @@ def test_weights_are_those_of_the_plain_model(name, tmp_path):
 @every_family
 def test_config_json_keeps_the_acceleration(name, tmp_path):
     kwargs = dict(
-        acceleration='full', gather_window=3, gather_form='token', migrate={1: 0.25}, gather_blocks=[0])
+        acceleration='full', gather_window=3, migrate={1: 0.25}, gather_blocks=[0])
     model = small_model(name, **kwargs)
     timm.models.save_for_hf(model, tmp_path)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
@@ -239,7 +234,7 @@ def test_config_json_keeps_the_acceleration(name, tmp_path):
     assert torch.equal(forward(again, x), forward(model, x))
 
 
-# compilers and exporters; timm's suite scripts and traces (tests/timm_suite/accelerated.py)
+# compilers; exporters: tests/models/test_exports.py
 
 @every_family
 def test_one_graph_agrees_with_eager(name):
@@ -266,33 +261,6 @@ def test_dynamic_sizes_compile_into_one_graph(name):
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@every_family
-def test_exported_program_agrees(name):
-    model = small_model(name, head_init_scale=1., **ON)
-    x = images(2, 3, 96, 96)
-    program = torch.export.export(model, (x,))
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(x), model(x))
-
-
-@every_family
-def test_onnx_runtime_agrees(name, tmp_path):
-    model = small_model(name, head_init_scale=1., exportable=True, **ON)
-    x = images(1, 3, 96, 96)
-    path = str(tmp_path / 'model.onnx')
-    onnx_export(model, path, example_input=x, use_dynamo=True, check=True)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    output, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(output), forward(model, x, torch.float32), rtol=1e-4, atol=1e-5)
-
-
-def test_traced_model_agrees():
-    model = small_model('fast_itpn_tiny', head_init_scale=1., **ON)
-    x = images(2, 3, 96, 96)
-    with torch.no_grad():
-        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
-
-
 # refusals
 
 def test_too_much_migration_is_refused_for_the_size():
@@ -312,14 +280,3 @@ def test_too_much_migration_is_refused_for_the_size():
 def test_unknown_acceleration_is_refused():
     with pytest.raises(ValueError, match="acceleration 'fast' is unknown, use one of"):
         timm.create_model('fast_itpn_tiny', acceleration='fast')
-
-
-@pytest.mark.parametrize(('name', 'attn_impl'), itertools.product(FAMILIES, IMPLEMENTATIONS))
-def test_every_implementation_takes_the_bias(name, attn_impl):
-    if IMPLEMENTATIONS[attn_impl].why_not() is not None:
-        pytest.skip(f'{attn_impl}: {IMPLEMENTATIONS[attn_impl].why_not()}')
-    wanted = small_model(name, head_init_scale=1., **PADDED)
-    model = small_model(name, head_init_scale=1., attn_impl=attn_impl, **PADDED)
-    x = images(1, 3, 64, 112)
-    torch.testing.assert_close(
-        forward(model, x, torch.float32), forward(wanted, x, torch.float32), rtol=1e-4, atol=1e-4)

@@ -64,6 +64,23 @@ def test_pretrained_backbone_gives_the_features_of_timm(name, out_indices, hub):
     assert_same_features(backbone, extractor, (64, 96))
 
 
+@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'itpn_tiny'])
+def test_detector_keeps_its_outputs_in_a_file(name, tmp_path):
+    torch.manual_seed(0)
+    backbone = transformers.TimmBackboneConfig(backbone=name, out_indices=[-1])
+    config = transformers.DetrConfig(
+        backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
+        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=4, num_labels=3)
+    model = transformers.DetrForObjectDetection(config).eval()
+    model.save_pretrained(tmp_path)
+    restored = transformers.DetrForObjectDetection.from_pretrained(tmp_path).eval()
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted, actual = model(x), restored(x)
+    assert wanted.logits.isfinite().all()
+    assert torch.equal(actual.logits, wanted.logits) and torch.equal(actual.pred_boxes, wanted.pred_boxes)
+
+
 # classifiers
 
 @pytest.fixture(params=['fast_itpn_tiny', 'itpn_tiny'])

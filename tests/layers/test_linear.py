@@ -1,77 +1,143 @@
-"""Linear layers run on the implementation of their device, and whatever is done to them is honoured."""
+"""Linear layers with oneDNN's product compute what PyTorch's do, with all derivatives; and the packed projection."""
 import copy
 
 import pytest
-import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from support.small import Adapter
+from support.small import small_model
+from torch.utils.flop_counter import FlopCounterMode
 
-from timm_itpn.layers.linear import apply_linear, linear
-from timm_itpn.layers.mlp import GatedMlp
-from timm_itpn.ops.linear import onednn_grad
+from timm_itpn.layers import linear
+from timm_itpn.layers.attention import QkvLinear
+from timm_itpn.layers.linear import OneDnnLinear, OneDnnProduct, use_onednn, why_not_onednn
+from timm_itpn.ops.linear import onednn
 
-x = torch.linspace(-1, 1, 2 * 150 * 96).reshape(2, 150, 96)
+ROWS, IN, OUT = (2, 150), 96, 192  # large enough for oneDNN
+LAYER = OneDnnLinear(IN, OUT)
 
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Shapes that oneDNN is called with, on any CPU."""
-    shapes = []
-
-    def forward(x, *args):
-        shapes.append(tuple(x.shape))
-        return F.linear(x, *args)
-
-    monkeypatch.setattr(onednn_grad, 'why_not_here', lambda: None)
-    monkeypatch.setattr(onednn_grad, 'forward', forward)
-    return shapes
+needs_onednn = pytest.mark.skipif(
+    onednn.why_not(torch.zeros(1, 1)) is not None, reason='this build of PyTorch has no oneDNN')
 
 
-@pytest.fixture
-def layer():
-    torch.manual_seed(0)
-    return nn.Linear(96, 192)
+def inputs(dtype=torch.float32, rows=ROWS):
+    generator = torch.Generator().manual_seed(0)
+    shapes = (*rows, IN), (OUT, IN), (OUT,)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
-def test_plain_layer_is_computed_by_onednn(calls, layer):
-    torch.testing.assert_close(apply_linear(layer, x), layer(x))
-    torch.testing.assert_close(linear(x, layer.weight), F.linear(x, layer.weight))
-    assert len(calls) == 2
+def by_layer(x, weight, bias):
+    return torch.func.functional_call(LAYER, {'weight': weight, 'bias': bias}, (x,))
 
 
-def test_other_types_and_autocast_are_left_to_pytorch(calls, layer):
-    with torch.autocast('cpu', torch.bfloat16):
-        assert apply_linear(layer, x).dtype == torch.bfloat16
-    assert apply_linear(copy.deepcopy(layer).double(), x.double()).dtype == torch.float64
-    assert apply_linear(copy.deepcopy(layer).to('meta'), x.to('meta')).is_meta
-    assert not calls
+def derivatives(forward, dtype):
+    """Output, gradients and gradients of their squares, for x, weight and bias."""
+    tensors = inputs(dtype)
+    out = forward(*tensors)
+    first = torch.autograd.grad(out.square().mean(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), tensors)
+    return [out, *first, *second]
 
 
-def test_what_stands_in_for_the_layer_is_called(calls, layer):
-    hooked = copy.deepcopy(layer)
-    hooked.register_forward_hook(lambda module, args, output: output + 1.)
-    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, torch.qint8)[0]
-    torch.testing.assert_close(apply_linear(Adapter(layer), x), layer(x) + 1.)
-    torch.testing.assert_close(apply_linear(hooked, x), layer(x) + 1.)
-    torch.testing.assert_close(apply_linear(quantised, x), layer(x), rtol=0., atol=0.1)
-    assert not calls
+@needs_onednn
+def test_derivatives_agree_with_float64_as_well_as_those_of_eager_do():
+    results = [derivatives(by_layer, torch.float32), derivatives(F.linear, torch.float32),
+               derivatives(F.linear, torch.float64)]
+    for actual, eager, wanted in zip(*results, strict=True):
+        bound = 2 * (eager.double() - wanted).abs().max() + 1e-6 * wanted.abs().max()
+        assert (actual.double() - wanted).abs().max() <= bound
 
 
-def test_weights_of_another_class_are_left_to_pytorch(calls, layer):
-    class Sharded(torch.Tensor):
-        pass
+@needs_onednn
+@pytest.mark.filterwarnings('ignore:Input .* precision')  # oneDNN has no float64; the product is linear in each input
+def test_product_has_all_first_derivatives():
+    x, weight, bias = (tensor.detach()[:5].requires_grad_() for tensor in inputs(rows=(5,)))
+    assert torch.autograd.gradcheck(
+        OneDnnProduct.apply, (x, weight, bias), eps=0.1, atol=1e-2, check_forward_ad=True, check_batched_grad=True)
 
-    linear(x, layer.weight.detach().as_subclass(Sharded), layer.bias)
-    assert not calls
 
-
-@pytest.mark.parametrize('name', ['fast_itpn_tiny_fpn', 'itpn_base_fpn'])
-def test_every_linear_layer_of_a_model_goes_that_way(calls, name):
-    model = timm.create_model(name, img_size=32).eval()
+@needs_onednn
+def test_layer_goes_through_function_transforms():
+    x, weight, bias = inputs()
     with torch.no_grad():
-        model(torch.zeros(1, 3, 32, 32))
-    num_linear = sum(type(module) is nn.Linear for module in model.modules())
-    num_gated = sum(type(module) is GatedMlp for module in model.modules())
-    assert len(calls) == num_linear + num_gated  # gate and value are two products
+        mapped = torch.func.vmap(lambda weight: by_layer(x, weight, bias))(torch.stack([weight, -weight]))
+        torch.testing.assert_close(mapped[1], F.linear(x, -weight, bias))
+
+    def per_sample(forward):
+        return torch.func.vmap(torch.func.grad(lambda x: forward(x, weight, bias).square().mean()))(x)
+
+    torch.testing.assert_close(per_sample(by_layer), per_sample(F.linear))
+
+
+@needs_onednn
+def test_only_the_gradients_that_are_wanted_are_computed_and_counted():
+    layer, x = OneDnnLinear(IN, OUT), inputs()[0].detach()
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * x.numel() * OUT  # forward, and the gradient of the weight
+
+
+@pytest.mark.parametrize('x', [torch.zeros(1000, IN, dtype=torch.bfloat16), torch.zeros(1000, IN + 1)])
+def test_input_that_does_not_fit_is_told_as_pytorch_does(x):
+    messages = []
+    for layer in (nn.Linear(IN, OUT), OneDnnLinear(IN, OUT)):
+        with pytest.raises(RuntimeError) as error:
+            layer(x)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize('shape', [(IN,), (0, IN), (2, 0, IN), (2, 3, 50, IN)])
+def test_shapes_types_and_autocast_are_those_of_a_linear_layer(shape):
+    layer = OneDnnLinear(IN, OUT)
+    x = torch.ones(shape)
+    assert layer(x).shape == (*shape[:-1], OUT)
+    assert copy.deepcopy(layer).double()(x.double()).dtype == torch.float64
+    assert copy.deepcopy(layer).to('meta')(x.to('meta')).is_meta
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('cpu, name', [
+    ({'cpu_name': 'AMD EPYC', 'avx512_f': True}, 'OneDnnLinear'),
+    ({'cpu_name': 'AMD EPYC', 'avx512_f': False}, 'Linear'),
+    ({'cpu_name': 'Intel(R) Xeon(R)', 'avx512_f': True}, 'Linear'),
+    ({}, 'Linear'),
+])
+def test_layers_are_replaced_only_where_it_pays(cpu, name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: cpu, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
+    why_not_onednn.cache_clear()
+    try:
+        model = nn.Sequential(nn.Linear(2, 2), QkvLinear(2), nn.Conv2d(1, 1, 1))
+        state_dict = model.state_dict()
+        use_onednn(model)
+        assert [type(layer).__name__ for layer in model] == [name, name.replace('Linear', 'QkvLinear'), 'Conv2d']
+        assert all(value is model.state_dict()[key] or torch.equal(value, model.state_dict()[key])
+                   for key, value in state_dict.items())
+    finally:
+        why_not_onednn.cache_clear()
+
+
+@needs_onednn
+def test_models_with_and_without_agree(monkeypatch):
+    monkeypatch.setattr(linear, 'MIN_MULTIPLY_ADDS', 0)
+    models = []
+    for reason in ('not here', None):
+        monkeypatch.setattr(linear, 'why_not_onednn', lambda reason=reason: reason)
+        models.append(small_model('fast_itpn_tiny', head_init_scale=1.))
+    x = torch.randn(2, 3, 64, 64)
+    outputs = [model(x) for model in models]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    for output in outputs:
+        output.sum().backward()
+    torch.testing.assert_close(*[[p.grad for p in model.parameters()] for model in models], rtol=1e-3, atol=1e-4)
+
+
+def test_keys_have_no_bias():
+    layer = QkvLinear(8)
+    nn.init.normal_(layer.q_bias)
+    nn.init.normal_(layer.v_bias)
+    q, k, v = layer(torch.zeros(8)).chunk(3)
+    assert torch.equal(q, layer.q_bias) and not k.any() and torch.equal(v, layer.v_bias)
+    assert set(dict(layer.named_parameters())) == {'weight', 'q_bias', 'v_bias'}

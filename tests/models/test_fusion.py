@@ -53,7 +53,7 @@ def test_outputs_are_those_of_the_model(name, kwargs, dtype):
         assert (actual.double() - e).abs().max() <= bound
 
 
-@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'fast_itpn_base', 'itpn_base_clip', 'hivit_base'])
+@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'itpn_base_clip'])
 def test_goldens_hold(name):
     expected = golden.load(name)
     model = timm.create_model(name.removesuffix('_clip') + ('.clip_in1k' if 'clip' in name else ''), num_classes=1000)

@@ -1,119 +1,238 @@
-"""The iTPN and HiViT models: their values, and what only they have."""
+"""What all families share, and timm's own suite does not ask: on small models of each."""
 import copy
 
 import numpy as np
 import pytest
 import timm
 import torch
-from support import golden
-from support.small import drop_path_rates, images, optimizer_scales, small_model
+import torch.nn as nn
+from support.small import FAMILIES, drop_path_rates, images, optimizer_scales, small_model
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
-from timm.optim import create_optimizer_v2
 
-GOLDENS = {  # golden: model
-    'itpn_base_clip': 'itpn_base.clip_in1k',
-    'itpn_base_pixel': 'itpn_base.pixel_in1k',
-    'itpn_large_pixel': 'itpn_large.pixel_in1k',
-    'hivit_base': 'hivit_base.mae_in1k_ft_in1k',
-}
-PARAMS = {  # with relative position bias; without layer scale but for the CLIP tags
-    'itpn_tiny': 19_181_668,
-    'itpn_small': 37_526_464,
-    'itpn_base': 78_557_992,
-    'itpn_base.clip_in1k': 78_583_720,
-    'itpn_large': 288_493_576,
-    'itpn_large.clip_in1k': 288_556_168,
-    'hivit_base': 66_418_952,
-}
+pytestmark = pytest.mark.usefixtures('one_thread')
+every_family = pytest.mark.parametrize('name', FAMILIES)
 
 
-def fill_by_hand(model, official):
-    """Copy official tensors into a native model, module by module: independent of the package's own key table."""
-    number = 0
+# construction and input
 
-    def copy_module(module, name):
-        for leaf, parameter in module.named_parameters(recurse=False):
-            parameter.data.copy_(official.pop(f'{name}.{leaf}'))
-
-    def copy_gamma(layer_scale, name):
-        for parameter in layer_scale.parameters():
-            parameter.data.copy_(official.pop(name))
-
-    for leaf in ('proj', 'norm'):
-        copy_module(getattr(model.patch_embed, leaf), f'patch_embed.{leaf}')
-    model.stages[2].pos_embed.data.copy_(official.pop('absolute_pos_embed'))
-    for index, stage in enumerate(model.stages):
-        if index > 0:
-            copy_module(stage.downsample.norm, f'blocks.{number}.norm')
-            copy_module(stage.downsample.reduction, f'blocks.{number}.reduction')
-            number += 1
-        for block in stage.blocks:
-            name = f'blocks.{number}'
-            number += 1
-            copy_module(block.mlp.fc1, f'{name}.mlp.fc1')
-            copy_module(block.mlp.fc2, f'{name}.mlp.fc2')
-            if index < 2:
-                copy_module(block.norm, f'{name}.norm2')
-                copy_gamma(block.ls, f'{name}.gamma_2')
-                continue
-            copy_module(block.norm1, f'{name}.norm1')
-            copy_module(block.norm2, f'{name}.norm2')
-            copy_module(block.attn.qkv, f'{name}.attn.qkv')
-            copy_module(block.attn.proj, f'{name}.attn.proj')
-            copy_module(block.rel_pos_bias, f'{name}.attn')
-            copy_gamma(block.ls1, f'{name}.gamma_1')
-            copy_gamma(block.ls2, f'{name}.gamma_2')
-    copy_module(model.head.norm, 'fc_norm')
-    copy_module(model.head.fc, 'head')
-    assert not official
+@pytest.mark.parametrize('size', [220, (224, 230), 0, (8, 16)])
+@every_family
+def test_img_size_off_the_grid_is_refused(name, size):
+    with pytest.raises(ValueError, match='both sides must be multiples of 16'):
+        small_model(name, img_size=size)
+    with pytest.raises(ValueError, match='both sides must be multiples of 16'):
+        small_model(name).set_input_size(size)
 
 
-@pytest.mark.parametrize('fused', [0, 1], ids=['plain', 'fused'])
-@pytest.mark.parametrize('construction', ['native', 'official_file'])
-@pytest.mark.parametrize('name', GOLDENS)
-def test_golden_values_hold(name, construction, fused, tmp_path):
-    expected = golden.load(name)
-    official = golden.official_state_dict(expected)
-    set_fused_attn(fused == 1)
-    try:
-        if construction == 'native':
-            model = timm.create_model(GOLDENS[name], num_classes=1000, dtype=torch.float64)
-            fill_by_hand(model, official)
-        else:
-            torch.save({'model': official}, tmp_path / 'official.pt')
-            overlay = dict(file=str(tmp_path / 'official.pt'), num_classes=1000)
-            model = timm.create_model(
-                GOLDENS[name], pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64)
-            (tmp_path / 'official.pt').unlink()
-    finally:
-        set_fused_attn(True)
-    model.eval()
-    for dtype, bound in ((torch.float64, 5e-6), (torch.float32, 1e-4)):
-        model.to(dtype)
-        with torch.inference_mode():
-            final, features = model.forward_intermediates(golden.image(expected, dtype))
-            logits = model.forward_head(final)
-        assert golden.error(logits, expected['logits']) < bound
-        if 'features' in expected:
-            assert golden.error(features[2], expected['features']['stride16']) < bound
+@every_family
+def test_input_of_another_size_is_refused_with_the_ways_out(name):
+    with pytest.raises(ValueError, match='80 x 64 pixels, but the model is built for 64 x 64.*dynamic_img_size=True'):
+        small_model(name)(torch.zeros(1, 3, 80, 64))
 
 
-@pytest.mark.parametrize('name', PARAMS)
-def test_parameter_count_is_the_published_one(name):
-    model = timm.create_model(name, num_classes=1000, device='meta')
-    assert sum(p.numel() for p in model.parameters()) == PARAMS[name]
+@every_family
+def test_dynamic_model_refuses_sides_off_the_grid(name):
+    with pytest.raises(ValueError, match='72 x 64 pixels: both sides must be multiples of 16'):
+        small_model(name, dynamic_img_size=True)(torch.zeros(1, 3, 72, 64))
 
 
-@pytest.mark.parametrize('official, name', [
-    ('itpn_base_3324_patch16_224', 'itpn_base'),
-    ('itpn_large_2240_patch16_224', 'itpn_large'),
-    ('itpn_large_2240_patch16_256', 'itpn_large'),
-])
-def test_official_name_creates_the_model(official, name):
-    with pytest.warns(UserWarning, match=f'{official} to current {name}'):
-        model = timm.create_model(official, device='meta')
-    assert model.pretrained_cfg['architecture'] == name
+@every_family
+def test_unknown_argument_is_refused(name):
+    with pytest.raises(TypeError, match='unexpected keyword argument .window_size.'):
+        small_model(name, window_size=7)
+
+
+@pytest.mark.parametrize('pool', ['token', 'map', 'catavgmax'])
+@every_family
+def test_unknown_pooling_is_refused(name, pool):
+    with pytest.raises(ValueError, match=f"global_pool '{pool}' is unknown"):
+        small_model(name, global_pool=pool)
+    with pytest.raises(ValueError, match=f"global_pool '{pool}' is unknown"):
+        small_model(name).reset_classifier(5, pool)
+
+
+@every_family
+def test_embed_dim_that_heads_do_not_divide_is_refused(name):
+    with pytest.raises(ValueError, match='embed_dim 128 is not a multiple of num_heads 3'):
+        small_model(name, num_heads=3)
+
+
+@every_family
+def test_patch_size_cannot_change(name):
+    model = small_model(name)
+    model.set_input_size(patch_size=4)
+    with pytest.raises(ValueError, match='patch_size cannot change'):
+        model.set_input_size(patch_size=8)
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, 'vit_tiny_patch16_224'])
+def test_empty_batch_is_as_with_vit(name):
+    model = timm.create_model(name, num_classes=5).eval()
+    output = model(torch.zeros(0, 3, 224, 224))
+    assert output.shape == (0, 5)
+
+
+@pytest.mark.parametrize('pool', ['avg', 'max', 'avgmax', ''])
+@every_family
+def test_pooling_is_over_all_positions(name, pool):
+    model = small_model(name, num_classes=0, global_pool=pool)
+    model.head.norm = nn.Identity()
+    with torch.inference_mode():
+        features = model.forward_features(images(2, 3, 64, 64))
+        flat = features.flatten(1, 2)
+        pooled = dict(avg=flat.mean(1), max=flat.amax(1), avgmax=(flat.mean(1) + flat.amax(1)) / 2)
+        torch.testing.assert_close(model.forward_head(features), pooled.get(pool, features))
+
+
+@every_family
+def test_image_size_and_channels_follow_the_arguments(name):
+    model = small_model(name, img_size=(64, 96), in_chans=4, num_classes=3)
+    assert model.patch_embed.grid_size == (4, 6)
+    assert model(torch.zeros(2, 4, 64, 96)).shape == (2, 3)
+
+
+@every_family
+def test_resizing_matches_dynamic_size(name):
+    dynamic = small_model(name, dynamic_img_size=True)
+    resized = small_model(name)
+    resized.load_state_dict(dynamic.state_dict())
+    x = images(2, 3, 48, 112)
+    resized.set_input_size((48, 112))
+    with torch.inference_mode():
+        torch.testing.assert_close(resized(x), dynamic(x))
+
+
+@every_family
+def test_patches_do_not_mix_before_stage_3(name):
+    """Everything before stage 3 stays inside one 16 x 16 patch."""
+    model = small_model(name)
+    x = images(1, 3, 64, 64)
+    changed = x.clone()
+    changed[:, :, 16:32, 32:48] += 1.
+    with torch.inference_mode():
+        before, after = (model.forward_intermediates(y, indices=[0, 1], intermediates_only=True) for y in (x, changed))
+    for a, b, side in zip(before, after, (4, 2)):
+        differs = (a != b).any(dim=1)[0]
+        inside = torch.zeros_like(differs)
+        inside[side:2 * side, 2 * side:3 * side] = True
+        assert differs[inside].any() and not differs[~inside].any()
+
+
+# training
+
+@every_family
+def test_gradient_checkpointing_keeps_the_gradients(name):
+    gradients = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = small_model(name).train()
+        model.set_grad_checkpointing(enable)
+        assert model.grad_checkpointing is enable
+        model(images(2, 3, 64, 64)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+@every_family
+def test_dropout_rates_reach_their_layers(name):
+    model = small_model(name, drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3, attn_drop_rate=0.4)
+    block = model.stages[2].blocks[0]
+    assert (model.head.drop.p, model.stages[2].pos_drop.p, block.attn.attn_drop_rate) == (0.1, 0.2, 0.4)
+    assert block.attn.proj_drop.p == block.mlp.drop2.p == model.stages[0].blocks[0].mlp.drop2.p == 0.3
+    assert block.mlp.drop1.p == 0.  # only at the end of a branch
+    x = images(2, 3, 64, 64)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize('name, rate', [('fast_itpn_base', 0.29), ('hivit_base', 0.27)])
+def test_stochastic_depth_grows_linearly_over_the_blocks(name, rate):
+    rates = drop_path_rates(timm.create_model(name, drop_path_rate=rate, device='meta'))
+    np.testing.assert_allclose(rates, np.linspace(0, rate, len(rates)), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['fast_itpn_base', 'itpn_base.clip_in1k'])
+def test_layer_decay_counts_merges_as_blocks_and_positions_do_not_decay(name):
+    """Layer 0: stem and pos_embed; block or merge i of the official list: i + 1; norm and head: the last."""
+    model = timm.create_model(name, num_classes=10, device='meta')
+    scale = optimizer_scales(model, layer_decay=0.9)
+    last = 3 + 1 + 3 + 1 + 24 + 1
+    layers = {
+        'patch_embed.proj.weight': 0,
+        'stages.2.pos_embed': 0,
+        'stages.0.blocks.0.mlp.fc1.weight': 1,
+        'stages.0.blocks.2.mlp.fc2.weight': 3,
+        'stages.1.downsample.reduction.weight': 4,
+        'stages.1.blocks.0.mlp.fc1.weight': 5,
+        'stages.2.downsample.reduction.weight': 8,
+        'stages.2.blocks.0.attn.qkv.weight': 9,
+        'stages.2.blocks.23.mlp.fc2.weight': 32,
+        'head.norm.weight': last,
+        'head.fc.weight': last,
+    }
+    if name.startswith('itpn'):
+        layers['stages.2.blocks.0.rel_pos_bias.relative_position_bias_table'] = 9
+    assert len(scale) == len(list(model.parameters()))
+    for key, layer in layers.items():
+        assert scale[key][0] == pytest.approx(0.9 ** (last - layer)), key
+    for key, parameter in model.named_parameters():
+        kept = parameter.ndim == 1 or key.endswith(('pos_embed', 'relative_position_bias_table'))
+        assert (scale[key][1] == 0.) == kept, key
+
+
+# features
+
+@pytest.mark.parametrize('output_fmt', ['NCHW', 'NHWC', 'NLC'])
+@every_family
+def test_intermediates_have_the_format_asked_for(name, output_fmt):
+    model = small_model(name, img_size=(64, 96))
+    features = model.forward_intermediates(images(2, 3, 64, 96), output_fmt=output_fmt, intermediates_only=True)
+    for feature, channels, stride in zip(features, (32, 64, 128), (4, 8, 16)):
+        H, W = 64 // stride, 96 // stride
+        shapes = dict(NCHW=(2, channels, H, W), NHWC=(2, H, W, channels), NLC=(2, H * W, channels))
+        assert feature.shape == shapes[output_fmt]
+
+
+@every_family
+def test_unknown_feature_format_is_refused(name):
+    with pytest.raises(ValueError, match='output_fmt NWC is unknown'):
+        small_model(name).forward_intermediates(images(1, 3, 64, 64), output_fmt='NWC')
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2), (1,), (0, 2)])
+@pytest.mark.parametrize('feature_cls', ['getter', 'hook', 'list', 'dict', 'fx'])
+@every_family
+def test_every_feature_class_gives_the_same_maps(name, feature_cls, out_indices):
+    torch.manual_seed(0)
+    model = small_model(name)
+    x = images(2, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model.forward_intermediates(x, indices=out_indices, intermediates_only=True)
+    torch.manual_seed(0)  # for the same weights
+    backbone = small_model(name, features_only=True, feature_cls=feature_cls, out_indices=out_indices)
+    assert backbone.feature_info.reduction() == [4 * 2 ** i for i in out_indices]
+    assert backbone.feature_info.channels() == [32 * 2 ** i for i in out_indices]
+    with torch.inference_mode():
+        features = backbone(x)
+    features = list(features.values()) if isinstance(features, dict) else features
+    assert len(features) == len(expected)
+    for feature, wanted in zip(features, expected):
+        if str(backbone.output_fmt) == 'Format.NHWC':
+            feature = feature.permute(0, 3, 1, 2)
+        torch.testing.assert_close(feature, wanted)
+
+
+@every_family
+def test_pruning_twice_and_reset_work(name):
+    model = small_model(name)
+    assert model.prune_intermediate_layers([0, 1]) == [0, 1]
+    model.prune_intermediate_layers([0])
+    model.reset_classifier(7, 'avg')
+    assert (model.num_features, model.head_hidden_size) == (32, 32)
+    assert model(images(2, 3, 64, 64)).shape == (2, 7)
 
 
 # what a tag decides
@@ -140,7 +259,7 @@ def test_arguments_go_before_the_tag():
 
 @pytest.mark.parametrize('tag', ['pixel_in1k', 'clip_in1k'])
 def test_saved_model_comes_back_with_what_its_tag_decided(tag, tmp_path):
-    small = dict(embed_dim=128, depths=(1, 1, 2), num_heads=2, img_size=32, num_classes=5)
+    small = dict(embed_dim=64, depths=(1, 1, 2), num_heads=2, img_size=32, num_classes=5)
     model = timm.create_model(f'itpn_base.{tag}', **small).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -164,7 +283,7 @@ def test_without_bias_is_as_with_a_table_of_zeros():
         torch.testing.assert_close(model(x), without(x))
 
 
-@pytest.mark.parametrize('size', [(224, 224), (384, 384), (96, 160)])
+@pytest.mark.parametrize('size', [(224, 224), (96, 160)])
 def test_fused_and_plain_models_agree_in_value_and_gradient_of_the_tables(size):
     """Float64, through the whole model; in float32 they may differ twice as much as plain maths does from float64."""
     x = images(1, 3, *size, dtype=torch.float64)
@@ -188,99 +307,3 @@ def test_fused_and_plain_models_agree_in_value_and_gradient_of_the_tables(size):
         eager_error = (results[False, torch.float32][i] - wanted).abs().max()
         scale = wanted.abs().max()
         assert (results[True, torch.float32][i] - wanted).abs().max() <= 2 * eager_error + 1e-6 * scale
-
-
-def test_kept_bias_does_not_outlive_a_training_step():
-    model = small_model('itpn_tiny')
-    x = images(2, 3, 64, 64)
-    with torch.no_grad():
-        before = model(x)
-        assert torch.equal(model(x), before)
-    optimizer = create_optimizer_v2(model, opt='sgd', lr=1.)
-    model.train()
-    model(x).square().sum().backward()
-    optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        after = model(x)
-        fresh = copy.deepcopy(model)(x)
-    assert torch.equal(after, fresh) and not torch.equal(after, before)
-
-
-# training
-
-def test_stochastic_depth_grows_linearly_over_the_blocks():
-    model = timm.create_model('hivit_tiny', drop_path_rate=0.26, device='meta')
-    np.testing.assert_allclose(drop_path_rates(model), np.linspace(0, 0.26, 14), atol=1e-6)
-
-
-def test_layer_decay_counts_merges_as_blocks_and_tables_do_not_decay():
-    model = timm.create_model('itpn_base.clip_in1k', num_classes=10, device='meta')
-    scale = optimizer_scales(model, layer_decay=0.6)
-    last = 3 + 1 + 3 + 1 + 24 + 1
-    layers = {
-        'patch_embed.proj.weight': 0,
-        'patch_embed.norm.weight': 0,
-        'stages.2.pos_embed': 0,
-        'stages.0.blocks.0.mlp.fc1.weight': 1,
-        'stages.1.downsample.reduction.weight': 4,
-        'stages.2.downsample.reduction.weight': 8,
-        'stages.2.blocks.0.rel_pos_bias.relative_position_bias_table': 9,
-        'stages.2.blocks.23.mlp.fc2.weight': 32,
-        'head.fc.weight': last,
-    }
-    assert len(scale) == len(list(model.parameters()))
-    for name, layer in layers.items():
-        assert scale[name][0] == pytest.approx(0.6 ** (last - layer)), name
-    for name, parameter in model.named_parameters():
-        kept = parameter.ndim == 1 or name.endswith(('pos_embed', 'relative_position_bias_table'))
-        assert (scale[name][1] == 0.) == kept, name
-
-
-def test_initialisation():
-    torch.manual_seed(0)
-    model = timm.create_model('itpn_tiny', num_classes=1000)
-    for name, p in model.named_parameters():
-        if 'norm' in name:
-            assert (p == (1. if name.endswith('weight') else 0.)).all(), name
-        elif name.endswith('relative_position_bias_table') or name.endswith('bias') and 'patch_embed' not in name:
-            assert (p == 0.).all(), name
-        elif name == 'head.fc.weight':
-            assert p.std().item() == pytest.approx(0.0002, rel=0.05)
-        elif 'patch_embed' not in name:
-            assert p.std().item() == pytest.approx(0.02, rel=0.05), name
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('mode', ['cast', 'autocast'])
-def test_half_precision_stays_close_to_float64(dtype, mode):
-    model = small_model('itpn_tiny', init_values=0.1)
-    x = images(2, 3, 64, 64)
-    with torch.inference_mode():
-        exact = copy.deepcopy(model).double()(x.double())
-        if mode == 'cast':
-            output = model.to(dtype)(x.to(dtype))
-            assert output.dtype == dtype
-        else:
-            with torch.autocast('cpu', dtype=dtype):
-                output = model(x)
-    assert (output.double() - exact).abs().max() / exact.std() < 16 * torch.finfo(dtype).eps
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('train', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
-def test_cuda_agrees_with_float64(dtype, train):
-    model = small_model('itpn_tiny', img_size=(96, 160)).cuda().train(train)
-    x = images(2, 3, 96, 160).cuda()
-    exact = copy.deepcopy(model).double()
-    with torch.set_grad_enabled(train):
-        wanted = exact(x.double())
-        output = model.to(dtype)(x.to(dtype)).double()
-    bound = 16 * max(torch.finfo(dtype).eps, 1e-4)
-    assert (output - wanted).abs().max() / wanted.std() < bound
-    if train:
-        wanted.sum().backward()
-        output.sum().backward()
-        actual, wanted = (m.stages[2].blocks[1].rel_pos_bias.relative_position_bias_table.grad for m in (model, exact))
-        assert (actual.double() - wanted).abs().max() / wanted.std() < 4 * bound

@@ -89,7 +89,7 @@ class Migration(nn.Module):
             queries = keys = positions.flatten(1, 2)[:, None]
         bias = attention_bias(positions, height * width, gathering, padded, self.windowed)
         if self.rel_pos_bias is not None:
-            rel_pos_bias = self.rel_pos_bias.between(queries, keys, height, width)
+            rel_pos_bias = self.rel_pos_bias(height, width, queries, keys)
             bias = rel_pos_bias if bias is None else rel_pos_bias + bias
         if bias is not None:
             bias = bias.type_as(q).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)

@@ -3,6 +3,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from timm.layers import is_exporting
 from torch.types import Device
 
 from ..ops.attention import attention_weights, choose_attention, fused_attention
@@ -105,8 +106,10 @@ class Attention(nn.Module):
         else:
             weights = attention_weights(q, k, bias).type_as(v)
             x = self.attn_drop(weights) @ v
-        x = x.transpose(1, 2).flatten(2)  # (B, num_heads, N, head_dim) -> (B, N, dim)
-        return self.proj_drop(self.proj(x))
+        x = x.transpose(1, 2)  # (B, num_heads, N, head_dim) -> (B, N, num_heads, head_dim)
+        if is_exporting():
+            x = x.clone(memory_format=torch.contiguous_format)  # strides change when an exporter decomposes attention
+        return self.proj_drop(self.proj(x.flatten(2)))
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""

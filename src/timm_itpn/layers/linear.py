@@ -73,6 +73,7 @@ class OneDnnLinear(nn.Linear):
                     product = OneDnnProduct.apply
                 y = product(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (..., C) -> (M, C) -> (M, D)
                 return y.reshape(*x.shape[:-1], y.shape[-1])
+            return nn.Linear.forward(self, x)  # perhaps somebody has put another in its place
         return F.linear(x, self.weight, self.bias)
 
     @torch.jit.unused
@@ -85,7 +86,7 @@ class OneDnnLinear(nn.Linear):
             and x.numel() * len(weight) >= MIN_MULTIPLY_ADDS
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and not torch.is_autocast_enabled('cpu')
-            and nn.Linear.forward is TORCH_FORWARD  # nobody has put another in its place
+            and nn.Linear.forward is TORCH_FORWARD
             and onednn.why_not(weight) is None
         )
 

@@ -204,8 +204,10 @@ class LinearPatchSplit(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
-        x = self.reduction(self.norm(x)).reshape(B, H, W, 2, 2, -1)
-        return x.transpose(2, 3).reshape(B, 2 * H, 2 * W, -1)  # (B, H, W, 2, 2, D) -> (B, 2H, 2W, D)
+        x = self.reduction(self.norm(x))
+        D = x.shape[-1] // 4
+        x = x.reshape(B, H, W, 2, 2, D).transpose(2, 3)
+        return x.reshape(B, 2 * H, 2 * W, D)  # (B, H, 2, W, 2, D) -> (B, 2H, 2W, D)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:

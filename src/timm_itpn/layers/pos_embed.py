@@ -5,7 +5,6 @@ from timm.layers import register_notrace_function, resample_abs_pos_embed
 __all__ = ['resample_pos_embed']
 
 
-@torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
 @register_notrace_function
 def resample_pos_embed(pos_embed: torch.Tensor, new_size: list[int], old_size: list[int]) -> torch.Tensor:
     """Resample (1, h*w, C) to another grid as the official models do: plain bicubic in float32, no antialiasing.

@@ -198,8 +198,27 @@ class RelPosBias(nn.Module):
     def extra_repr(self) -> str:
         return f'window_size={self.window_size}'
 
-    def forward(self, height: int, width: int) -> torch.Tensor:
-        """Return the bias (1, num_heads, N, N), N = height * width; rows are aligned in memory."""
+    def forward(
+            self,
+            height: int,
+            width: int,
+            queries: torch.Tensor | None = None,
+            keys: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the bias between all tokens of a grid, or between some of them.
+
+        Args:
+            height: Of the grid, in tokens.
+            width: Of the grid, in tokens.
+            queries: Positions on the grid (..., Q), row-major; height * width for a token that has none. None = all.
+            keys: Likewise, (..., K).
+
+        Returns:
+            (1, num_heads, N, N), N = height * width, with rows that are aligned in memory; or (..., num_heads, Q, K),
+            0 for tokens without position.
+        """
+        if queries is not None and keys is not None:
+            return self._between(queries, keys, height, width)
         if not self.dynamic_window_size:
             height, width = self.window_size  # constants for tracers
         if not torch.jit.is_scripting():
@@ -207,18 +226,7 @@ class RelPosBias(nn.Module):
                 return self._kept(height, width)
         return self._compute(height, width)
 
-    def between(self, queries: torch.Tensor, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Return the bias between some tokens of a height x width grid only.
-
-        Args:
-            queries: Their positions on the grid (..., Q), row-major; height * width for a token without position.
-            keys: Likewise, (..., K).
-            height: Of the grid, in tokens.
-            width: Of the grid, in tokens.
-
-        Returns:
-            (..., num_heads, Q, K), 0 for tokens without position.
-        """
+    def _between(self, queries: torch.Tensor, keys: torch.Tensor, height: int, width: int) -> torch.Tensor:
         table = self._table(height, width)
         num_offsets = table.shape[0]
         y, x = queries[..., :, None] // width, queries[..., :, None] % width

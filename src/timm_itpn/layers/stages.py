@@ -15,6 +15,8 @@ from .run import run_blocks
 
 __all__ = ['AttentionStage', 'MlpStage']
 
+torch.fx.wrap('resample_pos_embed')  # a leaf for FX, where it is called: a tracer has no sizes to compare
+
 
 class MlpStage(nn.Module):
     """Stage 1 or 2: an optional merge, then MLP blocks.

@@ -1,0 +1,122 @@
+"""Compilers, tracers and exporters take the models, and what they make computes the same."""
+import functools
+
+import onnxruntime
+import pytest
+import torch
+from functorch.compile import memory_efficient_fusion
+from support.small import FAMILIES, images, small_model
+from timm.utils.onnx import onnx_export
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import timm_itpn
+
+TINY = dict(embed_dim=64, depths=(1, 1, 2), head_init_scale=1.)
+FULL = dict(acceleration='full', gather_window=2, migrate={0: 1})
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+every_family = pytest.mark.parametrize('name', FAMILIES)
+every_acceleration = pytest.mark.parametrize('acceleration', [{}, FULL], ids=['plain', 'accelerated'])
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+@every_family
+def test_exported_program_agrees(name, dynamic):
+    model = small_model(name, **TINY, dynamic_img_size=dynamic)
+    shapes = None
+    if dynamic:
+        height, width = (torch.export.Dim(name, min=2, max=16) for name in ('height', 'width'))
+        shapes = {'x': {0: torch.export.Dim('batch', min=1, max=8), 2: 16 * height, 3: 16 * width}}
+    program = torch.export.export(model, (images(2, 3, 64, 96 if dynamic else 64),), dynamic_shapes=shapes)
+    with torch.no_grad():
+        for size in ((2, 3, 64, 64), (3, 3, 128, 48)) if dynamic else ((2, 3, 64, 64),):
+            x = images(*size)
+            assert_same(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize('name, how', [
+    *[(name, how) for name in FAMILIES for how in ('torch.onnx', 'timm', 'timm without dynamo')],
+    ('itpn_tiny', 'accelerated'),
+])
+def test_onnx_runtime_agrees(name, how, tmp_path):
+    model = small_model(name, **TINY, exportable=how != 'torch.onnx', **(FULL if how == 'accelerated' else {}))
+    x, path = images(1, 3, 64, 64), str(tmp_path / 'model.onnx')
+    if how == 'torch.onnx':  # with gradients enabled, as users call it
+        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+    else:
+        onnx_export(model, path, example_input=x, use_dynamo=how != 'timm without dynamo', check=True)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    output, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert_same(torch.from_numpy(output), model(x).detach())
+
+
+@pytest.mark.parametrize('fused', [False, True], ids=['model', 'fused'])
+@every_acceleration
+@every_family
+def test_scripted_model_agrees(name, acceleration, fused):
+    model = small_model(name, **TINY, scriptable=True, **acceleration)
+    model = timm_itpn.fuse(model) if fused else model
+    x = images(2, 3, 64, 64)
+    scripted = torch.jit.script(model)
+    assert_same(scripted(x), model(x))
+    with torch.no_grad():
+        assert_same(scripted(x), model(x))
+
+
+@every_acceleration
+@every_family
+def test_traced_model_takes_other_batches(name, acceleration):
+    model = small_model(name, **TINY, **acceleration)
+    x = images(3, 3, 64, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(3 if acceleration else 2, 3, 64, 64))
+        assert_same(traced(x), model(x))
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+@every_family
+def test_graph_of_fx_agrees(name, dynamic):
+    model = small_model(name, **TINY, dynamic_img_size=dynamic)
+    x = images(2, 3, 64, 96 if dynamic else 64)
+    graph = torch.fx.symbolic_trace(model)
+    assert_same(graph(x), model(x))
+    wanted = []
+    model.stages[2].blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: wanted.append(output))
+    model(x)
+    nodes = {'stages.2.blocks.0.attn.qkv': 'qkv', 'head.fc': 'logits'}
+    features = create_feature_extractor(model, nodes)(x)
+    assert_same(features['qkv'], wanted[0])
+    assert_same(features['logits'], model(x))
+
+
+def test_memory_efficient_fusion_trains():
+    """`--aot-autograd` of timm's scripts. For iTPN's bias it would need torch.arange in TorchScript."""
+    model = small_model('fast_itpn_tiny', **TINY).train()
+    x = images(2, 3, 64, 64)
+    gradients = []
+    for module in (model, memory_efficient_fusion(model)):
+        module(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        model.zero_grad()
+    assert_same(*gradients)
+
+
+@every_family
+def test_functional_calls_and_transforms_agree(name):
+    model = small_model(name, **TINY)
+    other = small_model(name, seed=1, **TINY)
+    x = images(2, 3, 64, 64)
+    call = functools.partial(torch.func.functional_call, model)
+    with torch.no_grad():
+        model(x)
+        assert_same(call(other.state_dict(), (x,)), other(x))
+        stacked, _ = torch.func.stack_module_state([model, other])
+        both = torch.func.vmap(call, in_dims=(0, None))(stacked, (x,))
+        assert_same(both, torch.stack([model(x), other(x)]))
+    gradient = torch.func.grad(lambda weights: call(weights, (x,)).square().sum())(dict(model.named_parameters()))
+    model(x).square().sum().backward()
+    assert_same(gradient, {key: parameter.grad for key, parameter in model.named_parameters()})
