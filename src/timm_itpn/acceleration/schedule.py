@@ -46,7 +46,7 @@ def parse_schedule(
         gather_blocks: Sequence[int] | None = None,
         migrate: Mapping[Any, Amount] | None = None,
 ) -> Schedule | None:
-    """Make a schedule of the arguments of a model. Each of the last four repositions that part of `acceleration`.
+    """Make a schedule of the arguments of a model. Each of the last four replaces that part of `acceleration`.
 
     Args:
         depth: Blocks of stage 3.
