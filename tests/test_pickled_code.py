@@ -18,11 +18,11 @@ NAME = 'fast_itpn_tiny.mim_in1k'
 SOURCE = SOURCES[NAME]
 
 
-@pytest.fixture(params=['zip', 'legacy'])
-def bomb(request, tmp_path):
+@pytest.fixture
+def bomb(tmp_path):
     path = tmp_path / 'bomb.pt'
     content = {'model': {'pos_embed': torch.zeros(1, 196, 384), 'spy': Explosive(tmp_path / 'mark')}}
-    torch.save(content, path, _use_new_zipfile_serialization=request.param == 'zip')
+    torch.save(content, path)
     return path
 
 

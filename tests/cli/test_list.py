@@ -74,11 +74,6 @@ def test_rows_are_aligned_under_the_header(capsys):
         '1,000', '66,418,952', '3 x 224 x 224', 'Google Drive', 'no', 'unknown', 'mit']
 
 
-def test_models_without_published_weights_have_none(capsys):
-    _, row = table(capsys, 'itpn_tiny')
-    assert row[0].split() == ['itpn_tiny', '1,000', '19,181,668'] and row[2:5] == ['none', 'no', '']
-
-
 @pytest.mark.parametrize('pattern', ['*_fpn', 'hivit*', 'fast_itpn_base', '*.pixel_in1k', 'itpn_base.clip_in1k'])
 def test_filter_is_that_of_timm(pattern, capsys):
     names = list(listed(capsys, pattern))

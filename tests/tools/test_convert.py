@@ -2,14 +2,12 @@
 import argparse
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from support import golden
-from support.explosive import Explosive
 from support.small import SMALL, images, small_model
 
 from timm_itpn import __version__
@@ -79,7 +77,7 @@ def test_folder_has_weights_config_and_card(pretraining, tmp_path):
             'library_name: timm\nlicense: unknown\n', pretraining.name, sha256_of(pretraining), report['date'],
             f'timm-itpn {__version__}', 'pyramid: 2,583,890 values', 'under `model`',
             'Reported by the authors, not measured for this copy', 'ImageNet-1K top-1 after fine-tuning: 85.1 at 224',
-            'No SHA-256 of the published file is known'):
+            'Its SHA-256 was not checked: no SHA-256 is known of fast_itpn_tiny.mim_in1k'):
         assert part in card, part
 
 
@@ -103,12 +101,6 @@ def test_averaged_weights_are_taken_when_asked_for(ema, factor, tmp_path):
     assert torch.equal(native['head.fc.weight'], factor * model.head.fc.weight)
 
 
-def test_absent_averaged_weights_are_said(classifier, tmp_path):
-    with pytest.raises(ValueError, match='has no averaged weights .*: leave out --ema'):
-        convert(classifier, tmp_path / 'out', ema=True)
-    assert not (tmp_path / 'out').exists()
-
-
 # which model
 
 def test_own_weights_are_not_taken_for_published_ones(classifier, tmp_path):
@@ -118,7 +110,7 @@ def test_own_weights_are_not_taken_for_published_ones(classifier, tmp_path):
     assert 'Not a published file of the authors' in card and 'Reported by the authors' not in card
 
 
-@pytest.mark.parametrize('known, sentence', [(True, 'This is the known SHA-256'), (False, 'is another, `0')])
+@pytest.mark.parametrize('known, sentence', [(True, 'is the known SHA-256'), (False, 'is not the known one of')])
 def test_known_hash_is_compared(known, sentence, pretraining, tmp_path, monkeypatch):
     name = 'fast_itpn_tiny.mim_in1k'
     sha256 = sha256_of(pretraining) if known else '0' * 64
@@ -198,9 +190,9 @@ def test_model_args_are_told_from_the_file(kwargs, expected, tmp_path):
         torch.testing.assert_close(loaded(x), model(x))
 
 
-@pytest.mark.parametrize('kwargs', [dict(), dict(rel_pos_bias=False), dict(init_values=0.1), dict(pyramid_depth=2)])
-def test_itpn_args_are_told_from_the_file(kwargs, tmp_path):
-    model = small_file(tmp_path / 'w.pt', 'itpn_tiny_fpn', pyramid=True, **kwargs)
+def test_itpn_args_are_told_from_the_file(tmp_path):
+    model = small_file(
+        tmp_path / 'w.pt', 'itpn_tiny_fpn', pyramid=True, rel_pos_bias=False, init_values=0.1, pyramid_depth=2)
     convert(tmp_path / 'w.pt', tmp_path / 'out', 'itpn_tiny_fpn', verify=True)
     loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True, features_only=True).eval()
     x = images(1, 3, 64, 64)
@@ -214,12 +206,6 @@ def test_one_network_under_two_names_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match='which hivit_tiny and itpn_tiny are: choose one with --model'):
         convert(tmp_path / 'w.pt', tmp_path / 'out')
     assert convert(tmp_path / 'w.pt', tmp_path / 'out', 'hivit_tiny')['model'] == 'hivit_tiny'
-
-
-def test_unregistered_network_is_said(tmp_path):
-    torch.save({'model': native_to_official(small_model('fast_itpn_tiny').state_dict())}, tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match=r'depths \[1, 2, 2\] and embed_dim 128, which no registered model is'):
-        convert(tmp_path / 'w.pt', tmp_path / 'out')
 
 
 @pytest.mark.parametrize('name, message', [
@@ -262,18 +248,6 @@ def test_pyramid_model_loads_from_the_folder_of_the_plain_one(pretraining, tmp_p
                 assert golden.error(level, MIM['pyramid_clean'][f'stride{stride}']) < 1e-2  # file in half precision
 
 
-@pytest.mark.parametrize('num_classes', [0, 7])
-def test_checkpoint_path_takes_the_written_file(num_classes, pretraining, tmp_path):
-    convert(pretraining, tmp_path / 'out')
-    path = str(tmp_path / 'out' / 'model.safetensors')
-    if num_classes:
-        with pytest.raises(ValueError, match='no classifier'):
-            timm.create_model('fast_itpn_tiny', num_classes=num_classes, checkpoint_path=path)
-    else:
-        model = timm.create_model('fast_itpn_tiny', num_classes=0, checkpoint_path=path)
-        assert torch.equal(model.stages[2].pos_embed.half(), load_file(path)['stages.2.pos_embed'])
-
-
 # and back
 
 @pytest.mark.parametrize(('name', 'dtype'), [('fast_itpn_tiny_mim', torch.float32), ('itpn_base_mae', torch.float16)])
@@ -310,14 +284,6 @@ def test_type_that_cannot_hold_a_value_is_refused(function, tmp_path):
 
 
 # what goes wrong
-
-def test_existing_output_is_not_touched(classifier, tmp_path):
-    (tmp_path / 'out').mkdir()
-    for function in (convert, revert):
-        with pytest.raises(ValueError, match='out exists already'):
-            function(classifier, tmp_path / 'out')
-    assert not any((tmp_path / 'out').iterdir())
-
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
 def test_nothing_half_written_is_left(error, classifier, tmp_path, monkeypatch):
@@ -369,15 +335,6 @@ def test_broken_weights_are_found_by_verification(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('legacy', [True, False])
-def test_pickled_code_never_runs_and_tensors_are_taken(legacy, tmp_path):
-    small_file(tmp_path / 'w.pt')
-    checkpoint = as_trained(torch.load(tmp_path / 'w.pt')['model'], spy=Explosive(tmp_path / 'mark'), n=np.float64(1.5))
-    torch.save(checkpoint, tmp_path / 'w.pt', _use_new_zipfile_serialization=not legacy)
-    assert convert(tmp_path / 'w.pt', tmp_path / 'out', verify=True)['model'] == 'fast_itpn_tiny'
-    assert not (tmp_path / 'mark').exists()
-
-
 @pytest.mark.parametrize('prefix', ['backbone.', 'encoder.body.'])
 def test_network_under_a_prefix_is_converted(prefix, tmp_path):
     model = small_file(tmp_path / 'w.pt')
@@ -394,22 +351,12 @@ def test_network_under_a_prefix_is_converted(prefix, tmp_path):
     assert convert(tmp_path / 'two.pt', tmp_path / 'two', prefix='b')['source']['wrapper'] == 'b'
 
 
-@pytest.mark.parametrize('content, message', [
-    (b'', 'is empty'), (b'<html>Quota exceeded</html>', 'is a web page'), (b'x' * 100, 'not a weight file')])
-def test_bad_files_are_named(content, message, tmp_path):
-    (tmp_path / 'w.pt').write_bytes(content)
-    with pytest.raises(ValueError, match=rf'w\.pt .*{message}'):
-        convert(tmp_path / 'w.pt', tmp_path / 'out')
-
-
 def test_damaged_file_is_named(classifier, tmp_path):
     content = bytearray(classifier.read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / 'w.pt').write_bytes(content)
     with pytest.raises(RuntimeError, match=r'w\.pt .*damaged'):
         convert(tmp_path / 'w.pt', tmp_path / 'out')
-    with pytest.raises(ValueError, match='absent.pt does not exist'):
-        convert(tmp_path / 'absent.pt', tmp_path / 'out')
 
 
 @pytest.mark.parametrize('change, message', [
@@ -433,9 +380,3 @@ def test_full_disk_is_one_sentence(pretraining, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=f'could not be written to {tmp_path} .I/O error: No space left on device'):
         convert(pretraining, tmp_path / 'out')
     assert not any(tmp_path.iterdir())
-
-
-def test_other_models_are_refused(tmp_path):
-    torch.save(timm.create_model('vit_tiny_patch16_224').state_dict(), tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match='not a checkpoint of Fast-iTPN.*its keys are: cls_token'):
-        convert(tmp_path / 'w.pt', tmp_path / 'out')

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import timm
 import torch
 from support import golden
 from support.explosive import Explosive
-from support.hub_server import Fault
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_itpn.models.itpn import ITPN
@@ -80,16 +78,6 @@ def assert_backbone_of(model, pretraining):
 
 # layouts and wrappers
 
-@pytest.mark.parametrize('prefix', ['', 'module.'])
-@pytest.mark.parametrize('wrapper', [None, 'model', 'module', 'state_dict', 'model_ema'])
-@pytest.mark.parametrize('layout', ['official', 'native'])
-def test_every_wrapper_and_layout_loads(layout, wrapper, prefix, classifier, native, tmp_path):
-    weights = {prefix + key: value for key, value in (classifier if layout == 'official' else native).items()}
-    extra = {'epoch': 3, 'args': argparse.Namespace(lr=1e-4)}
-    path = save(weights if wrapper is None else {wrapper: weights, **extra}, tmp_path / 'w.pt')
-    assert_golden(load(path))
-
-
 @pytest.mark.parametrize('wrap', [
     lambda w: {'state_dict': {f'backbone.{key}': value for key, value in w.items()}},
     lambda w: {'net': {f'encoder.body.{key}': value for key, value in w.items()}, 'optimizer': {'state': {}}},
@@ -103,18 +91,6 @@ def test_network_below_a_prefix_loads_and_the_rest_is_said(layout, wrap, classif
     with caplog.at_level(logging.INFO):
         assert_golden(load(save(content, tmp_path / 'w.pt')))
     assert re.search("Took the network under '.*(backbone|body|model)'; left out 1 other tensors", caplog.text)
-
-
-def test_averaged_weights_are_preferred(classifier, tmp_path):
-    worse = {key: torch.zeros_like(value) for key, value in classifier.items()}
-    assert_golden(load(save({'model': worse, 'model_ema': classifier}, tmp_path / 'w.pt')))
-
-
-def test_half_precision_file_loads_into_a_float_model(classifier, tmp_path):
-    model = load(save({'model': {k: v.half() for k, v in classifier.items()}}, tmp_path / 'w.pt'))
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-    with torch.inference_mode():
-        assert golden.error(model(golden.image(EXPECTED, torch.float32)), EXPECTED['logits']) < 1e-2
 
 
 def test_safetensors_file_loads(classifier, tmp_path):
@@ -158,11 +134,6 @@ def test_unused_classifier_is_not_dropped_in_silence(cfg_classes, warned, classi
     model = load(path, num_classes=1000, cfg_classes=cfg_classes)
     assert torch.equal(model.head.fc.weight, classifier['head.weight']) == (cfg_classes == 1000)
     assert ('To keep it, pass pretrained_cfg_overlay=dict(num_classes=1000)' in caplog.text) == warned
-
-
-def test_classifier_is_left_out_of_a_model_without_one(classifier, tmp_path):
-    model = load(save({'model': classifier}, tmp_path / 'w.pt'), num_classes=0, cfg_classes=0)
-    torch.testing.assert_close(model.head.norm.weight, classifier['fc_norm.weight'])
 
 
 def test_features_only_loads(classifier, tmp_path):
@@ -213,14 +184,6 @@ def test_model_made_without_timms_factory_takes_official_weights(classifier):
     assert_golden(model)
 
 
-def test_failed_load_changes_nothing(pretraining):
-    model = timm.create_model('fast_itpn_tiny', num_classes=10)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError):
-        model.load_state_dict(pretraining)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
 def test_saved_model_comes_back_by_local_dir(classifier, tmp_path):
     model = timm.create_model('fast_itpn_tiny', num_classes=1000)
     model.load_state_dict(classifier)
@@ -254,8 +217,7 @@ def test_pretrained_downloads_once_and_then_works_offline(hub, pretraining, tmp_
     done = subprocess.run(
         [sys.executable, '-c', offline, str(tmp_path)],
         env={**os.environ, 'HF_HUB_OFFLINE': '1'}, check=True, capture_output=True, text=True)
-    assert f'{FILE} is not in the local cache, and HF_HUB_OFFLINE=1 forbids downloads' in done.stdout
-    assert re.search('Google Drive: fast_itpn_tiny_1600e_1k.pt could not be downloaded.* HF_HUB_OFFLINE', done.stdout)
+    assert re.search('Hub .*HF_HUB_OFFLINE=1 forbids .* Google Drive: .*HF_HUB_OFFLINE=1 forbids', done.stdout)
     assert hub.downloads == [(REPO, FILE)]
 
 
@@ -269,46 +231,12 @@ def test_moved_revision_is_followed_and_a_pinned_one_kept(hub, pretraining, tmp_
     assert_backbone_of(hub_model(cache_dir=tmp_path, pretrained_cfg_overlay=pinned), pretraining)
 
 
-@pytest.mark.parametrize('missing', ['repo', 'file', 'revision'])
-def test_missing_on_the_hub_is_said(missing, hub, tmp_path):
-    if missing != 'repo':
-        hub.commit(REPO, {'README.md': b'', **({FILE: b'x'} if missing == 'revision' else {})})
-    overlay = dict(hf_hub_id=f'{REPO}@{"0" * 40}') if missing == 'revision' else None
-    with pytest.raises(RuntimeError, match=f'{FILE} cannot be had from the Hub .*404.*: check name and revision'):
-        hub_model(cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
-
-
-def test_broken_download_leaves_nothing_behind(hub, pretraining, tmp_path, monkeypatch):
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-    content = as_bytes({'model': pretraining})
-    hub.commit(REPO, {FILE: content})
-    hub.faults += [Fault(cut_after=len(content) // 2), *[Fault(cut_after=0)] * 50]  # it is tried again
-    with pytest.raises(RuntimeError, match=f'{FILE} could not be downloaded whole .*: run it again to go on'):
-        hub_model(cache_dir=tmp_path)
-    hub.faults.clear()
-    assert_backbone_of(hub_model(cache_dir=tmp_path), pretraining)
-
-
-def test_truncated_file_on_the_hub_is_named(hub, pretraining, tmp_path):
-    hub.commit(REPO, {FILE: as_bytes({'model': pretraining})[:100_000]})
-    with pytest.raises(RuntimeError, match=f'{FILE} is truncated, damaged or not a weight file; it was not kept'):
-        hub_model(cache_dir=tmp_path)
-    assert not any(path.is_file() and path.stat().st_size > 1000 for path in tmp_path.rglob('*'))
-
-
 def test_hub_repository_of_a_saved_model_loads(hub, classifier, tmp_path):
     model = timm.create_model('fast_itpn_tiny', num_classes=1000)
     model.load_state_dict(classifier)
     save_for_hf(model, tmp_path / 'saved')
     hub.commit('someone/model', {path.name: path.read_bytes() for path in (tmp_path / 'saved').iterdir()})
     assert_golden(timm.create_model('hf-hub:someone/model', pretrained=True, cache_dir=tmp_path / 'cache'))
-
-
-def test_weights_that_cannot_be_had_are_pointed_to(tmp_path):
-    with pytest.raises(RuntimeError, match='small.mim_in1k could not be fetched.*drive.google.com.*TIMM_ITPN_WEIGHTS'):
-        timm.create_model('fast_itpn_small', pretrained=True, cache_dir=tmp_path)
-    with pytest.raises(RuntimeError, match='itpn_tiny has no published weights: create it without pretrained=True'):
-        timm.create_model('itpn_tiny', pretrained=True)
 
 
 # bad files
@@ -319,31 +247,6 @@ def test_vit_checkpoint_is_refused(tmp_path):
     for door in (load, lambda p: timm.create_model('fast_itpn_tiny', checkpoint_path=str(p))):
         with pytest.raises(ValueError, match='not a checkpoint of Fast-iTPN.*its keys are: cls_token, pos_embed'):
             door(path)
-
-
-@pytest.mark.parametrize('layout', ['official', 'native'])
-def test_other_size_is_refused(layout, tmp_path):
-    if layout == 'official':
-        weights = {key: torch.zeros(shape) for key, shape in golden.load('fast_itpn_small')['keys']}
-    else:
-        weights = timm.create_model('fast_itpn_small', num_classes=1000).state_dict()
-    with pytest.raises(ValueError, match=r'depths \[2, 2, 20\] and embed_dim 384, but .*\[1, 1, 12\]'):
-        load(save(weights, tmp_path / 'w.pt'))
-
-
-@pytest.mark.parametrize('layout', ['official', 'native'])
-def test_missing_layer_scale_is_said(layout, classifier, native, tmp_path):
-    weights = classifier if layout == 'official' else native
-    path = save({k: v for k, v in weights.items() if 'gamma' not in k}, tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match='it lacks stages.2.blocks.0.ls1.gamma.*The file has no layer scale'):
-        load(path)
-    assert load(path, init_values=0.).num_classes == 1000
-
-
-def test_layer_scale_is_never_dropped(classifier, tmp_path):
-    path = save(classifier, tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match='the model has no stages.2.blocks.0.ls1.gamma.*with init_values=0.1'):
-        load(path, init_values=0.)
 
 
 def test_unknown_and_missing_native_keys_are_listed(native, tmp_path):
@@ -360,14 +263,13 @@ def test_missing_classifier_is_an_error_when_it_is_kept(native, tmp_path):
 
 
 @pytest.mark.parametrize('content, what', [
-    (None, 'does not exist'), (b'', 'is empty'), (b'<html>Virus scan warning', 'is a web page'),
+    (b'', 'is empty'), (b'<html>Virus scan warning', 'is a web page'),
     (as_bytes({'a': torch.zeros(9)})[:500], 'is truncated, damaged or not a weight file: get it again'),
     (as_bytes(torch.zeros(3)), 'holds a Tensor, not a dict of tensors'),
     (as_bytes({'args': argparse.Namespace()}), 'w.pt holds no tensors'),
 ])
 def test_file_without_weights_is_named(content, what, tmp_path):
-    if content is not None:
-        (tmp_path / 'w.pt').write_bytes(content)
+    (tmp_path / 'w.pt').write_bytes(content)
     with pytest.raises(ValueError, match=what) as error:
         load(tmp_path / 'w.pt')
     assert '\n' not in str(error.value)

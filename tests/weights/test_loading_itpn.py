@@ -30,12 +30,6 @@ def model():
     return small_model('itpn_tiny')
 
 
-def test_official_file_gives_the_same_logits(model, tmp_path):
-    x = images(2, 3, 64, 64)
-    with torch.inference_mode():
-        assert torch.equal(load(official(model), tmp_path / 'w.pt')(x), model(x))
-
-
 @pytest.mark.parametrize('size', [64, 96])
 def test_pixel_pretraining_starts_the_bias_at_zero_and_says_so(size, model, tmp_path, caplog):
     pretraining = official(model, drop=(TABLE, 'fc_norm.weight', 'fc_norm.bias', 'head.weight', 'head.bias'))
@@ -51,24 +45,16 @@ def test_pixel_pretraining_starts_the_bias_at_zero_and_says_so(size, model, tmp_
             assert torch.equal(value, model.state_dict()[key]), key
 
 
-def test_classifier_without_bias_is_refused_with_the_way_out(model, tmp_path):
-    weights = official(model, drop=(TABLE,))
-    with pytest.raises(ValueError, match=r'it lacks .*relative_position_bias_table.*with rel_pos_bias=False'):
-        load(weights, tmp_path / 'w.pt')
-    load(weights, tmp_path / 'w.pt', rel_pos_bias=False)
-
-
-def test_bias_is_never_dropped(model, tmp_path):
-    with pytest.raises(ValueError, match=r'the model has no .*relative_position_bias_table.*with rel_pos_bias=True'):
-        load(official(model), tmp_path / 'w.pt', rel_pos_bias=False)
-
-
+@pytest.mark.parametrize('option, with_it, without', [
+    ('init_values', 0.1, 0), ('rel_pos_bias', True, False)])
 @pytest.mark.parametrize('in_file', [True, False])
-def test_layer_scale_is_never_dropped_nor_made_up(in_file, tmp_path):
-    weights = official(small_model('itpn_tiny', init_values=0.1 if in_file else 0.))
-    message = 'The file has layer scale, which is ruined' if in_file else 'The file has no layer scale'
-    with pytest.raises(ValueError, match=message):
-        load(weights, tmp_path / 'w.pt', init_values=0. if in_file else 0.1)
+def test_layer_scale_and_bias_are_never_dropped_nor_made_up(option, with_it, without, in_file, tmp_path):
+    fits, fits_not = (with_it, without) if in_file else (without, with_it)
+    weights = official(small_model('itpn_tiny', **{option: fits}))
+    message = r'the model has no .* The file has .*' if in_file else r'it lacks .* The file has no .*'
+    with pytest.raises(ValueError, match=f'{message} with {option}={fits}'):
+        load(weights, tmp_path / 'w.pt', **{option: fits_not})
+    load(weights, tmp_path / 'w.pt', **{option: fits})
 
 
 @pytest.mark.parametrize('size', [(96, 96), (48, 112)])

@@ -1,7 +1,6 @@
 """What is in a weight file: true for good files, one sentence for broken ones, and nothing is run by hostile ones."""
 import argparse
 import collections
-import copyreg
 import dataclasses
 import io
 import os
@@ -21,7 +20,7 @@ import torch
 from support.pickles import FORMATS, both_formats, save, write_pickle
 
 from timm_itpn.weights import read
-from timm_itpn.weights.read import StandIn, read_contents, stand_in_name
+from timm_itpn.weights.read import read_contents, stand_in_name
 
 
 def assert_same(found, expected, meta=False):
@@ -170,16 +169,6 @@ def test_safetensors_agrees_with_its_own_reader(meta, tmp_path):
     assert len(found.tree) == len(weights)
 
 
-@both_formats
-def test_data_of_tensors_is_not_read_for_meta(file_format, tmp_path):
-    path = save({'weight': torch.zeros(2 ** 22), 'bias': torch.zeros(2 ** 20)}, tmp_path / 'w.pt', file_format)
-    num_bytes = path.stat().st_size
-    with open(path, 'r+b') as file:  # holes in place of the data
-        file.seek(num_bytes // 4)
-        file.write(bytes(num_bytes // 2))
-    assert read_contents(path, meta=True).tree['weight'].shape == (2 ** 22,)
-
-
 def test_packed_zip_is_read_as_torch_does(tmp_path):
     weights = {'a': torch.arange(1000.)}
     with zipfile.ZipFile(save(weights, tmp_path / 'w.pt')) as old:
@@ -230,31 +219,6 @@ def test_what_came_instead_is_said(content, reason, tmp_path):
     assert str(error.value) == f'{path} ({len(content)} bytes) {reason}: get it again from where it came.'
 
 
-def test_missing_path_and_folder_are_said(tmp_path):
-    with pytest.raises(ValueError, match='nothing.pt does not exist.$'):
-        read_contents(tmp_path / 'nothing.pt')
-    with pytest.raises(ValueError, match=f'{tmp_path} is a folder, not a weight file.$'):
-        read_contents(tmp_path)
-    (tmp_path / 'file').write_bytes(b'')
-    with pytest.raises(ValueError, match='cannot be read: Not a directory.$'):
-        read_contents(tmp_path / 'file' / 'w.pt')
-
-
-@pytest.mark.parametrize('meta', [False, True])
-@pytest.mark.parametrize('file_format', [*FORMATS, 'safetensors'])
-def test_every_truncation_is_said(file_format, meta, tmp_path):
-    path, weights = tmp_path / 'w', {'weight': torch.zeros(20, 30), 'bias': torch.zeros(20)}
-    if file_format == 'safetensors':
-        safetensors.torch.save_file(weights, path)
-    else:
-        save({'model': weights, 'epoch': 3}, path, file_format)
-    whole = path.read_bytes()
-    for size in [*range(1, len(whole), 41), len(whole) - 1]:
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=rf'w \({size} bytes\) is truncated, damaged or not a weight file'):
-            read_contents(path, meta)
-
-
 @both_formats
 def test_damaged_files_are_read_or_refused(file_format, tmp_path):
     noise = random.Random(0)
@@ -273,28 +237,6 @@ def test_damaged_files_are_read_or_refused(file_format, tmp_path):
 
 
 # hostile files
-
-class Directory:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@both_formats
-def test_code_in_a_file_is_named_and_not_run(file_format, tmp_path):
-    marker = tmp_path / 'marker'
-    trap = Directory(marker)
-    path = save({'model': {'weight': torch.ones(2)}, 'nested': [(trap,)]}, tmp_path / 'w.pt', file_format)
-    found = read_contents(path)
-    assert not marker.exists() and found.globals == (f'{os.mkdir.__module__}.mkdir',)
-    assert stand_in_name(found.tree['nested'][0][0]) == found.globals[0]
-    torch.load(path, weights_only=False)
-    assert marker.exists()  # so it is hostile
-
 
 class Trap:
     """Notes whatever is done to it, its class or its instances."""
@@ -357,52 +299,6 @@ def test_hostile_pickle_runs_nothing(name, file_format, trap, tmp_path):
     found = read_contents(write_pickle(HOSTILE[name], tmp_path / 'w.pt', file_format))
     assert not trap
     assert any(asked_for.startswith('trap.') for asked_for in found.globals)
-
-
-CALLS = {  # known ways to run code: names of the functions, and pickles of their arguments
-    'os.system': ('touch {}',),
-    'posix.system': ('touch {}',),
-    'builtins.eval': ("open('{}', 'w')",),
-    'builtins.exec': ("open('{}', 'w')",),
-    'builtins.open': ('{}', 'w'),
-    'builtins.getattr': ('{}', 'join'),
-    'subprocess.Popen': (('touch', '{}'),),
-    'runpy._run_code': ("open('{}', 'w')", {}),
-    'torch.jit._script.load': ('{}',),
-    'torch.serialization.load': ('{}',),
-    'torch.hub.load': ('{}', 'x'),
-    'torch.utils.collect_env.run': ('touch {}',),
-    'torch._utils._rebuild_tensor_v2.__globals__': ('{}',),
-    'copyreg.__newobj__': ('{}',),
-    'copyreg.add_extension': ('os', 'system', 1),
-    '_codecs.encode': ('{}', 'rot13'),
-    'numpy.core.multiarray._reconstruct': ('{}', 0),
-    'numpy.testing._private.utils.runstring': ("open('{}', 'w')", {}),
-    'functools.partial': ('{}',),
-}
-
-
-@both_formats
-@pytest.mark.parametrize('name', list(CALLS))
-def test_functions_that_could_run_code_are_not_called(name, file_format, tmp_path, monkeypatch):
-    marker = tmp_path / 'marker'
-    args = tuple(arg.format(marker) if isinstance(arg, str) else arg for arg in CALLS[name])
-    module, _, function = name.rpartition('.')
-    pickled = b'\x80\x04' + b''.join(
-        b'X' + struct.pack('<I', len(text)) + text.encode() for text in (module, function)) + b'\x93'
-    pickled += pickle.dumps(args, 2)[2:-1] + b'R.'
-    before = dict(copyreg._extension_registry), set(sys.modules)
-    found = read_contents(write_pickle(pickled, tmp_path / 'w.pt', file_format))
-    assert stand_in_name(found.tree) == name and found.globals == (name,)
-    assert not marker.exists() and (dict(copyreg._extension_registry), set(sys.modules)) == before
-
-
-def test_hostile_modules_are_not_imported(tmp_path, monkeypatch):
-    (tmp_path / 'hostile_module.py').write_text('raise AssertionError("imported")')
-    monkeypatch.syspath_prepend(str(tmp_path))
-    path = write_pickle(b'\x80\x02chostile_module.inner\nname\n.', tmp_path / 'w.pt')
-    assert stand_in_name(read_contents(path).tree) == 'hostile_module.inner.name'
-    assert issubclass(read_contents(path).tree, StandIn) and 'hostile_module' not in sys.modules
 
 
 @pytest.mark.parametrize('target', [

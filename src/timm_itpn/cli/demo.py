@@ -58,13 +58,10 @@ def run(args: argparse.Namespace) -> None:
 
     history, predictions = train(model, train_loader, create_loader(val_set, **options), args)
     draw(args.output / 'demo.png', val_set.reader.samples, predictions, history)
+    files = dict(checkpoint='last.pth.tar', picture='demo.png', data='data')
     result = {
-        'top1': history[-1][1],
-        'images': len(val_set),
-        'checkpoint': str(args.output / 'last.pth.tar'),
-        'picture': str(args.output / 'demo.png'),
-        'data': str(data),
-    }
+        'top1': history[-1][1], 'images': len(val_set),
+        **{key: str(args.output / name) for key, name in files.items()}}
     (args.output / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
     print(json.dumps(result))
 
@@ -110,7 +107,6 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
         model, optimizer, args=argparse.Namespace(**plain), checkpoint_dir=str(args.output), max_history=1)
     loss_fn = LabelSmoothingCrossEntropy(0.1)
     history: History = []
-    num_updates = 0
     with tqdm(total=args.epochs * len(train_loader), unit='update', mininterval=1, file=sys.stderr) as progress:
         for epoch in range(args.epochs):
             model.train()
@@ -124,30 +120,26 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
                 loss.backward()
                 dispatch_clip_grad(model.parameters(), 1.0)
                 optimizer.step()
-                num_updates += 1
-                scheduler.step_update(num_updates)
                 losses.update(loss.item(), len(images))
                 progress.update()
+                scheduler.step_update(progress.n)
                 progress.set_postfix(
                     epoch=epoch, loss=f'{losses.avg:.3f}', top1=history[-1][1] if history else '-')
-            top1, predictions = validate(model, val_loader, args.device)
-            history.append((losses.avg, round(top1, 2)))
+            predictions, top1 = validate(model, val_loader, args.device)
+            history.append((losses.avg, top1))
             saver.save_checkpoint(epoch, metric=top1)
     return history, predictions
 
 
-def validate(model: Any, loader: Any, device: str) -> tuple[float, list[int]]:
-    """Top-1 accuracy in percent, and the predicted class of each image in order."""
+def validate(model: Any, loader: Any, device: str) -> tuple[list[int], float]:
+    """The predicted class of each image in order, and the top-1 accuracy in percent."""
     import torch
 
     model.eval()
-    predictions, correct = [], 0
     with torch.inference_mode():
-        for images, target in loader:
-            predicted = model(images.to(device)).argmax(dim=1).cpu()
-            correct += (predicted == target).sum().item()
-            predictions += predicted.tolist()
-    return 100 * correct / len(predictions), predictions
+        found = [(model(images.to(device)).argmax(dim=1).cpu(), target) for images, target in loader]
+    predicted, target = map(torch.cat, zip(*found))
+    return predicted.tolist(), round(100 * (predicted == target).double().mean().item(), 2)
 
 
 def draw(path: Path, samples: list[tuple[str, int]], predictions: list[int], history: History) -> None:
@@ -165,26 +157,21 @@ def draw(path: Path, samples: list[tuple[str, int]], predictions: list[int], his
     from ..figures import save
 
     images = [(file, target, predicted) for (file, target), predicted in zip(samples, predictions)]
-    shown = [image for image in images if image[1] != image[2]][:NUM_IMAGES // 3]
+    wrong = [image for image in images if image[1] != image[2]][:NUM_IMAGES // 3]
     right = [image for image in images if image[1] == image[2]]
-    num_right = NUM_IMAGES - len(shown)
-    shown += right[::max(1, len(right) // num_right)][:num_right]
-
     figure = Figure(figsize=(11, 4.5), layout='constrained')
     pictures, curve = figure.subfigures(1, 2, width_ratios=(3, 2), squeeze=False)[0]
-    for axes, (file, target, predicted) in zip(pictures.subplots(4, NUM_IMAGES // 4).flat, shown):
-        is_right = predicted == target
+    for axes, (file, target, predicted) in zip(
+            pictures.subplots(4, NUM_IMAGES // 4).flat, wrong + right[::max(1, len(right) // NUM_IMAGES)]):
         axes.imshow(Image.open(file), cmap='gray')
-        axes.set_title(
-            f'{predicted}' if is_right else f'{predicted}, is {target}', fontsize=9,
-            color='black' if is_right else 'red')
+        is_right = predicted == target
+        title = f'{predicted}' if is_right else f'{predicted}, is {target}'
+        axes.set_title(title, fontsize=9, color='black' if is_right else 'red')
+    for axes in pictures.axes:
         axes.axis('off')
-    epochs, (losses, top1) = range(1, len(history) + 1), zip(*history)
-    loss_axes = curve.subplots()
-    loss_axes.plot(epochs, losses, color='tab:gray', label='training loss')
-    loss_axes.set(xlabel='epoch', ylabel='training loss')
-    top1_axes = loss_axes.twinx()
-    top1_axes.plot(epochs, top1, color='tab:blue', label='held-out top-1')
-    top1_axes.set(ylabel='held-out top-1, %', title=f'held-out top-1 {top1[-1]:.1f} %')
-    figure.legend(loc='outside lower right', ncols=2, fontsize=9)
+    names = ('training loss', 'held-out top-1, %')
+    for axes, name, values in zip(curve.subplots(2, sharex=True), names, zip(*history)):
+        axes.plot(range(1, len(history) + 1), values, marker='.')
+        axes.set(ylabel=name)
+    axes.set(xlabel='epoch', title=f'held-out top-1 {history[-1][1]:.1f} %')
     save(figure, path)

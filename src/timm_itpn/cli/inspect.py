@@ -38,63 +38,41 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(facts: dict[str, Any]) -> str:
+    found = facts['network']
     rows: list[tuple[str, list[str]]] = [
         ('file', [facts['file']]),
         ('format', [facts['format']]),
         ('size', [f'{facts["bytes"]:,} bytes']),
-        ('SHA-256', [facts['sha256'], hash_check(facts)]),
+        ('SHA-256', [facts['sha256'], facts['hash_check']]),
         ('metadata', listed(f'{key}: {value}' for key, value in facts['metadata'].items())),
-        ('pickled names', pickled_names(facts)),
+        ('pickled names', listed(facts['globals'])),
         ('weights', [f'under {facts["wrapper"]}'] if facts['wrapper'] else []),
         ('besides', listed(f'{name}: {value}' for name, value in facts['others'].items())),
         ('tensors', [f'{facts["num_tensors"]:,} with {facts["num_values"]:,} values']),
         ('dtypes', [f'{dtype}: {number:,} tensors' for dtype, number in facts['dtypes'].items()]),
+        ('first keys', [] if found else facts['first_keys']),
+        ('layout', [LAYOUTS[facts['layout']]] if facts['layout'] else []),
     ]
-    if not facts['network']:
-        rows.append(('first keys', facts['first_keys']))
-    rows += network(facts)
-    return two_columns((name, [printable(line) for line in lines]) for name, lines in rows)
-
-
-def network(facts: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """The network that the weights are of, as rows."""
-    rows = [('layout', [LAYOUTS[facts['layout']]] if facts['layout'] else [])]
-    found = facts['network']
     if found:
-        side = found['num_tokens'] ** 0.5
-        grid = f'{side:.0f} x {side:.0f}' if side.is_integer() else 'not square'
+        fitting = [f'{model["name"]}{with_args(model["args"])}' for model in facts['models'] if model['fits']]
         rows += [
             ('network', [f'{found["family"]}, embed_dim {found["embed_dim"]}, depths {list(found["depths"])}']),
-            ('input', [f'{found["in_chans"]} channels, position embedding of {found["num_tokens"]} tokens ({grid})']),
+            ('input', [f'{found["in_chans"]} channels, position embedding of {found["num_tokens"]} tokens']),
             ('classes', [str(found['num_classes'] or 'no classifier')]),
             ('parts', [f'{part}: {number:,} values' for part, number in facts['parts'].items()]),
+            ('fits', fitting or ['no model of this package']),
         ]
-        fitting = [f'{model["name"]}{with_args(model["args"])}' for model in facts['models'] if model['fits']]
-        rows.append(('fits', fitting or ['no model of this package']))
-    unfit = [f'{model["name"]}: {model["problem"]}' for model in facts['models'] if not model['fits']]
-    problem = [facts['problem']] if facts['problem'] else []
-    return [*rows, ('does not fit', unfit), ('problem', problem), ('notes', facts['notes'])]
+    rows += [
+        ('does not fit', [f'{model["name"]}: {model["problem"]}' for model in facts['models'] if not model['fits']]),
+        ('problem', [facts['problem']] if facts['problem'] else []),
+        ('notes', facts['notes']),
+    ]
+    return two_columns((name, [printable(line) for line in lines]) for name, lines in rows)
 
 
 def with_args(args: dict[str, Any]) -> str:
     """The arguments that a model is created with."""
     return ' with ' + ', '.join(f'{key}={value}' for key, value in args.items()) if args else ''
-
-
-def hash_check(facts: dict[str, Any]) -> str:
-    """Whether the file is a published one, as a sentence."""
-    check, model = facts['published'], facts['model']
-    subject = f'says that it was converted from {check["sha256"]}, which ' if check['by_metadata'] else ''
-    if check['known_as']:
-        return f'{subject}is the known SHA-256 of {" and ".join(check["known_as"])}'
-    if check['expected']:
-        return f'{subject}is not the known one of {model}, {check["expected"]}'
-    return f'{subject}was not checked: no SHA-256 is known' + (f' of {model}' if model else '')
-
-
-def pickled_names(facts: dict[str, Any]) -> list[str]:
-    lines = listed(facts['globals'])
-    return [*lines, '(none of their code was run)'] if lines else []
 
 
 def listed(lines: Iterable[str]) -> list[str]:

@@ -39,23 +39,21 @@ def facts(name: str) -> dict[str, Any]:
     import timm
 
     from ..weights.fetch import cached
-    from ..weights.sources import drive_url, source_of
+    from ..weights.sources import Source, drive_url, source_of
 
     model: Any = timm.create_model(name, device='meta')
     source, file = source_of(name), cached(name)
-    known = source._asdict() if source else {}
-    texts = ('sha256', 'contents', 'file_name', 'hub_repo', 'hub_path', 'known_from')
+    known = source._asdict() if source else dict.fromkeys(Source._fields)
     return {
         'name': name,
         'num_classes': model.num_classes,
         'num_params': sum(parameter.numel() for parameter in model.parameters()),
-        'input_size': list(model.pretrained_cfg['input_size']),
+        'input_size': model.pretrained_cfg['input_size'],
         'cached': None if file is None else str(file),
         'license': model.pretrained_cfg['license'],
-        **{key: known.get(key) or None for key in texts},
         'drive_url': drive_url(source) if source else None,
-        'bytes': known.get('size'),
-        'figures': known.get('figures', ()),
+        'bytes': known.pop('size'),
+        **{key: value or None for key, value in known.items() if key != 'license'},
     }
 
 
@@ -67,7 +65,7 @@ def row(model: dict[str, Any]) -> list[Any]:
         model['num_params'],
         ' x '.join(map(str, model['input_size'])),
         weights,
-        '' if model['bytes'] is None else model['bytes'],
+        model['bytes'] or '',
         'yes' if model['cached'] else 'no',
         'known' if model['sha256'] else 'unknown' if model['drive_url'] else '',
         model['license'],

@@ -64,11 +64,10 @@ def run(args: argparse.Namespace) -> None:
     shown = to_tensor(image.resize((width, height), Resampling.BICUBIC))  # (3, H, W) in 0..1
     pixels = normalize(shown, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])[None].to(args.device)
     shown = shown.permute(1, 2, 0)  # (3, H, W) -> (H, W, 3)
-    acceleration = f', acceleration {args.acceleration}' if args.acceleration else ''
-    caption = f'{args.model}{acceleration}, {weights}'
+    caption = ', '.join(filter(None, (args.model, args.acceleration and f'acceleration {args.acceleration}', weights)))
     with torch.inference_mode():
         if args.tokens:
-            figure = draw_tokens(shown, departures(model, pixels), caption)
+            figure = draw_tokens(shown, *departures(model, pixels), caption)
         else:
             figure = draw_features(shown, feature_maps(model, pixels), caption)
     figures.save(figure, output)
@@ -79,8 +78,6 @@ def read_image(path: Path) -> 'Image':
     """An image file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
-    if not path.exists():
-        raise ValueError(f'{path} does not exist')
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -107,11 +104,10 @@ def build(args: argparse.Namespace, img_size: tuple[int, int]) -> tuple[Any, str
 
     check_name(args.model)
     overlay: dict[str, Any] = {'num_classes': 0}  # as the model's, so that timm loads strictly
+    loads = args.pretrained or args.checkpoint is not None
+    weights = 'published weights' if loads else f'random weights (seed {args.seed})'
     if args.checkpoint:
         weights, overlay['file'] = f'weights of {args.checkpoint.name}', str(args.checkpoint)
-    else:
-        weights = 'published weights' if args.pretrained else f'random weights (seed {args.seed})'
-    loads = args.pretrained or args.checkpoint is not None
     if not loads:
         print(f'{args.model} has {weights}: load trained ones with --pretrained or --checkpoint', file=sys.stderr)
     elif args.pyramid_init == 'random':

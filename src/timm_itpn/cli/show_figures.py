@@ -1,5 +1,5 @@
 """The figures of `timm-itpn show`: features as colours, or which tokens leave at which block."""
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..acceleration.stage import MigrationStage
 from ..acceleration.windows import window_positions
 
-__all__ = ['Departures', 'colours', 'departures', 'draw_features', 'draw_tokens', 'feature_maps']
+__all__ = ['colours', 'departures', 'draw_features', 'draw_tokens', 'feature_maps']
 
 STRIDE = 16  # pixels per token of stage 3
 FEATURE_WIDTH, TOKEN_WIDTH = 2.2, 3.2  # of a panel, inches
@@ -78,23 +78,12 @@ def draw_features(image: Tensor, maps: dict[str, Tensor], caption: str) -> Figur
     return figure
 
 
-class Departures(NamedTuple):
-    """When tokens left.
-
-    Attributes:
-        block: int map (h, w): block of stage 3 at which a token left, `depth` for one that stayed.
-        depth: Blocks of stage 3.
-        tops: First row of each row of windows.
-        lefts: First column of each column of windows.
-    """
-    block: Tensor
-    depth: int
-    tops: list[int]
-    lefts: list[int]
-
-
-def departures(model: Any, images: Tensor) -> Departures:
+def departures(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Run a model of this package with token migration on one image (1, 3, H, W).
+
+    Returns:
+        int map (h, w), the block of stage 3 at which each token left, its number of blocks for one that stayed; and row
+        and column of the first token of each window (windows, 2).
 
     Raises:
         ValueError: No token leaves: the model does not migrate.
@@ -102,48 +91,44 @@ def departures(model: Any, images: Tensor) -> Departures:
     stage = model.stages[2]
     left: list[Tensor] = []
     if isinstance(stage, MigrationStage):
-        x = model.patch_embed(images)
-        for earlier in model.stages[:2]:
-            x = earlier(x)
-        x, left = stage.run(x)
+        x, left = stage.run(model.stages[1](model.stages[0](model.patch_embed(images))))
     if not any(positions.numel() for positions in left):
         raise ValueError('no token leaves, so there is nothing to draw: add --acceleration full')
     _, height, width, _ = x.shape
     block = torch.full((height * width,), len(left))
     for i, positions in enumerate(left):
         block[positions.flatten().cpu()] = i
-    first = window_positions(height, width, stage.gather_window, torch.device('cpu'))[:, 0]  # token of each window
-    return Departures(
-        block.reshape(height, width), len(left), (first // width).unique().tolist(), (first % width).unique().tolist())
+    first = window_positions(height, width, stage.gather_window, torch.device('cpu'))[:, 0]
+    return block.reshape(height, width), torch.stack((first // width, first % width), dim=1)
 
 
-def draw_tokens(image: Tensor, left: Departures, caption: str) -> Figure:
+def draw_tokens(image: Tensor, left: Tensor, windows: Tensor, caption: str) -> Figure:
     """Draw the image with its windows, then for each block at which tokens leave: who is left, and who leaves.
 
     Args:
         image: Image (H, W, 3) in 0..1.
-        left: When tokens left.
+        left: When tokens left, and
+        windows: where windows begin, of `departures`.
         caption: Title of the figure.
     """
     height, width = image.shape[:2]
-    blocks = sorted(set(left.block.flatten().tolist()) - {left.depth})
-    per_pixel = left.block.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)[:, :, None]  # (H, W, 1)
-    pictures = {f'{len(left.tops) * len(left.lefts)} windows': image}
+    *blocks, stayed = left.unique().tolist()
+    per_pixel = left.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)[:, :, None]  # (H, W, 1)
+    pictures = {f'{len(windows)} windows': image}
     for block in blocks:
         picture = torch.where(per_pixel == block, 0.35 * image + 0.65 * LEAVING, image)
-        title = f'block {block}: {int((left.block == block).sum())} leave'
+        title = f'block {block}: {int((left == block).sum())} leave'
         pictures[title] = torch.where(per_pixel < block, torch.ones(3), picture)
-    stay = left.block == left.depth
-    pictures[f'{int(stay.sum())} of {stay.numel()} stay'] = torch.where(per_pixel < left.depth, torch.ones(3), image)
+    num_stayed = int((left == stayed).sum())
+    pictures[f'{num_stayed} of {left.numel()} stay'] = torch.where(per_pixel < stayed, torch.ones(3), image)
 
     caption += '\nred: tokens that leave, white: tokens that have left'
     figure = _figure(len(pictures), 1, TOKEN_WIDTH, height / width, caption)
     for panel, (title, picture) in zip(figure.subplots(1, len(pictures)), pictures.items()):
         _panel(panel, picture, title, height, width)
-        for top in left.tops[1:]:
-            panel.axhline(STRIDE * top, color='white', linewidth=0.8)
-        for start in left.lefts[1:]:
-            panel.axvline(STRIDE * start, color='white', linewidth=0.8)
+        for row, column in (STRIDE * windows).tolist():
+            panel.axhline(row, color='white', linewidth=0.8)
+            panel.axvline(column, color='white', linewidth=0.8)
     return figure
 
 

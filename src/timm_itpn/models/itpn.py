@@ -22,7 +22,6 @@ Differs from upstream:
 Native state dict: `patch_embed`, `stages.{0,1,2}.{downsample,pos_embed,blocks.N}`, `head.{norm,fc}`, `pyramid`.
 """
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +59,6 @@ from ..layers.patch_embed import (
 )
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage, MlpStage
-from ..weights.errors import readable_load_errors
 from ..weights.sources import SOURCES, drive_url, file_name
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 from .loading import checkpoint_filter_fn, convert_on_load, fetched, prepare_state_dict
@@ -546,15 +544,14 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs: Any) -> ITPN:
         raise ValueError(f"feature_cls {feature_cls!r} cannot see the pyramid: leave it out, or use 'getter'.")
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = fetched(variant, **kwargs)
-    with readable_load_errors(variant, kwargs) if pretrained else nullcontext():
-        return build_model_with_cfg(
-            ITPN,
-            variant,
-            pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
-            feature_cfg=dict(out_indices=out_indices, feature_cls='getter', flatten_sequential=True),
-            **kwargs,
-        )
+    return build_model_with_cfg(
+        ITPN,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter', flatten_sequential=True),
+        **kwargs,
+    )
 
 
 PAPERS = {

@@ -10,7 +10,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cf
 
 from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, with_weights
 from ..weights.fetch import fetch
-from ..weights.layout import current_names, is_native, layout_of, official_to_native
+from ..weights.layout import current_names, layout_of, official_to_native
 
 __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
 
@@ -44,7 +44,7 @@ def prepare_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool) 
     Raises:
         ValueError: `strict`, and weights in official layout do not fit.
     """
-    if is_native(dict(state_dict)) or set(state_dict) <= set(model.state_dict()):
+    if layout_of(state_dict) == 'native' or set(state_dict) <= set(model.state_dict()):
         return state_dict
     if not strict:
         return _unwrapped(state_dict)
@@ -98,6 +98,9 @@ def fetched(
     """Overlay of the pretrained cfg that has the weights of the file on this machine, fetched if need be.
 
     If the caller names a source other than a file or the registered one, it comes back as it is: timm looks there.
+
+    Raises:
+        RuntimeError: The weights cannot be had, or there are none.
     """
     asked = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     name = f'{variant}.{asked.tag}' if asked.tag else variant
@@ -105,8 +108,11 @@ def fetched(
     if registered is None or _sources(asked) != _sources(registered):
         return with_weights(pretrained_cfg_overlay)
     path = fetch(name, cache_dir)
-    file = {} if path is None else {'file': str(path)}
-    return with_weights({**(pretrained_cfg_overlay or {}), **file})
+    if path is None:
+        raise RuntimeError(
+            f'{name} has no published weights: create it without pretrained=True, or pass a local copy with '
+            'pretrained_cfg_overlay=dict(file=...).')
+    return with_weights({**(pretrained_cfg_overlay or {}), 'file': str(path)})
 
 
 def _sources(pretrained_cfg: PretrainedCfg) -> list[Any]:

@@ -2,30 +2,21 @@
 from typing import Any
 
 from ..models._timm import generate_readme
-from ..weights.sources import drive_url, source_of
+from ..models.itpn import PAPERS
+from ..weights.sources import drive_url, hash_check, source_of
 
 __all__ = ['model_card']
 
-CITATIONS = {
-    'fast_itpn': """@article{fast_itpn,
-  title={Fast-iTPN: Integrally Pre-Trained Transformer Pyramid Network with Token Migration},
-  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},
-  year={2024},
-  note={arXiv:2211.12735}
-}""",
-    'itpn': """@inproceedings{itpn,
-  title={Integrally Pre-Trained Transformer Pyramid Networks},
-  booktitle={CVPR},
-  year={2023},
-  note={arXiv:2211.12735}
-}""",
-    'hivit': """@inproceedings{hivit,
-  title={HiViT: Hierarchical Vision Transformer Meets Masked Image Modeling},
-  booktitle={ICLR},
-  year={2023},
-  note={arXiv:2205.14949}
-}""",
-}
+CITATION = """@misc{{{family},
+  title={{{title}}},
+  note={{arXiv:{arxiv}}}
+}}"""
+USAGE = """```python
+import timm  # with timm-itpn installed
+
+model = timm.create_model('hf-hub:OWNER/NAME', pretrained=True{arguments})
+# with a feature pyramid, if the weights have one: pyramid=True, features_only=True
+```"""
 
 
 def model_card(report: dict[str, Any], pretraining: bool) -> str:
@@ -36,7 +27,8 @@ def model_card(report: dict[str, Any], pretraining: bool) -> str:
         pretraining: True for weights without classifier, as pre-training leaves them.
     """
     name = report['model']
-    family = next(family for family in CITATIONS if name.startswith(family))
+    family = next(family for family in PAPERS if name.startswith(family))
+    arxiv, title = PAPERS[family]
     published = source_of(name)
     parts = [f'{part}: {number:,} values' for part, number in report['parts'].items()]
     details: dict[str, Any] = {
@@ -55,8 +47,8 @@ def model_card(report: dict[str, Any], pretraining: bool) -> str:
             tags=['timm', family.replace('_', '-')],
             license=published.license if published else 'unknown',
             details=details,
-            usage=usage(report, pretraining),
-            citation=CITATIONS[family],
+            usage=USAGE.format(arguments=', num_classes=10' if pretraining else ''),
+            citation=CITATION.format(family=family, title=title, arxiv=arxiv),
         ),
         name,
         task_name='image-feature-extraction' if pretraining else 'image-classification',
@@ -64,36 +56,19 @@ def model_card(report: dict[str, Any], pretraining: bool) -> str:
 
 
 def provenance(report: dict[str, Any]) -> list[str]:
-    source = report['source']
+    source, origin, published = report['source'], report['source']['origin'], source_of(report['model'])
     layout = f'{source["layout"]} layout' + (f', under `{source["wrapper"]}`' if source['wrapper'] else '')
     lines = [
         f'Converted from `{source["file"]}` ({source["bytes"]:,} bytes, {layout}), SHA-256 `{source["sha256"]}`',
         f'On {report["date"]}, by {report["tool"]}',
     ]
-    origin = source['origin']
     if origin:
         lines.insert(1, f'That file says that it was converted from `{origin["file"]}`, SHA-256 `{origin["sha256"]}`')
-    published = source_of(report['model'])
     if published is None:
         return [*lines, 'Not a published file of the authors, as far as was said at the conversion']
-    if published.sha256 is None:
-        check = 'No SHA-256 of the published file is known, so the source was not checked against it'
-    elif published.sha256 == (origin or source)['sha256']:
-        check = 'This is the known SHA-256 of the published file'
-    else:
-        check = f'The known SHA-256 of the published file is another, `{published.sha256}`'
     taken = 'Taken by its shapes for' if report['guessed'] else 'Said at the conversion to be'
-    return [*lines, f'{taken} the file that the authors publish at {drive_url(published)}', check]
-
-
-def usage(report: dict[str, Any], pretraining: bool) -> str:
-    arguments = ', num_classes=10' if pretraining else ''
-    lines = [
-        '```python', 'import timm  # with timm-itpn installed', '',
-        f"model = timm.create_model('hf-hub:OWNER/NAME', pretrained=True{arguments})",
+    return [
+        *lines,
+        f'{taken} the file that the authors publish at {drive_url(published)}',
+        f'Its SHA-256 {hash_check((origin or source)["sha256"], report["model"])}',
     ]
-    if 'pyramid' in report['parts']:
-        lines += [
-            '', '# the feature pyramid', 'pyramid = timm.create_model(',
-            "    'hf-hub:OWNER/NAME', pretrained=True, pyramid=True, features_only=True)"]
-    return '\n'.join([*lines, '```'])

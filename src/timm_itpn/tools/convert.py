@@ -22,11 +22,11 @@ from .. import __version__
 from ..files import replaced
 from ..models._timm import save_config_for_hf
 from ..weights.checkpoint import StateDict, fit_to_model
+from ..weights.describe import describe
 from ..weights.integrity import sha256_of
 from ..weights.layout import native_to_official
 from .card import model_card
 from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
-from .describe import describe
 from .match import choose_model, matching_models, model_args, why_not_published
 
 __all__ = ['convert', 'revert']
@@ -39,11 +39,8 @@ def convert(
         path: Path,
         output: Path,
         name: str | None = None,
-        dtype: torch.dtype | None = None,
-        ema: bool = False,
-        img_size: tuple[int, int] | None = None,
         verify: bool = False,
-        prefix: str | None = None,
+        **opening: Any,
 ) -> dict[str, Any]:
     """Write a timm Hub folder from a checkpoint.
 
@@ -52,11 +49,8 @@ def convert(
         output: New folder; it appears when all is written (and verified).
         name: Model `arch.tag` for published weights, `arch` for others, with or without `_fpn`; None to tell from the
             file.
-        dtype: Type of the written tensors, None for that of the file.
-        ema: Take the averaged weights.
-        img_size: Height and width in pixels that the position embedding is for, None for a square.
         verify: Read the folder again and compare every tensor, and what the model computes.
-        prefix: Which of several networks in the file to take, such as 'backbone'.
+        opening: `dtype`, `ema`, `img_size` and `prefix` of `open_checkpoint`.
 
     Returns:
         What was read and written, for JSON.
@@ -67,7 +61,7 @@ def convert(
     """
     with _new(output) as part:
         part.mkdir()
-        report, digests, outputs = _write(part, open_checkpoint(path, dtype, ema, img_size, prefix), name, verify)
+        report, digests, outputs = _write(part, open_checkpoint(path, **opening), name, verify)
         if verify:
             native = open_checkpoint(part).native
             _compare(native_to_official(native) if report['source']['layout'] == 'official' else native, digests)
@@ -196,26 +190,14 @@ def _write_config(name: str, args: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
-def revert(
-        path: Path,
-        output: Path,
-        dtype: torch.dtype | None = None,
-        ema: bool = False,
-        img_size: tuple[int, int] | None = None,
-        verify: bool = False,
-        prefix: str | None = None,
-) -> dict[str, Any]:
+def revert(path: Path, output: Path, verify: bool = False, **opening: Any) -> dict[str, Any]:
     """Write a checkpoint in official layout, `{'model': state dict}`, from a folder or a checkpoint in native layout.
 
     Args:
         path: Folder that `convert` wrote, or weight file.
         output: New file.
-        dtype: Type of the written tensors, None for that of the source.
-        ema: Take the averaged weights.
-        img_size: Height and width in pixels that the position embedding is for, None for a square, or for what the
-            folder says.
         verify: Read the file again and compare every tensor.
-        prefix: Which of several networks in the file to take, such as 'backbone'.
+        opening: `dtype`, `ema`, `img_size` and `prefix` of `open_checkpoint`.
 
     Returns:
         What was read and written, for JSON.
@@ -226,7 +208,7 @@ def revert(
             exists.
     """
     with _new(output) as part:
-        report, digests = _write_official(part, open_checkpoint(path, dtype, ema, img_size, prefix))
+        report, digests = _write_official(part, open_checkpoint(path, **opening))
         if verify:
             _compare(open_checkpoint(part).native, digests)
     return {'output': str(output), **report, 'sha256': sha256_of(output), 'verified': verify}

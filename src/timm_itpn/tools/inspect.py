@@ -14,12 +14,12 @@ import torch
 
 from ..models.names import check_name
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
+from ..weights.describe import Description, describe
 from ..weights.integrity import sha256_of
 from ..weights.layout import FAST_ITPN, ITPN, layout_of
 from ..weights.read import read_contents, stand_in_name
-from ..weights.sources import SOURCES, plain_name, source_of
+from ..weights.sources import hash_check, plain_name
 from .checkpoint_file import WEIGHTS
-from .describe import Description, describe
 from .match import matching_models, model_args
 
 __all__ = ['inspect']
@@ -44,11 +44,10 @@ def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> d
         check_name(name)
     path = path / WEIGHTS if path.is_dir() else path
     contents = read_contents(path, meta=True)
-    problem = ''
     try:
-        tensors, wrapper = unwrap(contents.tree, PLAIN + AVERAGED, prefix)
+        (tensors, wrapper), problem = unwrap(contents.tree, PLAIN + AVERAGED, prefix), ''
     except ValueError as error:
-        problem, tensors, wrapper = str(error), {}, ''
+        tensors, wrapper, problem = {}, '', str(error)
     facts = {
         'file': str(path),
         'format': contents.format,
@@ -62,34 +61,35 @@ def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> d
         'num_values': sum(value.numel() for value in tensors.values()),
         'dtypes': dict(Counter(_short(value.dtype) for value in tensors.values()).most_common()),
         'first_keys': list(tensors)[:MAX_KEYS],
-        **_network(tensors, name, contents.metadata.get('model', ''), problem),
+        **_network(tensors, name, contents.metadata.get('model', '')),
     }
+    facts['problem'] = problem or facts['problem']
     tree = contents.tree if wrapper else {}
     averaged = [key for key in AVERAGED if isinstance(tree.get(key), dict) and not wrapper.startswith(key)]
     if averaged:
         facts['notes'].append(f"averaged weights in {averaged[0]}: timm's loaders take those, convert does with --ema")
     fitting = [model['name'] for model in facts['models'] if model['fits']]
     facts['model'] = name or (fitting[0] if len(fitting) == 1 else None)
-    facts['published'] = _published(facts)
+    origin = contents.metadata.get('source_sha256') if facts['layout'] == 'native' else None
+    told = f'says that it was converted from {origin}, which ' if origin else ''
+    facts['hash_check'] = told + hash_check(origin or facts['sha256'], facts['model'])
     return facts
 
 
-def _others(tree: Any, wrapper: str, num_tensors: int) -> Iterator[tuple[str, Any]]:
+def _others(tree: Any, wrapper: str, num_tensors: int, path: str = '') -> Iterator[tuple[str, Any]]:
     """Dotted name and value of each thing in the file that is not a tensor of the state dict."""
     if not isinstance(tree, dict):
         yield 'whole file', tree
         return
-    path = ''
-    while True:
-        names = [key for key, value in tree.items() if isinstance(key, str) and isinstance(value, dict)]
-        name = next((key for key in names if f'{wrapper}.'.startswith(f'{key}.')), None)
-        if name is None:
-            break
-        yield from ((path + _text(key), value) for key, value in tree.items() if key != name)
-        tree, path, wrapper = tree[name], f'{path}{name}.', wrapper[len(name) + 1:]
-    tensors = {key for key, value in tree.items() if num_tensors and isinstance(value, torch.Tensor)}
-    yield from ((path + _text(key), value) for key, value in tree.items() if key not in tensors)
-    if len(tensors) > num_tensors:
+    dicts = [key for key, value in tree.items() if isinstance(key, str) and isinstance(value, dict)]
+    inner = next((key for key in dicts if f'{wrapper}.'.startswith(f'{key}.')), None)
+    tensors = set()
+    if inner is None and num_tensors:
+        tensors = {key for key, value in tree.items() if isinstance(value, torch.Tensor)}
+    yield from ((path + _text(key), value) for key, value in tree.items() if key != inner and key not in tensors)
+    if inner is not None:
+        yield from _others(tree[inner], wrapper[len(inner) + 1:], num_tensors, f'{path}{inner}.')
+    elif len(tensors) > num_tensors:
         yield path + 'other tensors', len(tensors) - num_tensors
 
 
@@ -115,50 +115,43 @@ def _summary(value: Any) -> str:
 
 
 def _num_tensors(tree: Any) -> int:
-    if isinstance(tree, dict):
-        return sum(map(_num_tensors, tree.values()))
-    if isinstance(tree, (list, tuple)):
-        return sum(map(_num_tensors, tree))
-    return int(isinstance(tree, torch.Tensor))
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return isinstance(tree, torch.Tensor) + sum(map(_num_tensors, children))
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _network(state_dict: StateDict, name: str | None, converted_as: str, problem: str) -> dict[str, Any]:
+def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict[str, Any]:
     """Layout, network and parts of the weights, and the models that they are compared with."""
     layout = layout_of(state_dict)
-    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem=problem)
-    if problem:
-        return found
+    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem='')
     if not layout:
         found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no named tensors.'
         return found
     try:
         native = to_native(state_dict)
         weights = describe(native)
-        names = matching_models(_with_grid(weights), published=layout == 'official' or '.' in converted_as)
+        is_square = math.isqrt(weights.num_tokens) ** 2 == weights.num_tokens
+        compared = weights if is_square else weights._replace(num_tokens=1)  # the grid of no published file
+        names = matching_models(compared, published=layout == 'official' or '.' in converted_as)
     except UNFIT as error:
         found['problem'] = _reason(error)
         return found
-    found['network'] = {key: value for key, value in weights._asdict().items() if key != 'parts'}
-    found['parts'] = weights.parts
-    found['models'] = [_fit(each, native, weights) for each in dict.fromkeys([*names, *([name] if name else [])])]
-    found['notes'] = _notes(weights, name or (names[0] if names else ''))
-    return found
-
-
-def _with_grid(weights: Description) -> Description:
-    """The weights as those of one token if their grid is not known, which is the grid of no published file."""
-    is_square = math.isqrt(weights.num_tokens) ** 2 == weights.num_tokens
-    return weights if is_square else weights._replace(num_tokens=1)
+    network = weights._asdict()
+    return dict(
+        found,
+        parts=network.pop('parts'),
+        network=network,
+        models=[_fit(each, native, weights) for each in dict.fromkeys([*names, *([name] if name else [])])],
+        notes=_notes(weights, name or (names[0] if names else '')),
+    )
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ValueError):
-        return str(error)
-    return f'The shapes of its tensors fit no model ({type(error).__name__}).'
+    is_said = isinstance(error, ValueError)
+    return str(error) if is_said else f'The shapes of its tensors fit no model ({type(error).__name__}).'
 
 
 def _fit(name: str, native: dict[str, torch.Tensor], weights: Description) -> dict[str, Any]:
@@ -185,21 +178,8 @@ def _notes(weights: Description, name: str) -> list[str]:
         found.append('feature pyramid: the _fpn model takes it, the one without _fpn leaves it out')
     elif timm.is_model(f'{arch}_fpn'):
         found.append("no feature pyramid: the _fpn model needs pyramid_init='random'")
-    layout = ITPN if weights.family == ITPN.family else FAST_ITPN
-    unused = [part for part in dict.fromkeys(layout.pretraining.values()) if part in weights.parts]
+    pretraining = {**FAST_ITPN.pretraining, **ITPN.pretraining}.values()
+    unused = [part for part in dict.fromkeys(pretraining) if part in weights.parts]
     if unused:
         found.append(f'for pre-training only, no model takes it: {", ".join(unused)}')
     return found
-
-
-def _published(facts: dict[str, Any]) -> dict[str, Any]:
-    """Whether the file is a published one, or says that it was converted from one, as far as hashes are known."""
-    source = facts['metadata'].get('source_sha256') if facts['layout'] == 'native' else None
-    sha256 = source or facts['sha256']
-    compared = source_of(facts['model']) if facts['model'] else None
-    return dict(
-        sha256=sha256,
-        by_metadata=bool(source),
-        known_as=[name for name, published in SOURCES.items() if published.sha256 == sha256],
-        expected=compared.sha256 if compared else None,
-    )

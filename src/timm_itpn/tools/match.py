@@ -6,9 +6,10 @@ import timm
 import torch
 
 from ..models.names import MODULES, check_name
-from ..weights.checkpoint import CLASSIFIER, fit_to_model
+from ..weights.checkpoint import fit_to_model
+from ..weights.describe import Description, describe
+from ..weights.layout import CLASSIFIER
 from ..weights.sources import plain_name, source_of
-from .describe import Description, describe
 
 __all__ = ['choose_model', 'matching_models', 'model_args', 'why_not_published']
 
@@ -28,8 +29,7 @@ def matching_models(weights: Description, published: bool) -> list[str]:
     for arch in timm.list_models(module=MODULES, exclude_filters='*_fpn'):
         if arch.startswith('hivit') and (weights.pyramid_dim or weights.layer_scale):
             continue
-        default, _ = _default(arch, False)
-        if (default.family, default.embed_dim, default.depths) == (weights.family, weights.embed_dim, weights.depths):
+        if _default(arch, False)[0].network == weights.network:
             tags = [n for n in timm.list_models(module=MODULES, include_tags=True) if n.startswith(f'{arch}.')]
             names += [name for name in tags if published and not why_not_published(name, weights)] or [arch]
     return names
@@ -62,10 +62,10 @@ def choose_model(weights: Description, published: bool) -> str:
     names = matching_models(weights, published)
     if len(names) == 1:
         return names[0]
-    what = f'{weights.family} with depths {list(weights.depths)} and embed_dim {weights.embed_dim}'
     if not names:
-        raise ValueError(f'The checkpoint is of {what}, which no registered model is.')
-    raise ValueError(f'The checkpoint is of {what}, which {" and ".join(names)} are: choose one with --model.')
+        raise ValueError(f'The checkpoint is of {weights.network}, which no registered model is.')
+    raise ValueError(
+        f'The checkpoint is of {weights.network}, which {" and ".join(names)} are: choose one with --model.')
 
 
 def model_args(
@@ -104,19 +104,15 @@ def model_args(
 def _args(name: str, weights: Description, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
     """What a model needs to be told, beside its number of classes, to hold the weights."""
     default, default_size = _default(name, weights.pyramid_dim > 0)
-    args: dict[str, Any] = {}
-    height, width = img_size or tuple(16 * side for side in weights.grid_size)
-    if default_size != (height, width):
-        args['img_size'] = (height, width)
-    if weights.in_chans != default.in_chans:
-        args['in_chans'] = weights.in_chans
+    pixels = img_size or tuple(16 * side for side in weights.grid_size)
+    args: dict[str, Any] = {} if pixels == default_size else dict(img_size=pixels)
+    for key in ('in_chans', 'pyramid_dim', 'pyramid_depth'):
+        if getattr(weights, key) != getattr(default, key):
+            args[key] = getattr(weights, key)
     if weights.layer_scale != default.layer_scale:
         args['init_values'] = 0.1 if weights.layer_scale else 0.
     if weights.rel_pos_bias != default.rel_pos_bias and not weights.pretraining:  # pixel pre-training has none yet
         args['rel_pos_bias'] = weights.rel_pos_bias
-    for key in ('pyramid_dim', 'pyramid_depth'):
-        if getattr(weights, key) != getattr(default, key):
-            args[key] = getattr(weights, key)
     return args
 
 

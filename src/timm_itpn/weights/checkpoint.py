@@ -10,24 +10,23 @@ from timm.layers import to_2tuple
 
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.rel_pos_bias import resample_table
+from .describe import describe, part_of
 from .layout import (
+    CLASSIFIER,
+    CLASSIFIER_NORM,
+    POS_EMBED,
     PRETRAIN,
     PYRAMID,
+    TABLE,
     current_names,
     find_prefixes,
     layout_of,
-    native_depths,
-    native_layout,
     native_pyramid_depth,
     official_to_native,
-    pretraining_part,
 )
 from .read import read_contents
 
-__all__ = [
-    'AVERAGED', 'CLASSIFIER', 'CLASSIFIER_NORM', 'PLAIN', 'POS_EMBED', 'TABLE', 'StateDict', 'architecture',
-    'fit_to_model', 'leave_out', 'to_native', 'unwrap', 'with_weights',
-]
+__all__ = ['AVERAGED', 'PLAIN', 'StateDict', 'fit_to_model', 'leave_out', 'to_native', 'unwrap', 'with_weights']
 
 _logger = logging.getLogger(__name__)
 
@@ -36,10 +35,6 @@ StateDict = dict[str, torch.Tensor]
 AVERAGED = ('state_dict_ema', 'model_ema')
 PLAIN = ('state_dict', 'model', 'module')
 MAX_WRAPPERS = 8
-POS_EMBED = 'stages.2.pos_embed'
-TABLE = '.relative_position_bias_table'
-CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
-CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
 
 
 def unwrap(
@@ -195,8 +190,8 @@ def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> Stat
             message lists them.
     """
     target = model.state_dict()
-    if strict:
-        _check_architecture(state_dict, target)
+    if strict and (file := describe(state_dict).network) != (own := describe(target).network):
+        raise ValueError(f'The checkpoint is of {file}, but the model is of {own}: create one that fits the file.')
     if POS_EMBED in state_dict:
         old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
         new_grid = model.patch_embed.grid_size
@@ -217,8 +212,7 @@ def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
     """Leave out what only pre-training needs, and a pyramid that the model has no place for; the log says so."""
     left = [key for key in _starting(PRETRAIN, state_dict) if key not in target]
     if left:
-        layout = native_layout(state_dict)
-        parts = sorted({pretraining_part(key.removeprefix(PRETRAIN), layout) or 'unknown' for key in left})
+        parts = sorted({part_of(key, state_dict) for key in left})
         _logger.info(f'Left out {len(left)} tensors that only pre-training needs ({", ".join(parts)}).')
     if not _starting(PYRAMID, target) and _starting(PYRAMID, state_dict):
         _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
@@ -268,39 +262,17 @@ def _pyramid_sizes(state_dict: StateDict) -> dict[str, int]:
     return {'dim': dim, 'depth': native_pyramid_depth(state_dict), 'hidden width': hidden}
 
 
-def _check_architecture(state_dict: StateDict, target: StateDict) -> None:
-    file, model = architecture(state_dict), architecture(target)
-    if file != model:
-        raise ValueError(
-            f'The checkpoint is of {file}, but the model is of {model}: create the model that fits the file.')
-
-
-def architecture(state_dict: StateDict) -> str:
-    """Family and size of native weights, in words."""
-    embed_dim = state_dict[POS_EMBED].shape[-1] if POS_EMBED in state_dict else 0
-    depths = list(native_depths(state_dict))
-    return f'{native_layout(state_dict).family} with depths {depths} and embed_dim {embed_dim}'
-
-
 def _mismatch(unknown: list[str], missing: list[str], target: StateDict) -> str:
-    def lacks_all(end: str) -> bool:
-        keys = [key for key in target if key.endswith(end)]
-        return bool(keys) and set(keys) <= set(missing)
-
-    parts = []
-    if missing:
-        parts.append(f'it lacks {_listed(missing)}')
-    if unknown:
-        parts.append(f'the model has no {_listed(unknown)}')
-    message = f'The checkpoint does not fit the model: {", and ".join(parts)}.'
-    if lacks_all('.gamma'):
-        message += ' The file has no layer scale; a model without it is created with init_values=0.'
-    elif any(key.endswith('.gamma') for key in unknown):
-        message += ' The file has layer scale, which is ruined without it; create the model with init_values=0.1.'
-    if lacks_all(TABLE):
-        message += ' The file has no relative position bias; a model without it is created with rel_pos_bias=False.'
-    elif any(key.endswith(TABLE) for key in unknown):
-        message += ' The file has relative position bias; create the model with rel_pos_bias=True.'
+    differences = [f'it lacks {_listed(missing)}'] if missing else []
+    differences += [f'the model has no {_listed(unknown)}'] if unknown else []
+    message = f'The checkpoint does not fit the model: {", and ".join(differences)}.'
+    for end, what, without, with_it in (
+            ('.gamma', 'layer scale', 'init_values=0', 'init_values=0.1'),
+            (TABLE, 'relative position bias', 'rel_pos_bias=False', 'rel_pos_bias=True')):
+        if (wanted := {key for key in target if key.endswith(end)}) and wanted <= set(missing):
+            message += f' The file has no {what}; a model without it is created with {without}.'
+        elif any(key.endswith(end) for key in unknown):
+            message += f' The file has {what}, and is of no use without it; create the model with {with_it}.'
     return message
 
 

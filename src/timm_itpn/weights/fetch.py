@@ -11,20 +11,16 @@ What is downloaded is checked: it is whole, and has the known hash if there is o
 import glob
 import logging
 import os
-import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import WeakFileLock, are_progress_bars_disabled, validate_repo_id
+from huggingface_hub.utils import are_progress_bars_disabled
 from torch.hub import get_dir
 
 from .. import __version__
-from .errors import hub_failure, is_transient
 from .integrity import sha256_of, why_no_weight_file
 from .sources import drive_url, file_name, plain_name, source_of
 
@@ -32,7 +28,6 @@ __all__ = ['cached', 'fetch']
 
 _logger = logging.getLogger(__name__)
 
-PAUSES_S = (1., 4.)
 DRIVE_TIMEOUT_S = 30.  # without a byte from the server
 DRIVE_RETRIES = 4
 HUB_FILE = 'model.safetensors'
@@ -95,11 +90,6 @@ def _candidates(name: str, cache_dir: Folder) -> list[_Candidate]:
             raise RuntimeError(f'TIMM_ITPN_WEIGHTS={folder} is not a folder: correct or unset it.')
         find = partial(_in_folder, Path(folder), name)
         candidates.append(_Candidate(f'TIMM_ITPN_WEIGHTS={folder}', find, find))
-    if owner:
-        try:
-            validate_repo_id(f'{owner}/{plain_name(name)}')
-        except HFValidationError as error:
-            raise RuntimeError(f'TIMM_ITPN_HUB={owner} is not a user or organisation: correct or unset it.') from error
     on_hub: list[tuple[str, str, str | None]] = [(f'{owner}/{plain_name(name)}', HUB_FILE, None)] if owner else []
     if source and source.hub_repo:
         on_hub.append((source.hub_repo, source.hub_path, source.sha256))
@@ -129,28 +119,27 @@ def _held_by_hub(repo: str, path: str, cache_dir: Folder) -> Path | None:
 
 def _from_hub(repo: str, path: str, sha256: str | None, cache_dir: Folder) -> Path:
     before = _held_by_hub(repo, path, cache_dir)
-    wrong = ''
-    for force in (False, True):  # from the start if what came is wrong: an old client may have put pieces together
+    for force in (False, True):  # damage may be in the cache: by a process that died, or by pieces put together wrongly
         try:
-            file = _downloaded(repo, path, cache_dir, force)
-            damage = why_no_weight_file(file)  # each time: a process may have died between download and check
-            wrong = damage or _why_not_expected(file, sha256)
-            if not wrong:
-                return file
-            if not damage and file == before:  # a whole file of the user's: it is not ours to delete
-                raise RuntimeError(f'{file} is {wrong}: pass cache_dir= to download into another folder.')
-            if constants.HF_HUB_OFFLINE:
-                raise RuntimeError(f'{file} is {wrong}: go online once without HF_HUB_OFFLINE.')
-            blob = file.resolve()  # the Hub's cache holds the bytes once, and links to them
-            file.unlink(missing_ok=True)
-            blob.unlink(missing_ok=True)
-        except RuntimeError:
-            raise
-        except Exception as error:  # by client: its HTTP library's; what is not a failure of the Hub is raised again
-            failure = hub_failure(error)
-            if failure is None:
-                raise
-            raise RuntimeError(f'{path} {failure[0]}: {failure[1]}.') from error
+            file = Path(hf_hub_download(
+                repo, path, cache_dir=cache_dir, force_download=force, library_name='timm-itpn',
+                library_version=__version__))
+        except Exception as error:  # by version of the client: its own, those of its HTTP library, OSError
+            reason = 'HF_HUB_OFFLINE=1 forbids downloads' if constants.HF_HUB_OFFLINE else _in_a_line(error)
+            raise RuntimeError(f'{path} could not be downloaded ({reason}).') from error
+        damage = why_no_weight_file(file)
+        wrong = damage or _why_not_expected(file, sha256)
+        if not wrong:
+            return file
+        if constants.HF_HUB_OFFLINE:
+            raise RuntimeError(f'{file} is {wrong}: go online once without HF_HUB_OFFLINE.')
+        if not damage:  # whole, so it would come as it is once more
+            break
+    if file == before and not damage:  # the user's, who may need it
+        raise RuntimeError(f'{file} is {wrong}: pass cache_dir= to download into another folder.')
+    blob = file.resolve()  # the Hub's cache holds the bytes once, and links to them
+    file.unlink()
+    blob.unlink(missing_ok=True)
     raise RuntimeError(f'{path} is {wrong}; it was not kept.')
 
 
@@ -159,91 +148,49 @@ def _why_not_expected(file: Path, sha256: str | None) -> str:
     return '' if found == sha256 else f'another file than expected: its SHA-256 is {found}, not {sha256}'
 
 
-def _downloaded(repo: str, path: str, cache_dir: Folder, force: bool) -> Path:
-    """Download with the Hub's client, and again after a pause if it broke off; the client goes on where it was."""
-    download = partial(
-        hf_hub_download, repo, path, cache_dir=cache_dir, force_download=force, library_name='timm-itpn',
-        library_version=__version__)
-    for pause_s in PAUSES_S:
-        try:
-            return Path(download())
-        except Exception as error:  # by client: its HTTP library's; what is not transient is raised again
-            if not is_transient(error):
-                raise
-            time.sleep(pause_s)
-    return Path(download())
-
-
 def _from_drive(file_id: str, url: str, target: Path, sha256: str | None) -> Path:
-    if not target.is_file():
-        failure = _why_not_from_drive(file_id, target, sha256)
-        if failure:
-            raise RuntimeError(
-                f'{target.name} could not be downloaded, {failure}, or get it from {url} with a browser and put it, by '
-                'this name, in the folder that the environment variable TIMM_ITPN_WEIGHTS names.')
+    try:
+        if not target.is_file():
+            _download_from_drive(file_id, target, sha256)
+    except (OSError, RuntimeError) as error:  # OSError: of the disk, and all of requests
+        raise RuntimeError(
+            f'{target.name} could not be downloaded ({_in_a_line(error)}): run it again, or get it from {url} with a '
+            'browser and put it, by this name, in the folder that the environment variable TIMM_ITPN_WEIGHTS names.'
+        ) from error
     return target
 
 
-def _why_not_from_drive(file_id: str, target: Path, sha256: str | None) -> str:
-    """Download to `target`; why that failed and what to do, '' if it is there now."""
-    if constants.HF_HUB_OFFLINE:
-        return 'HF_HUB_OFFLINE=1 forbids it: unset it'
-    if not _has_gdown():
-        return "downloads from there need gdown >= 6: pip install 'timm-itpn[drive]' and run it again"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock_file = target.with_name(f'{target.name}.lock')
-        with WeakFileLock(lock_file):  # of several processes, the first downloads; nothing may be raised in here
-            failure = '' if target.is_file() else _download_from_drive(file_id, target, sha256)
-        if not failure:
-            lock_file.unlink(missing_ok=True)  # whoever locks a new one finds the target there
-        return failure
-    except OSError as error:
-        return f'{target.parent} cannot be used ({_in_a_line(error)}): set TORCH_HOME or pass cache_dir='
-
-
-def _has_gdown() -> bool:
-    try:
-        return int(version('gdown').partition('.')[0]) >= 6
-    except PackageNotFoundError:
-        return False
-
-
-def _download_from_drive(file_id: str, target: Path, sha256: str | None) -> str:
+def _download_from_drive(file_id: str, target: Path, sha256: str | None) -> None:
     """Download with gdown, which goes on where an earlier download broke off; `target` exists only checked."""
-    import gdown  # an extra
-    import requests  # which gdown uses
-
-    unchecked = target.with_name(f'{target.name}.unchecked')
-    download = partial(
-        gdown.download, id=file_id, output=str(unchecked), resume=True, timeout=DRIVE_TIMEOUT_S,
-        retries=DRIVE_RETRIES, use_cookies=False, quiet=are_progress_bars_disabled())
+    if constants.HF_HUB_OFFLINE:
+        raise RuntimeError('HF_HUB_OFFLINE=1 forbids downloads')
     try:
+        import filelock  # which gdown uses
+        from gdown import DownloadError, download  # an extra; before version 6 without DownloadError
+    except ImportError as error:
+        raise RuntimeError("Google Drive needs gdown >= 6: pip install 'timm-itpn[drive]'") from error
+    unchecked = target.with_name(f'{target.name}.unchecked')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f'{target}.lock'):  # of several processes, the first downloads
+        if target.is_file():
+            return
         try:
-            download()
-        except gdown.DownloadError as error:
-            if 'byte range' not in str(error):
-                raise
-            for part in target.parent.glob(f'{glob.escape(unchecked.name)}*.part'):  # not of the file that is there now
-                part.unlink()
-            download()
+            download(
+                id=file_id, output=str(unchecked), resume=True, timeout=DRIVE_TIMEOUT_S, retries=DRIVE_RETRIES,
+                use_cookies=False, quiet=are_progress_bars_disabled())
+        except DownloadError as error:
+            if 'byte range' in str(error):  # what was there is not of the file that is there now
+                for part in target.parent.glob(f'{glob.escape(unchecked.name)}*.part'):
+                    part.unlink()
+            raise RuntimeError(str(error)) from error
         wrong = why_no_weight_file(unchecked) or _why_not_expected(unchecked, sha256)
         if wrong:
             unchecked.unlink()
-            return f'what came is {wrong}, and was not kept: run it again in case that it was damaged on the way'
+            raise RuntimeError(f'what came is {wrong}, and was not kept')
         unchecked.replace(target)
-        return ''
-    except gdown.FileURLRetrievalError as error:  # heading, reason and advice for gdown's own command
-        reason = '\n'.join(str(error).split('\n\n')[1:2]) or str(error)
-        return f'Drive does not give it ({_in_a_line(reason)}): try again tomorrow'
-    except (requests.ConnectionError, requests.Timeout) as error:
-        return f'drive.google.com cannot be reached ({type(error).__name__}): go online and run it again'
-    except (gdown.DownloadError, OSError) as error:  # OSError: of the disk, and all of requests
-        reason = str(error).partition('\n')[0] or type(error).__name__
-        return f'{_in_a_line(reason)}: run it again to go on'
 
 
-def _in_a_line(said: object) -> str:
-    """What a server said, fit for a terminal."""
-    text = ' '.join(str(said).split())
+def _in_a_line(error: Exception) -> str:
+    """What a client or a server said, fit for a terminal."""
+    text = ' '.join(str(error).split()) or type(error).__name__
     return ''.join(c if c.isprintable() else ' ' for c in text).rstrip('.')

@@ -33,15 +33,14 @@ def why_no_weight_file(path: str | Path) -> str:
     Raises:
         OSError: It cannot be opened.
     """
-    with open(path, 'rb'):
-        pass
     try:
         if read_contents(Path(path), meta=True).format != 'zip pickle':
             return ''
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-        return f'{DAMAGED} (wrong checksum of {bad})' if bad else ''
     except UnreadableError as error:
         return error.reason
-    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError):  # from testzip, of damaged headers
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError):  # of damaged headers
         return DAMAGED
+    return f'{DAMAGED} (wrong checksum of {bad})' if bad else ''

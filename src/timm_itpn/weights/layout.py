@@ -6,20 +6,24 @@ converts an official file, read the other way it writes one. What only pre-train
 """
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 
 __all__ = [
-    'FAST_ITPN', 'ITPN', 'PRETRAIN', 'PYRAMID', 'Layout', 'current_names', 'find_prefixes', 'is_native', 'is_official',
-    'key_table', 'layout_of', 'native_depths', 'native_layout', 'native_pyramid_depth', 'native_to_official',
-    'official_to_native', 'pretraining_part',
+    'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE', 'Layout',
+    'current_names', 'find_prefixes', 'key_table', 'layout_of', 'native_depths', 'native_layout',
+    'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
 ]
 
 PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
+POS_EMBED = 'stages.2.pos_embed'
+TABLE = '.relative_position_bias_table'
+CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
+CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
 NUMBER = r'(\d{1,3})'  # of a block; a larger one is an unknown key, not a table of a billion blocks
 
 Sources = tuple[str, ...]
@@ -61,43 +65,40 @@ def _under(native: str, official: str, table: Table) -> Table:
 # level of the pyramid -> official name of the blocks in it, and of its last block
 PYRAMID_BLOCKS = {0: 'block_8to4', 1: 'block_16to8'}
 PYRAMID_OUT = {0: 'fpn_modules.2', 1: 'fpn_modules.1', 2: 'fpn_modules.0'}
-PYRAMID_MLP_BLOCK: Table = {
+# what the families have in common
+ENDS: Table = {
+    **_same_leaves('patch_embed.proj', 'patch_embed.proj'),
+    **_same_leaves('head.norm', 'fc_norm'),
+    **_same_leaves('head.fc', 'head'),
+}
+MLP_BLOCK: Table = {
     **_same_leaves('norm', 'norm2'),
     **_same_leaves('mlp.fc1', 'mlp.fc1'),
     **_same_leaves('mlp.fc2', 'mlp.fc2'),
 }
+ATTENTION_BLOCK: Table = {
+    **_same_leaves('norm1', 'norm1'),
+    **_same_leaves('attn.proj', 'attn.proj'),
+    'ls1.gamma': ('gamma_1',),
+    **_same_leaves('norm2', 'norm2'),
+    'ls2.gamma': ('gamma_2',),
+}
+PRETRAINING = {'mask_token': 'mask token', 'decoder_': 'decoder', 'lm_head.': 'teacher head'}
 
 FAST_ITPN = Layout(
     family='Fast-iTPN',
-    ends={
-        **_same_leaves('patch_embed.proj', 'patch_embed.proj'),
-        'stages.2.pos_embed': ('pos_embed',),
-        **_same_leaves('head.norm', 'fc_norm'),
-        **_same_leaves('head.fc', 'head'),
-    },
-    merge={
-        **_same_leaves('norm', 'norm'),
-        **_same_leaves('reduction', 'reduction'),
-    },
-    mlp_block={
-        **_same_leaves('norm', 'norm2'),
-        **_same_leaves('mlp.fc1', 'mlp.fc1'),
-        **_same_leaves('mlp.norm', 'mlp.ffn_ln'),
-        **_same_leaves('mlp.fc2', 'mlp.fc2'),
-    },
+    ends={**ENDS, POS_EMBED: ('pos_embed',)},
+    merge={**_same_leaves('norm', 'norm'), **_same_leaves('reduction', 'reduction')},
+    mlp_block={**MLP_BLOCK, **_same_leaves('mlp.norm', 'mlp.ffn_ln')},
     attention_block={
-        **_same_leaves('norm1', 'norm1'),
+        **ATTENTION_BLOCK,
         'attn.qkv.weight': ('attn.q_proj.weight', 'attn.k_proj.weight', 'attn.v_proj.weight'),
         'attn.qkv.q_bias': ('attn.q_bias',),
         'attn.qkv.v_bias': ('attn.v_bias',),
-        **_same_leaves('attn.proj', 'attn.proj'),
-        'ls1.gamma': ('gamma_1',),
-        **_same_leaves('norm2', 'norm2'),
         **_same_leaves('mlp.fc1_g', 'mlp.w1'),
         **_same_leaves('mlp.fc1_x', 'mlp.w2'),
         **_same_leaves('mlp.norm', 'mlp.ffn_ln'),
         **_same_leaves('mlp.fc2', 'mlp.w3'),
-        'ls2.gamma': ('gamma_2',),
     },
     pyramid={
         **_same_leaves('norm', 'norm'),  # not the classifier's norm: that one is fc_norm
@@ -109,43 +110,25 @@ FAST_ITPN = Layout(
         **_same_leaves('levels.0.split.norm', 'split_8to4.norm'),
         **_same_leaves('levels.0.split.reduction', 'split_8to4.reduction'),
     },
-    pretraining={
-        'mask_token': 'mask token',
-        'decoder_': 'decoder',
-        'lm_head.': 'teacher head',
-    },
+    pretraining=PRETRAINING,
     conv1x1=r'(stages\.[01]\.blocks|pyramid)\..*(mlp\.fc[12]|align)\.weight',
 )
 
 ITPN = Layout(
     family='iTPN',
     ends={
-        **_same_leaves('patch_embed.proj', 'patch_embed.proj'),
+        **ENDS,
         **_same_leaves('patch_embed.norm', 'patch_embed.norm'),
-        'stages.2.pos_embed': ('absolute_pos_embed',),
-        **_same_leaves('head.norm', 'fc_norm'),
-        **_same_leaves('head.fc', 'head'),
+        POS_EMBED: ('absolute_pos_embed',),
     },
-    merge={
-        **_same_leaves('norm', 'norm'),
-        'reduction.weight': ('reduction.weight',),
-    },
-    mlp_block={
-        **_same_leaves('norm', 'norm2'),
-        **_same_leaves('mlp.fc1', 'mlp.fc1'),
-        **_same_leaves('mlp.fc2', 'mlp.fc2'),
-        'ls.gamma': ('gamma_2',),
-    },
+    merge={**_same_leaves('norm', 'norm'), 'reduction.weight': ('reduction.weight',)},
+    mlp_block={**MLP_BLOCK, 'ls.gamma': ('gamma_2',)},
     attention_block={
-        **_same_leaves('norm1', 'norm1'),
+        **ATTENTION_BLOCK,
         **_same_leaves('attn.qkv', 'attn.qkv'),
-        **_same_leaves('attn.proj', 'attn.proj'),
         'rel_pos_bias.relative_position_bias_table': ('attn.relative_position_bias_table',),
-        'ls1.gamma': ('gamma_1',),
-        **_same_leaves('norm2', 'norm2'),
         **_same_leaves('mlp.fc1', 'mlp.fc1'),
         **_same_leaves('mlp.fc2', 'mlp.fc2'),
-        'ls2.gamma': ('gamma_2',),
     },
     pyramid={
         **_same_leaves('levels.2.align', 'align_dim_16tofpn'),
@@ -157,10 +140,8 @@ ITPN = Layout(
         'levels.0.split.reduction.weight': ('split_8to4.reduction.weight',),
     },
     pretraining={
-        'mask_token': 'mask token',
-        'decoder_': 'decoder',
+        **PRETRAINING,
         'norm.': 'decoder',  # not the classifier's norm: that one is fc_norm
-        'lm_head.': 'teacher head',
         'cls_pt_layers.': 'auxiliary branch',
         'norm_cls.': 'auxiliary branch',
         'lm_cls_head.': 'auxiliary branch',
@@ -191,10 +172,10 @@ def key_table(layout: Layout, depths: tuple[int, int, int], pyramid_depth: int =
     if pyramid_depth:
         table.update({f'pyramid.{native}': official for native, official in layout.pyramid.items()})
         for level, official in PYRAMID_OUT.items():
-            table.update(_under(f'pyramid.levels.{level}.out', official, PYRAMID_MLP_BLOCK))
+            table.update(_under(f'pyramid.levels.{level}.out', official, MLP_BLOCK))
         for level, official in PYRAMID_BLOCKS.items():
             for i in range(pyramid_depth):
-                table.update(_under(f'pyramid.levels.{level}.blocks.{i}', f'{official}.{i}', PYRAMID_MLP_BLOCK))
+                table.update(_under(f'pyramid.levels.{level}.blocks.{i}', f'{official}.{i}', MLP_BLOCK))
     return table
 
 
@@ -212,19 +193,11 @@ def find_prefixes(keys: Iterable[str]) -> list[str]:
     return found + [prefix for prefix, num in num_merges.items() if num == 2]
 
 
-def layout_of(state_dict: dict[str, Any]) -> str:
-    """Layout of the keys: 'native', 'official', or '' for neither."""
-    return 'native' if is_native(state_dict) else 'official' if is_official(state_dict) else ''
-
-
-def is_official(state_dict: dict[str, Any]) -> bool:
-    """True if the keys are those of an official file: one flat list of blocks with two merges among them."""
-    return len(_merges(state_dict)) == 2
-
-
-def is_native(state_dict: dict[str, Any]) -> bool:
-    """True if the keys are native ones."""
-    return any(key.startswith('stages.') for key in state_dict)
+def layout_of(keys: Collection[str]) -> str:
+    """Layout of keys: 'native', 'official' (one flat list of blocks with two merges among them), or '' for neither."""
+    if any(key.startswith('stages.') for key in keys):
+        return 'native'
+    return 'official' if len(_merges(keys)) == 2 else ''
 
 
 def native_layout(state_dict: dict[str, Any]) -> Layout:
@@ -331,8 +304,8 @@ def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     return official
 
 
-def _merges(state_dict: dict[str, Any]) -> list[int]:
-    found = (re.fullmatch(rf'blocks\.{NUMBER}\.reduction\.weight', key) for key in state_dict)
+def _merges(keys: Iterable[str]) -> list[int]:
+    found = (re.fullmatch(rf'blocks\.{NUMBER}\.reduction\.weight', key) for key in keys)
     return sorted(int(match.group(1)) for match in found if match)
 
 

@@ -114,17 +114,10 @@ def read_contents(path: Path, meta: bool = False) -> Contents:
         meta: Make all tensors on device 'meta'.
 
     Raises:
-        ValueError: There is no such file, it cannot be read, or it is not a weight file; one sentence says which.
+        OSError: It cannot be opened.
+        UnreadableError: It is not a whole weight file, or not one that is read; one sentence says which.
     """
-    if path.is_dir():
-        raise ValueError(f'{path} is a folder, not a weight file.')
-    try:
-        file = path.open('rb')
-    except FileNotFoundError as error:
-        raise ValueError(f'{path} does not exist.') from error
-    except OSError as error:
-        raise ValueError(f'{path} cannot be read: {error.strerror}.') from error
-    with file:
+    with path.open('rb') as file:
         head = file.read(HEAD_BYTES)
         is_zip, is_safetensors = head.startswith(ZIP_START), head[8:9] == b'{'
         read = _read_zip if is_zip else _read_safetensors if is_safetensors else _read_legacy

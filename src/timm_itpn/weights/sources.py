@@ -5,7 +5,7 @@ models without pyramid: backbone and pyramid are in one file.
 """
 from typing import NamedTuple
 
-__all__ = ['SOURCES', 'Source', 'drive_url', 'file_name', 'plain_name', 'source_of']
+__all__ = ['SOURCES', 'Source', 'drive_url', 'file_name', 'hash_check', 'plain_name', 'source_of']
 
 
 class Source(NamedTuple):
@@ -170,3 +170,14 @@ def file_name(name: str) -> str:
 def drive_url(source: Source) -> str:
     """Page of the file, for people."""
     return f'https://drive.google.com/file/d/{source.drive_id}'
+
+
+def hash_check(sha256: str, name: str | None) -> str:
+    """Whether a file is a published one, the one of the model `name` if it is told; the end of a sentence."""
+    known_as = [each for each, source in SOURCES.items() if source.sha256 == sha256]
+    expected = getattr(source_of(name or ''), 'sha256', None)
+    if known_as:
+        return f'is the known SHA-256 of {" and ".join(known_as)}'
+    if expected:
+        return f'is not the known one of {name}, {expected}'
+    return 'was not checked: no SHA-256 is known' + (f' of {name}' if name else '')

@@ -1,19 +1,25 @@
 """What native weights are: which network, and which parts are there. No tensor's values are looked at."""
 import math
 import re
+from collections import Counter
 from typing import NamedTuple
 
-from ..weights.checkpoint import CLASSIFIER, CLASSIFIER_NORM, POS_EMBED, TABLE, StateDict
-from ..weights.layout import (
+import torch
+
+from .layout import (
+    CLASSIFIER,
+    CLASSIFIER_NORM,
+    POS_EMBED,
     PRETRAIN,
     PYRAMID,
+    TABLE,
     native_depths,
     native_layout,
     native_pyramid_depth,
     pretraining_part,
 )
 
-__all__ = ['Description', 'describe']
+__all__ = ['Description', 'describe', 'part_of']
 
 
 class Description(NamedTuple):
@@ -47,6 +53,11 @@ class Description(NamedTuple):
     parts: dict[str, int]
 
     @property
+    def network(self) -> str:
+        """Family and size, in words."""
+        return f'{self.family} with depths {list(self.depths)} and embed_dim {self.embed_dim}'
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of the position embedding, if it is square.
 
@@ -61,7 +72,7 @@ class Description(NamedTuple):
         return side, side
 
 
-def describe(native: StateDict) -> Description:
+def describe(native: dict[str, torch.Tensor]) -> Description:
     """Describe native weights; tensors on device meta do.
 
     Raises:
@@ -71,10 +82,9 @@ def describe(native: StateDict) -> Description:
     if missing:
         raise ValueError(f'The checkpoint is incomplete: it has no {" and no ".join(missing)}.')
     pyramid_out = native.get('pyramid.levels.2.out.mlp.fc1.weight')
-    parts: dict[str, int] = {}
+    parts: Counter[str] = Counter()
     for key, value in native.items():
-        part = part_of(key, native)
-        parts[part] = parts.get(part, 0) + value.numel()
+        parts[part_of(key, native)] += value.numel()
     return Description(
         family=native_layout(native).family,
         embed_dim=native[POS_EMBED].shape[-1],
@@ -87,11 +97,11 @@ def describe(native: StateDict) -> Description:
         rel_pos_bias='relative position bias' in parts,
         pyramid_dim=0 if pyramid_out is None else pyramid_out.shape[1],
         pyramid_depth=native_pyramid_depth(native),
-        parts=parts,
+        parts=dict(parts),
     )
 
 
-def part_of(key: str, native: StateDict) -> str:
+def part_of(key: str, native: dict[str, torch.Tensor]) -> str:
     """Name of the part that a key of native weights belongs to."""
     if key.startswith(PRETRAIN):
         return pretraining_part(key.removeprefix(PRETRAIN), native_layout(native)) or 'unknown'
