@@ -13,20 +13,12 @@ __all__ = ['MigrationBlock', 'Windows']
 
 
 class Windows(NamedTuple):
-    """Where tokens (B, W, K, C) in W windows stand.
-
-    Attributes:
-        positions: On the grid (1 or B, W, K), row-major, height * width where padded.
-        gathering: Bias of the gathering tokens (W, W); None = windows see nothing of each other.
-        height: Of the grid, in tokens.
-        width: Of the grid, in tokens.
-        padded: There are padded positions.
-    """
-    positions: torch.Tensor
-    gathering: torch.Tensor | None
-    height: int
-    width: int
-    padded: bool
+    """Where tokens (B, W, K, C) in W windows stand."""
+    positions: torch.Tensor  # on the grid (1 or B, W, K), row-major, height * width where padded
+    gathering: torch.Tensor | None  # bias of the gathering tokens (W, W); None = windows see nothing of each other
+    height: int  # of the grid, in tokens
+    width: int  # of the grid, in tokens
+    padded: bool  # there are padded positions
 
 
 def _real(windows: Windows) -> torch.Tensor | None:

@@ -8,16 +8,11 @@ Amount = int | float
 
 
 class Schedule(NamedTuple):
-    """What each block of stage 3 does.
-
-    Attributes:
-        gather_window: Largest side of a window in tokens, 0 for one window that is the whole map.
-        windowed: For each block: attention is in windows, not among all tokens.
-        migrate: For each block: how much leaves each window. Below 1 it is a share of the tokens that the smallest
-            window begins with, from 1 on a number of tokens.
-    """
-    gather_window: int
-    windowed: tuple[bool, ...]
+    """What each block of stage 3 does."""
+    gather_window: int  # largest side of a window in tokens, 0 for one window that is the whole map
+    windowed: tuple[bool, ...]  # for each block: attention is in windows, not among all tokens
+    # for each block: how much leaves each window. Below 1 it is a share of the tokens that the smallest window begins
+    # with, from 1 on a number of tokens
     migrate: tuple[float, ...]
 
 

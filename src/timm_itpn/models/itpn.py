@@ -70,38 +70,21 @@ PYRAMID_INITS = ('pretrained', 'random')
 
 
 class Family(NamedTuple):
-    """What the families differ in.
-
-    Attributes:
-        stem_norm: The stem ends in a norm.
-        merge_layer: Class of the merges that open stages 2 and 3.
-        scale_mlp: MLPs of the stages have a norm before their last layer.
-        swiglu_mlp: MLPs of stage 3 are gated.
-        k_bias: Keys have a bias.
-        stem_layer_scale: Stages 1 and 2 have layer scale too, where stage 3 has.
-        mlp_ratio: Default of the model's argument, and so the next two.
-        rel_pos_bias: Relative position bias in stage 3.
-        init_values: Layer scale.
-        pyramid_mlp_ratio: Hidden channels per channel in the pyramid.
-        pyramid_norm: A norm before the pyramid.
-        pyramid_align_bias: Bias in the layers that bring stages 1 and 2 to the pyramid's width.
-        split_layer: Class of the splits of the pyramid.
-        trunc_normal: Starts of the names of the Linear layers that are initialised by trunc normal.
-    """
-    stem_norm: bool
-    merge_layer: type[nn.Module]
-    scale_mlp: bool
-    swiglu_mlp: bool
-    k_bias: bool
-    stem_layer_scale: bool
-    mlp_ratio: float
-    rel_pos_bias: bool
-    init_values: float
-    pyramid_mlp_ratio: float
-    pyramid_norm: bool
-    pyramid_align_bias: bool
-    split_layer: type[nn.Module]
-    trunc_normal: tuple[str, ...]
+    """What the families differ in."""
+    stem_norm: bool  # the stem ends in a norm
+    merge_layer: type[nn.Module]  # class of the merges that open stages 2 and 3
+    scale_mlp: bool  # MLPs of the stages have a norm before their last layer
+    swiglu_mlp: bool  # MLPs of stage 3 are gated
+    k_bias: bool  # keys have a bias
+    stem_layer_scale: bool  # stages 1 and 2 have layer scale too, where stage 3 has
+    mlp_ratio: float  # default of the model's argument, and so the next two
+    rel_pos_bias: bool  # relative position bias in stage 3
+    init_values: float  # layer scale
+    pyramid_mlp_ratio: float  # hidden channels per channel in the pyramid
+    pyramid_norm: bool  # a norm before the pyramid
+    pyramid_align_bias: bool  # bias in the layers that bring stages 1 and 2 to the pyramid's width
+    split_layer: type[nn.Module]  # class of the splits of the pyramid
+    trunc_normal: tuple[str, ...]  # starts of the names of the Linear layers that are initialised by trunc normal
 
 
 FAMILIES: dict[str, Family] = {

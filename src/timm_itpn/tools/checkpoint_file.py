@@ -16,29 +16,19 @@ WEIGHTS, CONFIG = 'model.safetensors', 'config.json'  # of timm's Hub folders
 
 
 class Checkpoint(NamedTuple):
-    """An open weight file.
-
-    Attributes:
-        path: The file.
-        layout: 'official' or 'native'.
-        wrapper: Dotted names of the dicts and the prefix that the state dict was under, '' for nothing.
-        others: Names of other state dicts in the file.
-        state_dict: In the file's layout and the type asked for.
-        native: The same in native layout.
-        name: Model that a converted file says it is of, '' for other files.
-        origin: What a converted file says it was made of: 'file' and 'sha256'; None for other files.
-        img_size: Height and width that were asked for, or that the folder's config names, None without either.
-        global_pool: Pooling that the folder's config, or the arguments of timm's `train.py`, name; None if none do.
-    """
-    path: Path
-    layout: str
-    wrapper: str
-    others: list[str]
-    state_dict: StateDict
-    native: StateDict
-    name: str
+    """An open weight file."""
+    path: Path  # the file
+    layout: str  # 'official' or 'native'
+    wrapper: str  # dotted names of the dicts and the prefix that the state dict was under, '' for nothing
+    others: list[str]  # names of other state dicts in the file
+    state_dict: StateDict  # in the file's layout and the type asked for
+    native: StateDict  # the same in native layout
+    name: str  # model that a converted file says it is of, '' for other files
+    # what a converted file says it was made of: 'file' and 'sha256'; None for other files
     origin: dict[str, str] | None
+    # height and width that were asked for, or that the folder's config names, None without either
     img_size: tuple[int, int] | None
+    # pooling that the folder's config, or the arguments of timm's `train.py`, name; None if none do
     global_pool: str | None
 
     @property

@@ -79,18 +79,11 @@ def unwrap(
 
 
 class _Network(NamedTuple):
-    """A network in a checkpoint.
-
-    Attributes:
-        state_dict: Its tensors, without prefix.
-        path: Dotted names of the dicts that it is in, and the prefix of its keys.
-        rank: Of each dict, how much it is preferred.
-        num_left: Tensors without its prefix, None if it has no prefix.
-    """
-    state_dict: StateDict
-    path: str
-    rank: tuple[int, ...]
-    num_left: int | None
+    """A network in a checkpoint."""
+    state_dict: StateDict  # its tensors, without prefix
+    path: str  # dotted names of the dicts that it is in, and the prefix of its keys
+    rank: tuple[int, ...]  # of each dict, how much it is preferred
+    num_left: int | None  # tensors without its prefix, None if it has no prefix
 
 
 def _networks(

@@ -23,34 +23,19 @@ __all__ = ['Description', 'describe', 'part_of']
 
 
 class Description(NamedTuple):
-    """What is in a state dict.
-
-    Attributes:
-        family: 'Fast-iTPN' or 'iTPN', which HiViT is too.
-        embed_dim: Width of stage 3.
-        depths: Blocks of stages 1, 2 and 3.
-        in_chans: Image channels.
-        num_tokens: Positions of the position embedding.
-        num_classes: Of the classifier, 0 without one.
-        pretraining: True for weights that have no classifier's norm, as pre-training leaves them.
-        layer_scale: Whether there is any.
-        rel_pos_bias: Whether there is any.
-        pyramid_dim: Channels of the pyramid, 0 without one.
-        pyramid_depth: Blocks in each of its finer levels.
-        parts: Number of values in each part.
-    """
-    family: str
-    embed_dim: int
-    depths: tuple[int, int, int]
-    in_chans: int
-    num_tokens: int
-    num_classes: int
-    pretraining: bool
-    layer_scale: bool
-    rel_pos_bias: bool
-    pyramid_dim: int
-    pyramid_depth: int
-    parts: dict[str, int]
+    """What is in a state dict."""
+    family: str  # 'Fast-iTPN' or 'iTPN', which HiViT is too
+    embed_dim: int  # width of stage 3
+    depths: tuple[int, int, int]  # blocks of stages 1, 2 and 3
+    in_chans: int  # image channels
+    num_tokens: int  # positions of the position embedding
+    num_classes: int  # of the classifier, 0 without one
+    pretraining: bool  # weights have no classifier's norm, as pre-training leaves them
+    layer_scale: bool  # whether there is any
+    rel_pos_bias: bool  # whether there is any
+    pyramid_dim: int  # channels of the pyramid, 0 without one
+    pyramid_depth: int  # blocks in each of its finer levels
+    parts: dict[str, int]  # number of values in each part
 
     @property
     def network(self) -> str:

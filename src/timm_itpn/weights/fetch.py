@@ -35,16 +35,11 @@ Folder = str | Path | None
 
 
 class _Candidate(NamedTuple):
-    """Where weights may be.
-
-    Attributes:
-        words: For messages.
-        get: Finds or downloads the file. None if it is not there, RuntimeError if something went wrong.
-        held: The file if it is on this machine.
-    """
-    words: str
+    """Where weights may be."""
+    words: str  # for messages
+    # finds or downloads the file. None if it is not there, RuntimeError if something went wrong
     get: Callable[[], Path | None]
-    held: Callable[[], Path | None]
+    held: Callable[[], Path | None]  # the file if it is on this machine
 
 
 def fetch(name: str, cache_dir: Folder = None) -> Path | None:

@@ -31,26 +31,15 @@ Table = dict[str, Sources]
 
 
 class Layout(NamedTuple):
-    """Names of one family; each part is a table of its own.
-
-    Attributes:
-        family: Its name in messages.
-        ends: Stem, position embedding and head.
-        merge: A merge.
-        mlp_block: A block of stage 1 or 2.
-        attention_block: A block of stage 3.
-        pyramid: The feature pyramid without its blocks.
-        pretraining: Parts of a pre-training file that no backbone has, by the start of their names.
-        conv1x1: Native weights of Linear layers that are 1x1 convolutions in official files, a regular expression.
-    """
-    family: str
-    ends: Table
-    merge: Table
-    mlp_block: Table
-    attention_block: Table
-    pyramid: Table
-    pretraining: dict[str, str]
-    conv1x1: str
+    """Names of one family; each part is a table of its own."""
+    family: str  # its name in messages
+    ends: Table  # stem, position embedding and head
+    merge: Table  # a merge
+    mlp_block: Table  # a block of stage 1 or 2
+    attention_block: Table  # a block of stage 3
+    pyramid: Table  # the feature pyramid without its blocks
+    pretraining: dict[str, str]  # parts of a pre-training file that no backbone has, by the start of their names
+    conv1x1: str  # native weights of Linear layers that are 1x1 convolutions in official files, a regular expression
 
 
 def _same_leaves(native: str, official: str) -> Table:

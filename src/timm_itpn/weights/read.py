@@ -46,19 +46,13 @@ DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtyp
 
 
 class Contents(NamedTuple):
-    """What a weight file holds.
-
-    Attributes:
-        format: 'safetensors', 'zip pickle' or 'legacy pickle'.
-        tree: Dicts, lists, tuples and sets of tensors and plain values, at most `MAX_DEPTH` levels deep; everything
-            else is a `StandIn`.
-        globals: Sorted names of the classes and functions that stand-ins replace.
-        metadata: The text entries in the header of a safetensors file.
-    """
-    format: str
+    """What a weight file holds."""
+    format: str  # 'safetensors', 'zip pickle' or 'legacy pickle'
+    # dicts, lists, tuples and sets of tensors and plain values, at most `MAX_DEPTH` levels deep; everything else is a
+    # `StandIn`
     tree: Any
-    globals: tuple[str, ...]
-    metadata: dict[str, str]
+    globals: tuple[str, ...]  # sorted names of the classes and functions that stand-ins replace
+    metadata: dict[str, str]  # the text entries in the header of a safetensors file
 
 
 class UnreadableError(ValueError):

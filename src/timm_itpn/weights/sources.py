@@ -9,30 +9,17 @@ __all__ = ['SOURCES', 'Source', 'drive_url', 'file_name', 'hash_check', 'plain_n
 
 
 class Source(NamedTuple):
-    """One published file.
-
-    Attributes:
-        contents: What it is.
-        drive_id: On Google Drive, where the authors publish.
-        file_name: The authors' name of it, '' if it is not known.
-        hub_repo: Repository of the Hugging Face Hub that has a copy, '' if none is known.
-        hub_path: The file in that repository.
-        size: Bytes.
-        sha256: Hash, in hex.
-        license: Of the weights, as stated by their authors.
-        known_from: How we know, and what is not sure.
-        figures: What the authors report for it.
-    """
-    contents: str
-    drive_id: str
-    file_name: str = ''
-    hub_repo: str = ''
-    hub_path: str = ''
-    size: int | None = None
-    sha256: str | None = None
-    license: str = 'unknown'
-    known_from: str = 'published by its authors; not downloaded by us'
-    figures: tuple[str, ...] = ()
+    """One published file."""
+    contents: str  # what it is
+    drive_id: str  # on Google Drive, where the authors publish
+    file_name: str = ''  # the authors' name of it, '' if it is not known
+    hub_repo: str = ''  # repository of the Hugging Face Hub that has a copy, '' if none is known
+    hub_path: str = ''  # the file in that repository
+    size: int | None = None  # bytes
+    sha256: str | None = None  # hash, in hex
+    license: str = 'unknown'  # of the weights, as stated by their authors
+    known_from: str = 'published by its authors; not downloaded by us'  # how we know, and what is not sure
+    figures: tuple[str, ...] = ()  # what the authors report for it
 
 
 RELO = (
