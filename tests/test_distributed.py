@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_itpn.layers import AttentionBlock, MlpBlock
+from timm_itpn.layers.blocks import AttentionBlock, MlpBlock
 
 NUM_RANKS = 2
 TIMEOUT_S = 100

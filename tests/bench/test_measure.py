@@ -32,16 +32,11 @@ def test_rows_of_a_forward_case(dtype, capsys):
         assert all(value for name, value in asdict(row.machine).items() if name != 'gpu')
 
 
-def test_training_may_recompute_activations():
-    case, asked = replace(PYRAMID, mode='train'), Candidates(baseline=True, objective='clip')
-    train = measure(case, asked, QUICK, 'cpu')
-    checkpointed = measure(replace(case, grad_checkpointing=True), asked, QUICK, 'cpu')
-    ours, baseline, step = train
+def test_training_is_measured_beside_a_step_of_pre_training():
+    ours, baseline, step = measure(
+        replace(PYRAMID, mode='train'), Candidates(baseline=True, objective='clip'), QUICK, 'cpu')
     assert ours.gflop_per_image == baseline.gflop_per_image < step.gflop_per_image
     assert step.output_error is None and step.speedup_over_ours > 0
-    for plain, less in zip(train, checkpointed):
-        assert less.gflop_per_image == plain.gflop_per_image
-        assert 0 < less.peak_memory_mib < plain.peak_memory_mib
 
 
 def test_rows_of_a_pyramid():

@@ -68,7 +68,6 @@ def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
     (['--warmup', '0'], '0 rounds of warm-up are too few: ask for at least 1'),
     (['--threads', '0'], '0 threads are not usable: ask for at least 1'),
     (['--mode', 'train', '--fuse'], 'a fused model cannot be trained: leave out --fuse, or the mode train'),
-    (['--grad-checkpointing'], 'gradient checkpointing has no effect in the mode forward: use it with --mode train'),
     (['--acceleration', 'more'], "acceleration 'more' is unknown, use one of ('light', 'full') or None"),
     ([*TINY, '--against', 'nope.py:build'], '--against nope.py:build: there is no file nope.py'),
     (['--suite', 'cpu', '--size', '224', '--fuse'], 'a suite is fixed: leave out --size, --fuse'),

@@ -4,14 +4,14 @@ import torch
 from timm.layers import LayerNorm
 from timm.models.swin_transformer import PatchMerging
 
-from timm_itpn.layers import (
+from timm_itpn.layers.patch_embed import (
     ConvPatchMerge,
     ConvPatchSplit,
     LinearPatchMerge,
     LinearPatchSplit,
     StemPatchEmbed,
-    resample_pos_embed,
 )
+from timm_itpn.layers.pos_embed import resample_pos_embed
 
 
 def test_stem_is_a_linear_map_of_4_by_4_blocks():

@@ -4,7 +4,7 @@ import timm.layers
 import torch
 import torch.nn as nn
 
-from timm_itpn.layers import RelPosBias
+from timm_itpn.layers.rel_pos_bias import RelPosBias
 from timm_itpn.ops.attention import attention_weights, fused_attention
 
 GRIDS = [(14, 14), (24, 24), (9, 13)]  # 224 and 384 pixels, and a non-square size whose rows need padding

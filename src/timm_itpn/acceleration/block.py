@@ -3,10 +3,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from ..layers.blocks import AttentionBlock
 from ..layers.fused import FusedAttentionBlock
-from .gathering import attention_bias, global_heads, key_positions, window_heads, window_mean
+from .gathering import attention_bias, global_heads, window_heads, window_mean
 from .migration import select, similarity, take
 
 __all__ = ['MigrationBlock', 'Windows']
@@ -75,7 +76,9 @@ class Migration(nn.Module):
         if self.windowed:
             means = None if gathering is None else window_mean(qkv[:, :, :, 1:], _real(windows))
             q, k, v = window_heads(qkv, means)
-            queries, keys = positions, key_positions(positions, height * width, gathering is not None)
+            queries = keys = positions
+            if gathering is not None:  # gathering tokens have no position
+                keys = F.pad(positions, (0, positions.shape[1]), value=float(height * width))
         else:
             q, k, v = global_heads(qkv)
             queries = keys = positions.flatten(1, 2)[:, None]

@@ -6,9 +6,8 @@ every block. It stands for the tokens of its window: its logit is raised by the 
 them had its key.
 """
 import torch
-import torch.nn.functional as F
 
-__all__ = ['attention_bias', 'gathering_bias', 'global_heads', 'key_positions', 'window_heads', 'window_mean']
+__all__ = ['attention_bias', 'gathering_bias', 'global_heads', 'window_heads', 'window_mean']
 
 
 def window_mean(x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,14 +101,3 @@ def attention_bias(
     elif gathering is not None:
         bias = torch.cat((bias, gathering.expand(bias.shape[0], -1, -1)), dim=-1)
     return bias[:, :, None, None]
-
-
-def key_positions(positions: torch.Tensor, num_tokens: int, gathers: bool) -> torch.Tensor:
-    """Positions of the keys of attention in windows, (1 or B, W, K + W); gathering tokens have none.
-
-    Args:
-        positions: (1 or B, W, K).
-        num_tokens: Tokens of the whole grid, which stands for no position.
-        gathers: There are gathering tokens.
-    """
-    return F.pad(positions, (0, positions.shape[1]), value=float(num_tokens)) if gathers else positions

@@ -9,13 +9,11 @@ The pyramid, where there is one, is ours: its stages are maps (B, H, W, C), so t
 its levels permuted back. Compared are then two backbones under one pyramid.
 """
 from collections import OrderedDict
-from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
-from timm.models import checkpoint
 
 from ..layers.pyramid import FeaturePyramid
 
@@ -130,7 +128,6 @@ class Baseline(nn.Module):
             pyramid: FeaturePyramid | None = None,
     ):
         super().__init__()
-        self.grad_checkpointing = False
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim // 4, 4, stride=4)))
         blocks: list[nn.Module] = []
         for dim, depth in zip((embed_dim // 4, embed_dim // 2), depths):
@@ -145,20 +142,12 @@ class Baseline(nn.Module):
             self.fc_norm = nn.LayerNorm(embed_dim, eps=EPS)
             self.head = nn.Linear(embed_dim, num_classes)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-        if self.pyramid is not None:
-            levels: Any = self.pyramid.levels
-            for level in levels:
-                level.grad_checkpointing = enable
-
     def run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList, stages: list[torch.Tensor]) -> torch.Tensor:
         """Run blocks one after the other; for a pyramid, what comes to a merge is added to `stages`."""
         for block in blocks:
             if self.pyramid is not None and isinstance(block, Merge):
                 stages.append(x)
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            x = block(x)
         return x
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:

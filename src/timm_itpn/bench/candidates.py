@@ -21,7 +21,7 @@ from .baseline import Baseline
 from .cases import DTYPES, Candidates, Case
 from .flops import Outputs
 
-__all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Candidate', 'Kind', 'build', 'build_ours', 'checkpoint_gradients']
+__all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Candidate', 'Kind', 'build', 'build_ours']
 
 NUM_CLASSES = 1000
 OURS = 'ours'
@@ -66,9 +66,6 @@ class PretrainingStep(nn.Module):
         self.register_buffer('masked', masked)
         target = torch.randn(case.batch, masked[0].numel(), _TEACHER_DIM, generator=generator)
         self.register_buffer('target', target if teacher_dim else None)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.objective.backbone.set_grad_checkpointing(enable)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [self.objective(images, self.masked, self.target)['loss']]
@@ -203,15 +200,6 @@ def _build_against(source: str, img_size: tuple[int, int]) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ValueError(f'--against {source}: {function} returned {type(module).__name__}, not a torch.nn.Module')
     return module
-
-
-def checkpoint_gradients(candidates: list[Candidate]) -> None:
-    """Let all recompute activations in the backward pass."""
-    for candidate in candidates:
-        enable = getattr(_unwrapped(candidate.model), 'set_grad_checkpointing', None)
-        if enable is None:
-            raise ValueError(f'{candidate.name} has no set_grad_checkpointing(): leave out --grad-checkpointing')
-        enable()
 
 
 def _compiled(model: nn.Module, mode: str) -> Callable[[torch.Tensor], Outputs]:

@@ -33,15 +33,13 @@ class Case:
     batch: int = 8  # images per call
     dtype: str = 'float32'  # a key of DTYPES
     mode: str = 'forward'  # or 'train' (forward, loss and backward, no optimizer) or 'latency' (one call at a time)
-    grad_checkpointing: bool = False  # recompute activations in the backward pass
     pyramid: bool = False  # backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier
 
     def __str__(self) -> str:
         height, width = self.img_size
         size = str(height) if height == width else f'{height}x{width}'
         pyramid = ', pyramid' if self.pyramid else ''
-        checkpointing = ', gradient checkpointing' if self.grad_checkpointing else ''
-        return f'{self.model}{pyramid}, {self.mode}, {size} px, batch {self.batch}, {self.dtype}{checkpointing}'
+        return f'{self.model}{pyramid}, {self.mode}, {size} px, batch {self.batch}, {self.dtype}'
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,5 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
         raise ValueError(f'{rounds.warmup} rounds of warm-up are too few: ask for at least 1')
     if case.mode == 'train' and candidates.fuse:
         raise ValueError('a fused model cannot be trained: leave out --fuse, or the mode train')
-    if case.mode != 'train' and case.grad_checkpointing:
-        raise ValueError(f'gradient checkpointing has no effect in the mode {case.mode}: use it with --mode train')
     if device == 'cuda' and not torch.cuda.is_available():
         raise RuntimeError('there is no CUDA device: measure with --device cpu, or --suite cpu')

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.kernels import record_kernels
-from .candidates import BASELINE, NUM_CLASSES, OURS, Candidate, Kind, build, checkpoint_gradients
+from .candidates import BASELINE, NUM_CLASSES, OURS, Candidate, Kind, build
 from .cases import DTYPES, Candidates, Case, Rounds
 from .ceiling import product_calls, rates
 from .flops import as_list, count_flops, count_products, training_loss
@@ -57,8 +57,6 @@ def measure(case: Case, asked: Candidates, rounds: Rounds, device: str) -> list[
     train = case.mode == 'train'
     calls: dict[str, Call] = {c.name: _workload(c, case, images, targets) for c in candidates}
     gflop = {c.name: count_flops(c.plain, images, train) / case.batch / 1e9 for c in candidates}
-    if case.grad_checkpointing:
-        checkpoint_gradients(candidates)  # only now: what is computed twice does not count twice
     outputs = _compare_outputs(candidates, case, images)
     peaks_mib = {}
     for c in candidates:

@@ -16,7 +16,7 @@ from ..checks import check_output
 from ..pretrain import OBJECTIVE_NAMES
 
 _SUITE_REPLACES = (
-    'model', 'size', 'batch', 'dtype', 'mode', 'grad_checkpointing', 'pyramid', 'baseline', 'fuse', 'acceleration',
+    'model', 'size', 'batch', 'dtype', 'mode', 'pyramid', 'baseline', 'fuse', 'acceleration',
     'objective', 'compile', 'peers', 'against', 'device', 'repeats', 'warmup')
 
 Work = tuple[Case, Candidates, Rounds]
@@ -35,8 +35,6 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         '--mode', nargs='+', choices=MODES,
         help='forward; train = forward, loss (cross-entropy, with --pyramid the sum of the mean squares of the levels) '
              'and backward, without optimizer; latency = one call at a time, waiting for its end (default: forward)')
-    group.add_argument(
-        '--grad-checkpointing', action='store_true', help='recompute activations in the backward pass; for train')
     group.add_argument(
         '--pyramid', action='store_true',
         help='backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier')
@@ -151,4 +149,4 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Work]:
     for mode, size, dtype in itertools.product(args.mode or ['forward'], sizes, args.dtype or ['float32']):
         for batch in args.batch or [1 if mode == 'latency' else 8]:
             model = args.model or 'fast_itpn_base'
-            yield Case(model, size, batch, dtype, mode, args.grad_checkpointing, args.pyramid), candidates, rounds
+            yield Case(model, size, batch, dtype, mode, args.pyramid), candidates, rounds
