@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_itpn.acceleration import MigrationStage
+from timm_itpn.acceleration.stage import MigrationStage
 from timm_itpn.bench.candidates import Kind, build, build_ours
 from timm_itpn.bench.cases import Candidates, Case
 

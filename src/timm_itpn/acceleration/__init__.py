@@ -5,9 +5,3 @@ some blocks the tokens that are most like others leave, to return after the last
 does what, `stage.py` runs it. What the paper leaves open was decided by the experiments in `studies/`.
 """
 import timm.models  # noqa: F401  first: once it has loaded, our models load, which take their parts from files here
-
-from .schedule import ACCELERATIONS as ACCELERATIONS
-from .schedule import Schedule as Schedule
-from .schedule import parse_schedule as parse_schedule
-from .stage import MigrationStage as MigrationStage
-from .stage import attention_stage as attention_stage

@@ -75,20 +75,20 @@ class Migration(nn.Module):
         positions, gathering, height, width, padded = windows
         if self.windowed:
             means = None if gathering is None else window_mean(qkv[:, :, :, 1:], _real(windows))
-            q, k, v = window_heads(qkv, means)
+            heads = window_heads(qkv, means)
             queries = keys = positions
             if gathering is not None:  # gathering tokens have no position
                 keys = F.pad(positions, (0, positions.shape[1]), value=float(height * width))
         else:
-            q, k, v = global_heads(qkv)
+            heads = global_heads(qkv)
             queries = keys = positions.flatten(1, 2)[:, None]
         bias = attention_bias(positions, height * width, gathering, padded, self.windowed)
         if self.rel_pos_bias is not None:
             rel_pos_bias = self.rel_pos_bias(height, width, queries, keys)
             bias = rel_pos_bias if bias is None else rel_pos_bias + bias
         if bias is not None:
-            bias = bias.type_as(q).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
-        return self.attend(x, q, k, v, bias)
+            bias = bias.type_as(qkv).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
+        return self.attend(x, heads, bias)
 
 
 class MigrationBlock(Migration, AttentionBlock):

@@ -7,6 +7,8 @@ them had its key.
 """
 import torch
 
+from ..ops.attention import Heads
+
 __all__ = ['attention_bias', 'gathering_bias', 'global_heads', 'window_heads', 'window_mean']
 
 
@@ -38,10 +40,7 @@ def gathering_bias(num_tokens: torch.Tensor) -> torch.Tensor:
     return num_tokens.float().log().masked_fill(own, float('-inf'))
 
 
-def window_heads(
-        qkv: torch.Tensor,
-        gathering: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def window_heads(qkv: torch.Tensor, gathering: torch.Tensor | None = None) -> Heads:
     """Queries, keys and values of attention in windows.
 
     Args:
@@ -60,7 +59,7 @@ def window_heads(
     return q.flatten(0, 1).transpose(1, 2), k, v
 
 
-def global_heads(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def global_heads(qkv: torch.Tensor) -> Heads:
     """Queries, keys and values of attention among all tokens that have not left.
 
     Args:

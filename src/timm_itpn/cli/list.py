@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from .table import columns
+from ..bench.rows import table  # it imports no torch
 
 HEADER = ('name', 'classes', 'params', 'input', 'weights', 'bytes', 'cached', 'SHA-256', 'license')
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(models, indent=2))
         return
-    print(columns(HEADER, [row(model) for model in models]))
+    print(table(HEADER, map(row, models)))
     print(
         'params: with the number of classes in the row (0: no classifier); _fpn models without their pyramid, which '
         'features_only=True adds', file=sys.stderr)
@@ -57,15 +57,15 @@ def facts(name: str) -> dict[str, Any]:
     }
 
 
-def row(model: dict[str, Any]) -> list[Any]:
+def row(model: dict[str, Any]) -> list[str]:
     weights = f'Hub {model["hub_repo"]}' if model['hub_repo'] else 'Google Drive' if model['drive_url'] else 'none'
     return [
         model['name'],
-        model['num_classes'],
-        model['num_params'],
+        f'{model["num_classes"]:,}',
+        f'{model["num_params"]:,}',
         ' x '.join(map(str, model['input_size'])),
         weights,
-        model['bytes'] or '',
+        f'{model["bytes"]:,}' if model['bytes'] else '',
         'yes' if model['cached'] else 'no',
         'known' if model['sha256'] else 'unknown' if model['drive_url'] else '',
         model['license'],

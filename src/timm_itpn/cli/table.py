@@ -1,8 +1,7 @@
 """Tables for the terminal, and text from files that may hold anything."""
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-__all__ = ['columns', 'printable', 'two_columns']
+__all__ = ['printable', 'two_columns']
 
 
 def printable(text: str, most: int = 1000) -> str:
@@ -17,16 +16,3 @@ def two_columns(rows: Iterable[tuple[str, Sequence[str]]]) -> str:
     width = max(len(name) for name, _ in shown)
     return '\n'.join(
         f'{"" if i else name:<{width}}  {line}' for name, lines in shown for i, line in enumerate(lines))
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A header over rows; numbers are set to the right."""
-    texts: list[list[str]] = [list(header)]
-    texts += [[f'{value:,}' if isinstance(value, int) else str(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    numeric = [any(isinstance(value, int) for value in column) for column in zip(*rows)]
-    return '\n'.join(
-        '  '.join(
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numeric)).rstrip()
-        for line in texts)

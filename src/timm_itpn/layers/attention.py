@@ -6,7 +6,7 @@ import torch.nn as nn
 from timm.layers import is_exporting
 from torch.types import Device
 
-from ..ops.attention import attention_weights, choose_attention, fused_attention
+from ..ops.attention import Heads, attention_weights, choose_attention, fused_attention
 
 __all__ = ['Attention', 'QkvLinear']
 
@@ -51,6 +51,7 @@ class Attention(nn.Module):
         attn_impl: One of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
         attn_drop: Dropout rate of the attention weights, 0..1.
         proj_drop: Dropout rate after the output projection, 0..1.
+        dd: Device and dtype of the parameters.
 
     Attributes:
         attn_drop: Sees the attention weights (B, num_heads, N, N). None with fused attention, which makes no such
@@ -70,10 +71,8 @@ class Attention(nn.Module):
             attn_impl: str = 'auto',
             attn_drop: float = 0.,
             proj_drop: float = 0.,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
+            **dd: Any,
     ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         if dim % num_heads:
             raise ValueError(f'embed_dim {dim} is not a multiple of num_heads {num_heads}')
@@ -93,14 +92,9 @@ class Attention(nn.Module):
         """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
         return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
 
-    def attend(
-            self,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def attend(self, heads: Heads, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Queries (B, num_heads, N, head_dim), keys and values (B, num_heads, M, head_dim) -> (B, N, dim)."""
+        q, k, v = heads
         if self.fused_attn:
             x = fused_attention(q, k, v, bias, self.attn_drop_rate if self.training else 0.)
         else:
@@ -114,4 +108,4 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (B, N, dim) -> (B, N, dim); `bias` broadcasts to the scores (B, num_heads, N, N)."""
         q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
-        return self.attend(q, k, v, bias)
+        return self.attend((q, k, v), bias)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
-from torch.types import Device
 
+from ..ops.attention import Heads
 from .attention import Attention
 from .fused import FusedAttentionBlock, FusedMlp
 from .mlp import SwiGLU
@@ -25,6 +25,7 @@ class MlpBlock(nn.Module):
         proj_drop: Dropout rate after the MLP.
         drop_path: Stochastic depth rate.
         init_values: Layer scale at initialisation, 0 or None for no layer scale.
+        dd: Device and dtype of the parameters.
     """
 
     def __init__(
@@ -37,10 +38,8 @@ class MlpBlock(nn.Module):
             init_values: float | None = None,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
+            **dd: Any,
     ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm = norm_layer(dim, **dd)
         self.mlp = Mlp(
@@ -81,6 +80,7 @@ class AttentionBlock(nn.Module):
         drop_path: Stochastic depth rate.
         init_values: Layer scale at initialisation, 0 or None for no layer scale.
         act_layer: Activation of the MLP.
+        dd: Device and dtype of the parameters.
     """
 
     def __init__(
@@ -100,10 +100,8 @@ class AttentionBlock(nn.Module):
             init_values: float | None = None,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
+            **dd: Any,
     ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(
@@ -127,16 +125,9 @@ class AttentionBlock(nn.Module):
         """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
         return self.attn.project(self.norm1(x))
 
-    def attend(
-            self,
-            x: torch.Tensor,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, heads: Heads, bias: torch.Tensor | None) -> torch.Tensor:
         """Add to the tokens what attention makes of queries, keys and values."""
-        return x + self.drop_path1(self.ls1(self.attn.attend(q, k, v, bias).reshape(x.shape)))
+        return x + self.drop_path1(self.ls1(self.attn.attend(heads, bias).reshape(x.shape)))
 
     def feed(self, x: torch.Tensor) -> torch.Tensor:
         """Add to the tokens what the MLP makes of them."""

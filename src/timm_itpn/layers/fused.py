@@ -6,10 +6,9 @@ of the attention scores; layer scale goes into the linear layer before it; activ
 """
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import GELU, LayerScale
 
-from ..ops.attention import attention_weights, fused_attention
+from ..ops.attention import Heads, attention_weights, fused_attention
 from ..ops.linear import IMPLEMENTATIONS, choose_linear, reference
 from .linear import LINEAR_LAYERS
 from .mlp import SwiGLU
@@ -111,36 +110,24 @@ class FusedMlp(InferenceOnly):
 class FusedGatedMlp(InferenceOnly):
     """As `FusedMlp`, with a gate. (..., dim) -> (..., dim).
 
-    On the CPU gate and value are two products, and the activation is done within the first; elsewhere they are one.
-
     Args:
         norm: Norm before the MLP.
         mlp: `SwiGLU`.
         ls: Layer scale after it, or Identity.
     """
-    split: torch.jit.Final[bool]
 
     def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
         super().__init__()
-        self.norm1, *gate = fold_norm(norm, *weights_of(mlp.fc1_g))
-        _, *value = fold_norm(norm, *weights_of(mlp.fc1_x))
-        self.split = gate[0].device.type == 'cpu'
-        if self.split:
-            self.gate = FusedLinear(*gate, act='silu')
-            self.value = FusedLinear(*value)
-        else:
-            self.fc1 = FusedLinear(*[torch.cat(both) for both in zip(gate, value)])
+        self.norm1, *weights = fold_norm(norm, *weights_of(mlp.fc1_g))
+        self.gate = FusedLinear(*weights, act='silu')
+        _, *weights = fold_norm(norm, *weights_of(mlp.fc1_x))
+        self.value = FusedLinear(*weights)
         self.norm2, *weights = fold_norm(mlp.norm, *weights_of(mlp.fc2))
         self.fc2 = FusedLinear(*fold_scale(ls, *weights))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm1(x)
-        if self.split:
-            y = self.gate(y) * self.value(y)
-        else:
-            gate, value = self.fc1(y).chunk(2, dim=-1)
-            y = F.silu(gate) * value
-        return self.fc2(self.norm2(y), x)
+        return self.fc2(self.norm2(self.gate(y) * self.value(y)), x)
 
 
 class FusedAttentionBlock(InferenceOnly):
@@ -166,15 +153,9 @@ class FusedAttentionBlock(InferenceOnly):
         """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
         return self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
 
-    def attend(
-            self,
-            x: torch.Tensor,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, heads: Heads, bias: torch.Tensor | None) -> torch.Tensor:
         """Add to the tokens what attention makes of queries, keys and values."""
+        q, k, v = heads
         if self.fused_attn:
             y = fused_attention(q, k, v, bias, scale=1.)
         else:
@@ -191,7 +172,7 @@ class FusedAttentionBlock(InferenceOnly):
         if self.rel_pos_bias is not None:
             bias = self.rel_pos_bias(height, width)
         q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
-        return self.feed(self.attend(x, q, k, v, bias))
+        return self.feed(self.attend(x, (q, k, v), bias))
 
 
 def name_of(act: nn.Module) -> str | None:

@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 from einops import rearrange, reduce
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
-from torch.types import Device
 
 from .fused import FusedLinear, fold_norm, weights_of
 
@@ -57,6 +56,7 @@ class StemPatchEmbed(nn.Module):
         embed_dim: Output channels.
         strict_img_size: True = only `img_size` is accepted; False = any multiple of `token_stride`.
         norm_layer: Normalisation after the convolution, None for none.
+        dd: Device and dtype of the parameters.
     """
     strict_img_size: torch.jit.Final[bool]
 
@@ -69,10 +69,8 @@ class StemPatchEmbed(nn.Module):
             embed_dim: int = 96,
             strict_img_size: bool = True,
             norm_layer: Callable | None = None,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
+            **dd: Any,
     ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
         self.token_stride = token_stride

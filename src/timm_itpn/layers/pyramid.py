@@ -91,6 +91,7 @@ class FeaturePyramid(nn.Module):
         pool: How strides 32 and 64 are pooled: 'max', 'avg' or 'subsample'.
         concat: Join each level with the stage's own features, level first; the pooled levels have those of stage 3.
         act_layer: Activation of the blocks.
+        dd: Device and dtype of the parameters.
 
     Raises:
         ValueError: `pool` is unknown.
@@ -110,10 +111,8 @@ class FeaturePyramid(nn.Module):
             concat: bool = False,
             act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
+            **dd: Any,
     ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f'pyramid_pool {pool!r} is unknown, use one of {tuple(POOLS)}')

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, use_fused_attn
 
-__all__ = ['IMPLEMENTATIONS', 'attention_weights', 'choose_attention', 'fused_attention', 'why_not']
+__all__ = ['IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'why_not']
 
 IMPLEMENTATIONS = ('sdpa', 'reference')
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
 MANY_TOKENS = 2048
 
 
