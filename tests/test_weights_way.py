@@ -12,7 +12,7 @@ import torch
 from support import golden
 
 from timm_itpn.cli import main
-from timm_itpn.models.names import MODULES
+from timm_itpn.models import MODULES
 from timm_itpn.tools import match
 from timm_itpn.weights.layout import native_to_official
 

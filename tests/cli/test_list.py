@@ -5,7 +5,7 @@ import pytest
 import timm
 
 from timm_itpn.cli import main
-from timm_itpn.models.names import MODULES
+from timm_itpn.models import MODULES
 from timm_itpn.weights.sources import SOURCES, drive_url, source_of
 
 BASE = 'fast_itpn_base.mim_in1k'  # the one with a known hash

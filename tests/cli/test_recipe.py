@@ -7,7 +7,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 from timm_itpn.cli import main
-from timm_itpn.models.names import MODULES
+from timm_itpn.models import MODULES
 
 # epochs, warm-up epochs, images per update, lr, layer decay, drop path, image side
 RECIPES = {

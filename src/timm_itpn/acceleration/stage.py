@@ -1,6 +1,4 @@
 """Stage 3 with token gathering and token migration."""
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from .migration import replenish
 from .schedule import Schedule, num_leaving
 from .windows import is_padded, partition, smallest_window, window_positions
 
-__all__ = ['MigrationStage', 'attention_stage']
+__all__ = ['MigrationStage']
 
 
 @register_notrace_module  # a leaf for FX: what it does depends on sizes
@@ -92,8 +90,3 @@ class MigrationStage(AttentionStage):
         everywhere = [p.expand(B, -1, -1) for p in left_positions + [positions]]
         x = replenish(left + [x], everywhere, N)
         return x.reshape(B, H, W, C), left_positions
-
-
-def attention_stage(schedule: Schedule | None) -> Callable:
-    """What builds stage 3: the plain one, if there is no schedule."""
-    return AttentionStage if schedule is None else partial(MigrationStage, schedule=schedule)

@@ -81,7 +81,7 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
     """
     import torch
 
-    from ..models.names import check_name
+    from ..models import check_name
 
     check_name(case.model)
     height, width = case.img_size

@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import timm
 
-    from ..models.names import MODULES  # its package registers them even where TIMM_ITPN_AUTOLOAD=0
+    from ..models import MODULES  # its package registers them even where TIMM_ITPN_AUTOLOAD=0
 
     names = timm.list_models(args.filter, module=MODULES, include_tags=True)
     if not names:

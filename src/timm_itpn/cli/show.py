@@ -100,7 +100,7 @@ def build(args: argparse.Namespace, img_size: tuple[int, int]) -> tuple[Any, str
     import timm
     from timm.utils import random_seed
 
-    from ..models.names import check_name  # its package registers the models even where TIMM_ITPN_AUTOLOAD=0
+    from ..models import check_name  # its package registers the models even where TIMM_ITPN_AUTOLOAD=0
 
     check_name(args.model)
     overlay: dict[str, Any] = {'num_classes': 0}  # as the model's, so that timm loads strictly

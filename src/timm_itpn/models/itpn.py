@@ -22,6 +22,7 @@ Differs from upstream:
 Native state dict: `patch_embed`, `stages.{0,1,2}.{downsample,pos_embed,blocks.N}`, `head.{norm,fc}`, `pyramid`.
 """
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ from timm.models import (
 from torch.types import Device
 
 from ..acceleration.schedule import parse_schedule
-from ..acceleration.stage import attention_stage
+from ..acceleration.stage import MigrationStage
 from ..layers.linear import use_onednn
 from ..layers.patch_embed import (
     ConvPatchMerge,
@@ -199,6 +200,7 @@ class ITPN(nn.Module):
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)
         drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         schedule = parse_schedule(depths[2], acceleration, gather_window, gather_blocks, migrate)
+        third: Any = AttentionStage if schedule is None else partial(MigrationStage, schedule=schedule)
 
         self.family = family
         self.num_classes = num_classes
@@ -230,7 +232,7 @@ class ITPN(nn.Module):
         self.stages = nn.Sequential(
             MlpStage(dims[0], depths[0], drop_path=drop_path[0], **stem),
             MlpStage(dims[1], depths[1], in_dim=dims[0], drop_path=drop_path[1], **stem),
-            attention_stage(schedule)(
+            third(
                 dims[2],
                 depths[2],
                 num_heads,

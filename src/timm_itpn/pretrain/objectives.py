@@ -3,7 +3,7 @@ from typing import Any
 
 import timm
 
-from ..models.names import check_name
+from ..models import check_name
 from . import OBJECTIVE_NAMES
 from .base import Objective
 from .clip import Clip, ClipDistill

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 import torch
 
-from ..models.names import check_name
+from ..models import check_name
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
 from ..weights.describe import Description, describe
 from ..weights.integrity import sha256_of

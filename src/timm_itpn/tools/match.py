@@ -5,7 +5,7 @@ from typing import Any
 import timm
 import torch
 
-from ..models.names import MODULES, check_name
+from ..models import MODULES, check_name
 from ..weights.checkpoint import fit_to_model
 from ..weights.describe import Description, describe
 from ..weights.layout import CLASSIFIER
