@@ -223,13 +223,6 @@ def test_missing_folder_is_named(tmp_path):
         run(tmp_path / 'nowhere', tmp_path / 'run')
 
 
-def test_classes_without_images_are_named(tmp_path):
-    data = write_images(tmp_path / 'data')
-    (data / 'train' / 'class7').mkdir()
-    with pytest.raises(ValueError, match='classes without images: class7'):
-        run(data, tmp_path / 'run')
-
-
 def test_folder_without_images_is_refused(tmp_path):
     (tmp_path / 'data').mkdir()
     with pytest.raises(ValueError, match='--data-dir .* cannot be used'):

@@ -103,10 +103,6 @@ def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, ol
     return resample_table(table, (height, width), (old_height, old_width)).clone()  # not the input itself
 
 
-def _resampled_fake(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    return table.new_empty((2 * height - 1) * (2 * width - 1), table.shape[1])
-
-
 def _gradient(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
     """Gradient of a table, from that of the resampled one."""
     if (height, width) == (old_height, old_width):
@@ -121,10 +117,6 @@ def _gradient(grad: torch.Tensor, height: int, width: int, old_height: int, old_
     return values.flatten(0, 1).to(grad.dtype)
 
 
-def _gradient_fake(grad: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
-    return grad.new_empty((2 * old_height - 1) * (2 * old_width - 1), grad.shape[1])
-
-
 def _save_sizes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     _, *ctx.sizes = inputs
 
@@ -135,10 +127,12 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 # for sizes that are known in forward only: operators, which compilers and exporters need not look into
 _table_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_table', _resampled, mutates_args=())
-_table_op.register_fake(_resampled_fake)
+_table_op.register_fake(
+    lambda table, height, width, *_: table.new_empty((2 * height - 1) * (2 * width - 1), table.shape[1]))
 _table_op.register_autograd(_backward, setup_context=_save_sizes)
 _gradient_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_table_backward', _gradient, mutates_args=())
-_gradient_op.register_fake(_gradient_fake)
+_gradient_op.register_fake(
+    lambda grad, _h, _w, height, width: grad.new_empty((2 * height - 1) * (2 * width - 1), grad.shape[1]))
 
 
 class _Kept(NamedTuple):

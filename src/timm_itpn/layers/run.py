@@ -9,9 +9,8 @@ SLICE_SIZE = 2 ** 19  # elements of a map; with three times as many hidden chann
 
 
 def is_eager(x: torch.Tensor) -> bool:
-    """True if `x` is computed with now, by nobody who wants a graph of it."""
-    seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not seen and isinstance(x, torch.Tensor)  # FX has stand-ins for tensors
+    """True if `x` is computed with now, not traced; FX has stand-ins for tensors."""
+    return isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def run_blocks(blocks: nn.Module, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
@@ -35,5 +34,5 @@ def run_blocks(blocks: nn.Module, x: torch.Tensor, checkpointing: bool) -> torch
 
 
 def _is_hooked(blocks: nn.Module) -> bool:
-    return torch.nn.modules.module._has_any_global_hook() or any(
+    return nn.modules.module._has_any_global_hook() or any(
         module._forward_hooks or module._forward_pre_hooks for module in blocks.modules())

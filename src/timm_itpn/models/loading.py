@@ -56,12 +56,7 @@ def prepare_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool) 
     return native
 
 
-def convert_on_load(
-        model: nn.Module,
-        state_dict: dict[str, Any],
-        prefix: str,
-        *_: Any,
-) -> None:
+def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Convert what lies under `prefix`: PyTorch calls this before the model, or what contains it, loads its weights.
 
     Official names become native ones, position embeddings fit the model's grid, and what only pre-training needs is

@@ -44,13 +44,6 @@ class Kernels(TorchDispatchMode):
 
 @contextmanager
 def record_kernels() -> Iterator[Kernels]:
-    """Note which attention kernels run.
-
-    Example:
-        >>> with record_kernels() as kernels:
-        ...     model(images)
-        >>> kernels.names
-        ['flash']
-    """
+    """Note which attention kernels run in the block, without gradients; `kernels.names` lists them."""
     with Kernels() as kernels, torch.no_grad():
         yield kernels

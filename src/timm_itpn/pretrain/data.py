@@ -187,7 +187,7 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
         kwargs: For `create_dataset`.
 
     Raises:
-        ValueError: There is no such folder, no image in it, or none in one of its classes.
+        ValueError: There is no such folder, or no image in it.
     """
     if not name and (root is None or not root.exists()):
         raise ValueError(f'--data-dir {root} does not exist: give the folder that holds the images.')
@@ -195,9 +195,4 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
         dataset = create_dataset(name, root=str(root) if root else None, split=split, is_training=True, **kwargs)
     except RuntimeError as error:  # timm's, where a folder has no images
         raise ValueError(f'--data-dir {root} cannot be used: {error}') from error
-    if not name and (folder := Path(dataset.reader.root)).is_dir():  # else a tar file
-        used = {Path(image).parts[0] for image in dataset.filenames(basename=False)}
-        empty = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in used)
-        if empty:
-            raise ValueError(f'{folder} has classes without images: {", ".join(empty)}. Fill or remove them.')
     return dataset

@@ -29,10 +29,9 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> S
         ValueError: There is no such model.
     """
     check_name(name)
-    family = str(timm.create_model(name, device='meta').family)
+    family: Any = timm.create_model(name, device='meta').family
     needs = OBJECTIVES[objective].STUDENT.get(family, {})
-    student = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
-    assert isinstance(student, Student)
+    student: Any = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
     if student.pyramid is not None:
         student.prune_intermediate_layers([0, 1, 2])  # the head; the pyramid stays
     return student

@@ -1,5 +1,2 @@
 """Weight files: their layouts, checks and sources."""
 import timm.models  # noqa: F401  first: once it has loaded, our models load, which take their parts from files here
-
-from .checkpoint import fit_to_model as fit_to_model
-from .checkpoint import to_native as to_native
