@@ -106,9 +106,8 @@ def test_autocast_compiles_into_one_graph():
         assert (output.double() - exact).abs().max() / exact.std() < 16 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_inductor_agrees_with_eager(name):
-    model = build(name, depths=(1, 1, 1))
+def test_inductor_agrees_with_eager():
+    model = build('itpn_tiny', depths=(1, 1, 1))
     assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
 
 
