@@ -256,6 +256,12 @@ def test_unknown_and_missing_native_keys_are_listed(native, tmp_path):
         load(save(weights, tmp_path / 'w.pt'))
 
 
+def test_layer_scale_is_never_dropped(classifier, tmp_path):
+    """Without it the weights are ruined; the fault that users reported most."""
+    with pytest.raises(ValueError, match='The file has layer scale.*init_values=0.1'):
+        load(save(classifier, tmp_path / 'w.pt'), init_values=0.)
+
+
 def test_missing_classifier_is_an_error_when_it_is_kept(native, tmp_path):
     weights = {key: value for key, value in native.items() if not key.startswith('head.fc')}
     with pytest.raises(RuntimeError, match='Missing key.*head.fc.weight'):
