@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from support import golden
 from support.small import FAMILIES, PYRAMIDS, images, small_model
-from timm_itpn.ops.attention.kernels import record_kernels
 
 from timm_itpn.bench.baseline import Baseline
+from timm_itpn.ops.kernels import record_kernels
 
 GOLDENS = {  # golden: model
     'fast_itpn_tiny': 'fast_itpn_tiny',
