@@ -57,8 +57,7 @@ def fill_fast_itpn(model, official):
             copy_module(block.mlp.fc2, f'{name}.mlp.w3')
             for part, letter in zip(block.attn.qkv.weight.data.chunk(3), 'qkv'):
                 part.copy_(official.pop(f'{name}.attn.{letter}_proj.weight'))
-            for letter in 'qv':
-                getattr(block.attn.qkv, f'{letter}_bias').data.copy_(official.pop(f'{name}.attn.{letter}_bias'))
+            copy_module(block.attn.qkv_bias, f'{name}.attn')
             copy_module(block.mlp.fc1_g, f'{name}.mlp.w1')
             copy_module(block.mlp.fc1_x, f'{name}.mlp.w2')
             block.ls1.gamma.data.copy_(official.pop(f'{name}.gamma_1'))

@@ -126,6 +126,29 @@ def test_lora_on_qkv_changes_the_output_and_learns(case):
     torch.testing.assert_close(outputs_of(tuned.merge_and_unload(), x), after, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('config', [
+    lambda: peft.LoraConfig(target_modules=['qkv', 'proj'], lora_bias=False, use_dora=True, init_lora_weights=False),
+    lambda: peft.IA3Config(target_modules=['qkv'], feedforward_modules=[], init_ia3_weights=False),
+    lambda: peft.OFTConfig(target_modules=['qkv'], init_weights=False),
+    lambda: peft.LoHaConfig(target_modules=['qkv'], init_weights=False),
+], ids=['dora', 'ia3', 'oft', 'loha'])
+@pytest.mark.parametrize('case', PLAIN)
+def test_adapters_of_all_kinds_merge(case, config):
+    model, x = build(case)
+    before = outputs_of(model, x)
+    tuned = peft.get_peft_model(model, config()).eval()
+    after = outputs_of(tuned, x)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(outputs_of(tuned.merge_and_unload(), x), after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('case', PLAIN)
+def test_linear_layers_are_pytorchs_own_and_so_are_their_biases(case):
+    model, _ = build(case)
+    for layer in linear_layers(model).values():
+        assert set(layer._parameters) == {'weight', 'bias'}
+
+
 @pytest.mark.parametrize('offload', ['cpu', 'disk'])
 @every_model
 def test_offloaded_weights_arrive(case, offload, tmp_path):
@@ -197,7 +220,7 @@ def test_linear_layers_can_be_rebuilt_of_weight_and_bias(case):
 
 @pytest.mark.parametrize('case', PLAIN)
 def test_dynamic_quantisation_takes_the_linear_layers(case):
-    """PyTorch chooses by exact class, so the packed projection of Fast-iTPN stays as it is."""
+    """PyTorch chooses by exact class."""
     model, x = build(case)
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
     taken = {name for name, module in quantised.named_modules() if isinstance(module, torch.ao.nn.quantized.Linear)}

@@ -82,7 +82,7 @@ def load_safetensors(case, model, tmp_path):
 
 def load_old_names(case, model, tmp_path):
     """Those of before 0.1: q_bias and v_bias beside qkv, gate and value in one layer."""
-    old = {key.replace('qkv.q_bias', 'q_bias').replace('qkv.v_bias', 'v_bias'): value
+    old = {key.replace('qkv_bias.', ''): value
            for key, value in model.state_dict().items()}
     for key in [key for key in old if '.fc1_g.' in key]:
         old[key.replace('fc1_g', 'fc1')] = torch.cat((old.pop(key), old.pop(key.replace('fc1_g', 'fc1_x'))))

@@ -4,41 +4,37 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.layers import is_exporting
-from torch.types import Device
 
 from ..ops.attention import Heads, attention_weights, choose_attention, fused_attention
 
-__all__ = ['Attention', 'QkvLinear']
+__all__ = ['Attention', 'QkvBias']
 
 
-class QkvLinear(nn.Linear):
-    """Queries, keys and values as one Linear layer, with biases of their own for q and v. (..., dim) -> (..., 3 * dim).
+class QkvBias(nn.Module):
+    """Adds a bias to q and to v, none to k, where it would add the same number to all scores of a query.
 
-    k has no bias: it would add the same number to all scores of a query, which softmax removes.
+    Packed q, k and v (..., 3 * dim) -> (..., 3 * dim).
 
     Args:
         dim: Width of a token.
     """
 
-    def __init__(self, dim: int, device: Device = None, dtype: torch.dtype | None = None):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        nn.Module.__init__(self)
-        self.in_features = dim
-        self.out_features = 3 * dim
-        self.weight = nn.Parameter(torch.empty(3 * dim, dim, **dd))
+    def __init__(self, dim: int, **dd: Any):
+        super().__init__()
         self.q_bias = nn.Parameter(torch.empty(dim, **dd))
         self.v_bias = nn.Parameter(torch.empty(dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=5 ** 0.5)  # as nn.Linear
         nn.init.zeros_(self.q_bias)
         nn.init.zeros_(self.v_bias)
 
-    @property
-    def bias(self) -> torch.Tensor:  # type: ignore[override]
-        """Bias of the whole layer (3 * dim,), for `forward` and for those who rebuild the layer; k's part is zero."""
+    def packed(self) -> torch.Tensor:
+        """The bias of q, k and v, (3 * dim,)."""
         return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.packed().to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -47,7 +43,7 @@ class Attention(nn.Module):
     Args:
         dim: Width of a token.
         num_heads: Number of heads; must divide `dim`.
-        k_bias: One bias for q, k and v, as part of a plain Linear layer; False = k has none, see `QkvLinear`.
+        k_bias: One bias for q, k and v, as part of their Linear layer; False = k has none, see `QkvBias`.
         attn_impl: One of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
         attn_drop: Dropout rate of the attention weights, 0..1.
         proj_drop: Dropout rate after the output projection, 0..1.
@@ -80,7 +76,8 @@ class Attention(nn.Module):
         self.attn_impl = choose_attention(attn_impl)
         self.fused_attn = self.attn_impl == 'sdpa'
         self.attn_drop_rate = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, **dd) if k_bias else QkvLinear(dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=k_bias, **dd)
+        self.qkv_bias = nn.Identity() if k_bias else QkvBias(dim, **dd)
         self.attn_drop: Any = None if self.fused_attn else nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -90,7 +87,7 @@ class Attention(nn.Module):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self.qkv_bias(self.qkv(x)).unflatten(-1, (3, self.num_heads, -1))
 
     def attend(self, heads: Heads, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Queries (B, num_heads, N, head_dim), keys and values (B, num_heads, M, head_dim) -> (B, N, dim)."""

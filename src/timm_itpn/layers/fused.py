@@ -10,6 +10,7 @@ from timm.layers import GELU, LayerScale
 
 from ..ops.attention import Heads, attention_weights, fused_attention
 from ..ops.linear import IMPLEMENTATIONS, choose_linear, reference
+from .attention import QkvBias
 from .linear import LINEAR_LAYERS
 from .mlp import SwiGLU
 from .run import is_eager
@@ -140,7 +141,10 @@ class FusedAttentionBlock(InferenceOnly):
         self.num_heads = attn.num_heads
         self.fused_attn = attn.fused_attn
         self.rel_pos_bias = block.rel_pos_bias
-        self.norm, weight, bias = fold_norm(block.norm1, *weights_of(attn.qkv))
+        weight, bias = weights_of(attn.qkv)
+        if isinstance(attn.qkv_bias, QkvBias):
+            bias = attn.qkv_bias.packed()
+        self.norm, weight, bias = fold_norm(block.norm1, weight, bias)
         dim = attn.proj.in_features
         scale = torch.ones(3 * dim, dtype=weight.dtype, device=weight.device)
         scale[:dim] = (dim // attn.num_heads) ** -0.5  # of the scores, in q

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..ops.linear import onednn
-from .attention import QkvLinear
 
 __all__ = ['LINEAR_LAYERS', 'OneDnnLinear', 'use_onednn', 'why_not_onednn']
 
@@ -91,12 +90,7 @@ class OneDnnLinear(nn.Linear):
         )
 
 
-class OneDnnQkvLinear(OneDnnLinear, QkvLinear):
-    """`QkvLinear` with the product of `OneDnnLinear`."""
-
-
-LINEAR_LAYERS = (nn.Linear, QkvLinear, OneDnnLinear, OneDnnQkvLinear)  # weight and bias are all that they do
-_WITH_ONEDNN = {nn.Linear: OneDnnLinear, QkvLinear: OneDnnQkvLinear}
+LINEAR_LAYERS = (nn.Linear, OneDnnLinear)  # weight and bias are all that they do
 
 
 @functools.lru_cache(None)
@@ -116,7 +110,7 @@ def use_onednn(model: nn.Module) -> None:
         return
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) in _WITH_ONEDNN:
-                twin: nn.Module = nn.Module.__new__(_WITH_ONEDNN[type(layer)])
+            if type(layer) is nn.Linear:
+                twin: nn.Module = nn.Module.__new__(OneDnnLinear)
                 twin.__dict__.update(layer.__dict__)  # the same parameters, under the same names
                 setattr(module, name, twin)

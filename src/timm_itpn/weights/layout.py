@@ -82,8 +82,8 @@ FAST_ITPN = Layout(
     attention_block={
         **ATTENTION_BLOCK,
         'attn.qkv.weight': ('attn.q_proj.weight', 'attn.k_proj.weight', 'attn.v_proj.weight'),
-        'attn.qkv.q_bias': ('attn.q_bias',),
-        'attn.qkv.v_bias': ('attn.v_bias',),
+        'attn.qkv_bias.q_bias': ('attn.q_bias',),
+        'attn.qkv_bias.v_bias': ('attn.v_bias',),
         **_same_leaves('mlp.fc1_g', 'mlp.w1'),
         **_same_leaves('mlp.fc1_x', 'mlp.w2'),
         **_same_leaves('mlp.norm', 'mlp.ffn_ln'),
@@ -220,7 +220,7 @@ def current_names(state_dict: dict[str, Any]) -> dict[str, Any]:
         if packed:
             current[f'{packed[1]}.fc1_g.{packed[2]}'], current[f'{packed[1]}.fc1_x.{packed[2]}'] = value.chunk(2)
         else:
-            current[re.sub(r'\.attn\.([qv]_bias)$', r'.attn.qkv.\1', key)] = value
+            current[re.sub(r'\.attn\.([qv]_bias)$', r'.attn.qkv_bias.\1', key)] = value
     return current
 
 
