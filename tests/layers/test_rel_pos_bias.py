@@ -70,6 +70,7 @@ def test_gradient_of_dynamic_size_is_exact():
     torch.testing.assert_close(actual, wanted.reshape(table.shape))
 
 
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')  # opcheck looks at it
 def test_operator_keeps_pytorchs_rules():
     table = torch.randn(27 * 27, 2, requires_grad=True)
     torch.library.opcheck(torch.ops.timm_itpn.resampled_rel_pos_table.default, (table, 9, 13, 14, 14))

@@ -395,7 +395,8 @@ def test_zip_without_one_pickle_is_refused(names, tmp_path):
 @pytest.mark.filterwarnings('ignore:`torch.jit:FutureWarning')
 def test_scripted_models_and_tar_files_are_not_run(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / 'scripted.pt')
-    assert stand_in_name(read_contents(tmp_path / 'scripted.pt').tree) == '__torch__.torch.nn.modules.linear.Linear'
+    name = stand_in_name(read_contents(tmp_path / 'scripted.pt').tree)
+    assert name.startswith('__torch__.torch.nn.modules.linear.') and name.endswith('Linear')  # it may be mangled
     with tarfile.open(tmp_path / 'w.tar', 'w') as archive:  # as torch.save wrote in 2016
         for name in ('sys_info', 'pickle', 'storages', 'tensors'):
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())

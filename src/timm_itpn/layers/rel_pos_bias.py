@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import is_exporting, register_notrace_module
 from torch.types import Device
 
 __all__ = ['RelPosBias', 'resample_table']
@@ -96,6 +96,8 @@ def _offsets(height: int, width: int, device: torch.device) -> torch.Tensor:
     rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
     columns = x[:, None] - x + width - 1  # (width, width)
     index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
+    if is_exporting():  # the remainder would hold the program to some sizes
+        return index
     return F.pad(index, (0, -(height * width) % 8))
 
 
