@@ -113,6 +113,14 @@ def test_adapter_is_refused():
         timm_itpn.fuse(model)
 
 
+def test_stand_in_for_the_biases_of_q_and_v_is_refused():
+    model = filled('fast_itpn_tiny')
+    attn = model.stages[2].blocks[1].attn
+    attn.qkv_bias = nn.Sequential(attn.qkv_bias).eval()
+    with pytest.raises(ValueError, match='Sequential cannot be fused: put the biases of q and v back first'):
+        timm_itpn.fuse(model)
+
+
 def test_weights_are_packed_anew_when_they_change():
     first, second = filled('fast_itpn_tiny').float(), small_model('fast_itpn_tiny', seed=1, num_classes=0)
     x = images(1, 3, 64, 64)

@@ -142,8 +142,10 @@ class FusedAttentionBlock(InferenceOnly):
         self.fused_attn = attn.fused_attn
         self.rel_pos_bias = block.rel_pos_bias
         weight, bias = weights_of(attn.qkv)
-        if isinstance(attn.qkv_bias, QkvBias):
+        if type(attn.qkv_bias) is QkvBias:
             bias = attn.qkv_bias.packed()
+        elif type(attn.qkv_bias) is not nn.Identity:  # its biases would be lost
+            raise ValueError(f'{type(attn.qkv_bias).__name__} cannot be fused: put the biases of q and v back first.')
         self.norm, weight, bias = fold_norm(block.norm1, weight, bias)
         dim = attn.proj.in_features
         scale = torch.ones(3 * dim, dtype=weight.dtype, device=weight.device)
