@@ -70,6 +70,21 @@ def test_gradient_of_dynamic_size_is_exact():
     torch.testing.assert_close(actual, wanted.reshape(table.shape))
 
 
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_bias_has_every_derivative(dynamic):
+    module = rel_pos_bias((2, 3), dynamic, torch.float64)
+
+    def bias(table):
+        return torch.func.functional_call(module, {'relative_position_bias_table': table}, (3, 4))
+
+    table = module.relative_position_bias_table.detach().requires_grad_()
+    assert torch.autograd.gradcheck(bias, table, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(bias, table)
+    jacobian = torch.func.jacrev(bias)(table)
+    torch.testing.assert_close(torch.func.jacfwd(bias)(table), jacobian)
+    torch.testing.assert_close(torch.func.vmap(bias)(table.expand(2, -1, -1)), bias(table).expand(2, -1, -1, -1, -1))
+
+
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor')  # opcheck looks at it
 def test_operator_keeps_pytorchs_rules():
     table = torch.randn(27 * 27, 2, requires_grad=True)

@@ -31,10 +31,11 @@ def resample_table(table: torch.Tensor, new_size: tuple[int, int], old_size: tup
     """
     if tuple(new_size) == tuple(old_size):
         return table
-    values = table.reshape(2 * old_size[0] - 1, 2 * old_size[1] - 1, -1).float()
+    values = table.to(torch.promote_types(table.dtype, torch.float32))
+    values = values.reshape(2 * old_size[0] - 1, 2 * old_size[1] - 1, -1)
     for dim in (0, 1):
         left, right, weight = _neighbours(old_size[dim], new_size[dim], dim, table.device)
-        values = torch.lerp(values.index_select(dim, left), values.index_select(dim, right), weight)
+        values = torch.lerp(values.index_select(dim, left), values.index_select(dim, right), weight.type_as(values))
     return values.flatten(0, 1).to(table.dtype)  # (2H-1, 2W-1, num_heads) -> ((2H-1) * (2W-1), num_heads)
 
 
@@ -127,7 +128,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return torch.ops.timm_itpn.resampled_rel_pos_table_backward(grad, *ctx.sizes), None, None, None, None
 
 
-# for sizes that are known in forward only: operators, which compilers and exporters need not look into
+# for compilers and exporters, where sizes are known in forward only: operators that they need not look into
 _table_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_table', _resampled, mutates_args=())
 _table_op.register_fake(
     lambda table, height, width, *_: table.new_empty((2 * height - 1) * (2 * width - 1), table.shape[1]))
@@ -237,10 +238,13 @@ class RelPosBias(nn.Module):
     def _table(self, height: int, width: int) -> torch.Tensor:
         """The table for a grid, ((2 * height - 1) * (2 * width - 1), num_heads)."""
         table = self.relative_position_bias_table
-        if self.dynamic_window_size:
-            table = torch.ops.timm_itpn.resampled_rel_pos_table(
-                table, height, width, self.window_size[0], self.window_size[1])
-        return table
+        if not self.dynamic_window_size:
+            return table
+        if not torch.jit.is_scripting():
+            if not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+                return resample_table(table, (height, width), self.window_size)  # has every derivative
+        return torch.ops.timm_itpn.resampled_rel_pos_table(
+            table, height, width, self.window_size[0], self.window_size[1])
 
     def _compute(self, height: int, width: int) -> torch.Tensor:
         return bias_of_table(self._table(height, width), height, width)[..., :height * width]
