@@ -3,7 +3,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-__all__ = ['check_device', 'check_output', 'require']
+__all__ = ['check_device', 'check_output', 'check_regular_file', 'require']
 
 
 def require(purpose: str, extra: str, *packages: str) -> None:
@@ -35,6 +35,12 @@ def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = Fa
         raise ValueError(f'{path} cannot be written: there is no folder {path.parent}')
     if not overwrite and os.path.lexists(path):
         raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
+
+
+def check_regular_file(path: Path) -> None:
+    """Raise ValueError if there is something else than a file at a path: reading a pipe or a device may never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f'{path} is {"a folder" if path.is_dir() else "not a regular file"}: name a file')
 
 
 def check_device(device: str) -> None:
