@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange, reduce
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
 from .fused import FusedLinear, fold_norm, weights_of
+from .sizes import holds
 
 __all__ = [
     'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
@@ -29,10 +31,13 @@ def check_side_lengths(img_size: ImageSize, stride: int) -> tuple[int, int]:
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
 @register_notrace_function
-def check_input(x: torch.Tensor, height: int, width: int, stride: int, dynamic: bool) -> torch.Tensor:
-    """Return `x` (B, C, H, W) as it is, or raise ValueError if the model cannot take its size."""
+def check_input(x: torch.Tensor, height: int, width: int, stride: int, dynamic: bool, pad: bool) -> torch.Tensor:
+    """Return `x` (B, C, H, W), padded if need be, or raise ValueError if the model cannot take its size."""
     H, W = x.shape[-2], x.shape[-1]
-    if dynamic:
+    if pad:
+        if not holds(H % stride == 0) or not holds(W % stride == 0):
+            x = F.pad(x, (0, -W % stride, 0, -H % stride), mode='replicate')
+    elif dynamic:
         if H % stride != 0 or W % stride != 0:
             raise ValueError(f'Input of {H} x {W} pixels: both sides must be multiples of {stride}; resize or pad it.')
     elif H != height or W != width:
@@ -55,10 +60,13 @@ class StemPatchEmbed(nn.Module):
         in_chans: Image channels.
         embed_dim: Output channels.
         strict_img_size: True = only `img_size` is accepted; False = any multiple of `token_stride`.
+        dynamic_img_pad: Take images of any size, which are padded to multiples of `token_stride` at the right and
+            the bottom by repeating their last column and row.
         norm_layer: Normalisation after the convolution, None for none.
         dd: Device and dtype of the parameters.
     """
     strict_img_size: torch.jit.Final[bool]
+    dynamic_img_pad: torch.jit.Final[bool]
 
     def __init__(
             self,
@@ -68,6 +76,7 @@ class StemPatchEmbed(nn.Module):
             in_chans: int = 3,
             embed_dim: int = 96,
             strict_img_size: bool = True,
+            dynamic_img_pad: bool = False,
             norm_layer: Callable | None = None,
             **dd: Any,
     ):
@@ -75,6 +84,7 @@ class StemPatchEmbed(nn.Module):
         self.patch_size = to_2tuple(patch_size)
         self.token_stride = token_stride
         self.strict_img_size = strict_img_size
+        self.dynamic_img_pad = dynamic_img_pad
         self.set_input_size(img_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
         self.norm = norm_layer(embed_dim, **dd) if norm_layer is not None else nn.Identity()
@@ -86,7 +96,8 @@ class StemPatchEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = check_input(x, self.img_size[0], self.img_size[1], self.token_stride, not self.strict_img_size)
+        x = check_input(
+            x, self.img_size[0], self.img_size[1], self.token_stride, not self.strict_img_size, self.dynamic_img_pad)
         x = self.proj(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H/4, W/4, D)
         return self.norm(x.contiguous())  # once here, so that no later layer has to
 

@@ -2,6 +2,8 @@
 import torch
 from timm.layers import register_notrace_function, resample_abs_pos_embed
 
+from .sizes import same_grid
+
 __all__ = ['resample_pos_embed']
 
 
@@ -14,5 +16,7 @@ def resample_pos_embed(pos_embed: torch.Tensor, new_size: list[int], old_size: l
         new_size: New grid (height, width), in tokens.
         old_size: Grid of `pos_embed`.
     """
+    if same_grid((new_size[0], new_size[1]), (old_size[0], old_size[1])):
+        return pos_embed
     return resample_abs_pos_embed(
         pos_embed, new_size=new_size, old_size=old_size, num_prefix_tokens=0, antialias=False)

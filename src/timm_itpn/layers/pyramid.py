@@ -8,21 +8,45 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch.types import Device
 
 from .blocks import MlpBlock
 from .patch_embed import ConvPatchSplit
 from .run import run_blocks
+from .sizes import holds
 
 __all__ = ['FeaturePyramid']
 
-# odd sides are rounded up; 'subsample' keeps every other position, as torchvision's LastLevelMaxPool does
+# 'subsample' keeps every other position, as torchvision's LastLevelMaxPool does
 POOLS: dict[str, Callable] = {
-    'max': lambda: nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True),
-    'avg': lambda: nn.AvgPool2d(kernel_size=2, stride=2, ceil_mode=True),
-    'subsample': lambda: nn.MaxPool2d(kernel_size=1, stride=2, ceil_mode=True),
+    'max': lambda: nn.MaxPool2d(kernel_size=2),
+    'avg': lambda: nn.AvgPool2d(kernel_size=2),
+    'subsample': lambda: nn.MaxPool2d(kernel_size=1, stride=2),
 }
+
+
+class Halve(nn.Module):
+    """Pool a map, (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C).
+
+    The last row or column of an odd side is pooled with itself. The numbers are those of pooling with `ceil_mode`,
+    which loses rows in AOTInductor with dynamic sizes.
+
+    Args:
+        pool: Key of `POOLS`.
+    """
+
+    def __init__(self, pool: str):
+        super().__init__()
+        self.pool = POOLS[pool]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 3, 1, 2)
+        H, W = x.shape[-2], x.shape[-1]
+        if not (holds(H % 2 == 0) and holds(W % 2 == 0)):
+            x = F.pad(x, (0, W % 2, 0, H % 2), mode='replicate')
+        return self.pool(x).permute(0, 2, 3, 1)
 
 
 class PyramidLevel(nn.Module):
@@ -125,7 +149,7 @@ class FeaturePyramid(nn.Module):
             PyramidLevel(in_dims[1], above_dim=in_dims[2], depth=depth, align_bias=align_bias, **shared),
             PyramidLevel(in_dims[2], above_dim=None, depth=0, align_bias=True, **shared),
         ])
-        self.pools = nn.ModuleList([POOLS[pool](), POOLS[pool]()])
+        self.pools = nn.ModuleList([Halve(pool), Halve(pool)])
         level_dims = [dim + in_dim if concat else dim for in_dim in in_dims]
         self.feature_info = [
             dict(module=f'levels.{i}', num_chs=num_chs, reduction=4 * 2 ** i) for i, num_chs in enumerate(level_dims)]
@@ -156,8 +180,8 @@ class FeaturePyramid(nn.Module):
         top = self.norm(stages[2])
         if max(indices) >= 2:
             x16 = self.join(stages[2], self.levels[2].finish(self.levels[2](top, top)))
-            x32 = self.pools[0](x16.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            x64 = self.pools[1](x32.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x32 = self.pools[0](x16)
+            x64 = self.pools[1](x32)
             if 4 in indices:
                 maps.append(x64)
             if 3 in indices:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.layers import is_exporting, register_notrace_module
 from torch.types import Device
 
+from .sizes import same_grid
+
 __all__ = ['RelPosBias', 'resample_table']
 
 MAX_CACHED = 2 ** 23  # elements of a bias that is kept; 512 pixels with 8 heads. At 1024, 24 of them would be 13 GB.
@@ -216,7 +218,7 @@ class RelPosBias(nn.Module):
         """
         if queries is not None and keys is not None:
             return self._between(queries, keys, height, width)
-        if not self.dynamic_window_size:
+        if not self.dynamic_window_size or same_grid((height, width), self.window_size):
             height, width = self.window_size  # constants for tracers
         if not torch.jit.is_scripting():
             if self._may_keep():
@@ -238,7 +240,7 @@ class RelPosBias(nn.Module):
     def _table(self, height: int, width: int) -> torch.Tensor:
         """The table for a grid, ((2 * height - 1) * (2 * width - 1), num_heads)."""
         table = self.relative_position_bias_table
-        if not self.dynamic_window_size:
+        if not self.dynamic_window_size or same_grid((height, width), self.window_size):
             return table
         if not torch.jit.is_scripting():
             if not torch.jit.is_tracing() and not torch.compiler.is_compiling():

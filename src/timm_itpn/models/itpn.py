@@ -59,6 +59,7 @@ from ..layers.patch_embed import (
     check_side_lengths,
 )
 from ..layers.pyramid import FeaturePyramid
+from ..layers.sizes import holds
 from ..layers.stages import AttentionStage, MlpStage
 from ..weights.sources import SOURCES, drive_url, file_name
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
@@ -125,6 +126,8 @@ class ITPN(nn.Module):
         attn_drop_rate: Dropout rate of attention weights.
         drop_path_rate: Stochastic depth rate of the last block; it grows linearly from 0 at the first.
         dynamic_img_size: Take any input whose sides are multiples of 16, resampling position embeddings in forward.
+        dynamic_img_pad: Take any input: sides are padded to multiples of 16 by repeating their last pixels, and
+            features at stride s have ceil(side / s) positions.
         acceleration: Token gathering and migration in stage 3: 'light', 'full', or None for none. The next three
             replace parts of it; see `acceleration.schedule.parse_schedule`.
         gather_window: Largest side of a window in tokens, 0 for one window.
@@ -170,6 +173,7 @@ class ITPN(nn.Module):
             attn_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             dynamic_img_size: bool = False,
+            dynamic_img_pad: bool = False,
             acceleration: str | None = None,
             gather_window: int | None = None,
             gather_blocks: Sequence[int] | None = None,
@@ -202,6 +206,8 @@ class ITPN(nn.Module):
         schedule = parse_schedule(depths[2], acceleration, gather_window, gather_blocks, migrate)
         third: Any = AttentionStage if schedule is None else partial(MigrationStage, schedule=schedule)
 
+        dynamic_img_size = dynamic_img_size or dynamic_img_pad
+
         self.family = family
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -221,6 +227,7 @@ class ITPN(nn.Module):
             in_chans=in_chans,
             embed_dim=dims[0],
             strict_img_size=not dynamic_img_size,
+            dynamic_img_pad=dynamic_img_pad,
             norm_layer=norm if differs.stem_norm else None,
             **dd,
         )
@@ -414,6 +421,7 @@ class ITPN(nn.Module):
         if output_fmt not in ('NCHW', 'NHWC', 'NLC'):
             raise ValueError(f'output_fmt {output_fmt} is unknown, use NCHW, NHWC or NLC')
         take_indices, max_index = feature_take_indices(self._num_levels(), indices)
+        height, width = x.shape[-2], x.shape[-1]
         x = self.patch_embed(x)
         if torch.jit.is_scripting() or not stop_early or self.pyramid is not None:  # TorchScript cannot slice modules
             stages = self.stages
@@ -427,6 +435,9 @@ class ITPN(nn.Module):
             intermediates = self.pyramid(maps, take_indices)
         else:
             intermediates = [maps[i] for i in sorted(take_indices)]
+        if self.patch_embed.dynamic_img_pad:
+            intermediates = [
+                crop(y, height, width, 4 * 2 ** i) for y, i in zip(intermediates, sorted(take_indices))]
         if output_fmt == 'NCHW':
             # (B, H, W, C) -> (B, C, H, W); .contiguous() would leave views of pooled maps, which FSDP2 warns of
             intermediates = [
@@ -484,6 +495,13 @@ class ITPN(nn.Module):
         return self.forward_head(x)
 
 
+def crop(x: torch.Tensor, height: int, width: int, stride: int) -> torch.Tensor:
+    """Positions of a map (B, H, W, C) that have pixels of an image of `height` x `width`, not of its padding alone."""
+    if stride < 16 and not (holds(height % 16 == 0) and holds(width % 16 == 0)):
+        x = x[:, :-(-height // stride), :-(-width // stride)]
+    return x
+
+
 def check_global_pool(global_pool: str) -> None:
     if global_pool not in POOL_TYPES:
         raise ValueError(f'global_pool {global_pool!r} is unknown, use one of {POOL_TYPES}')
@@ -521,12 +539,16 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs: Any) -> ITPN:
     model_args = dict(SIZES[variant.removesuffix('_fpn')], **TAG_ARGS.get(source.tag or '', {}))
     if variant.endswith('_fpn'):
         model_args['pyramid'] = kwargs.get('features_only', False)
+    if kwargs.get('features_only') and not {'img_size', 'dynamic_img_size'} & set(kwargs):
+        model_args['dynamic_img_size'] = True  # decoders take images of any size
     kwargs = dict(model_args, **kwargs)
     has_pyramid = kwargs.get('pyramid', False)
     out_indices = kwargs.pop('out_indices', 5 if has_pyramid else 3)
     feature_cls = kwargs.get('feature_cls', 'getter')
     if has_pyramid and feature_cls not in ('getter', FeatureGetterNet):
         raise ValueError(f"feature_cls {feature_cls!r} cannot see the pyramid: leave it out, or use 'getter'.")
+    if kwargs.get('features_only') and kwargs.get('dynamic_img_size') and feature_cls in ('getter', FeatureGetterNet):
+        kwargs.setdefault('dynamic_img_pad', True)
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = fetched(variant, **kwargs)
     return build_model_with_cfg(
