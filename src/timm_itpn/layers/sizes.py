@@ -1,0 +1,22 @@
+"""Sizes that are known when a forward is traced, and those that are not."""
+import torch
+from timm.layers import is_exporting
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+__all__ = ['holds', 'same_grid']
+
+
+def holds(condition: bool) -> bool:
+    """A condition on sizes; in a program that is exported, whether it is true of all sizes that the program takes.
+
+    Asking it in `if` would hold such a program to the sizes for which the answer is that of the example.
+    """
+    if not torch.jit.is_scripting():
+        if is_exporting():
+            return statically_known_true(condition)
+    return condition
+
+
+def same_grid(new_size: tuple[int, int], old_size: tuple[int, int]) -> bool:
+    """Whether two grids (height, width) are the same, see `holds`."""
+    return holds(new_size[0] == old_size[0]) and holds(new_size[1] == old_size[1])
