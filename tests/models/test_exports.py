@@ -5,7 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from functorch.compile import memory_efficient_fusion
-from support.small import FAMILIES, images, small_model
+from support.small import FAMILIES, PYRAMIDS, images, small_model
 from timm.utils.onnx import onnx_export
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -51,6 +51,24 @@ def test_onnx_runtime_agrees(name, how, tmp_path):
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     output, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert_same(torch.from_numpy(output), model(x).detach())
+
+
+@pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows
+@every_acceleration
+@pytest.mark.parametrize('name', PYRAMIDS)
+def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_built_for(name, acceleration, tmp_path):
+    model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY, **acceleration)
+    x, path = images(1, 3, 64, 64), tmp_path / 'model.onnx'
+    with torch.no_grad():
+        expected, traced = model(x), torch.jit.trace(model, x)
+        program = torch.export.export(model, (x,))
+        assert 'timm_itpn::' not in f'{program.graph} {traced.inlined_graph}'
+        torch.onnx.export(model, (x,), path, dynamo=False)
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for outputs in (traced(x), program.module()(x), torch.jit.script(model)(x), map(torch.from_numpy, found)):
+            for actual, wanted in zip(outputs, expected, strict=True):
+                assert_same(actual, wanted)
 
 
 @pytest.mark.parametrize('fused', [False, True], ids=['model', 'fused'])

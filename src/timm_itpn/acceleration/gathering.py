@@ -36,7 +36,8 @@ def gathering_bias(num_tokens: torch.Tensor) -> torch.Tensor:
         (W, W), float32: for queries of window i, the logarithm of the number of tokens that gathering token j stands
         for; -inf for that of the query's own window, whose tokens it sees.
     """
-    own = torch.eye(num_tokens.shape[0], dtype=torch.bool, device=num_tokens.device)
+    window = torch.arange(num_tokens.shape[0], device=num_tokens.device)
+    own = window[:, None] == window
     return num_tokens.float().log().masked_fill(own, float('-inf'))
 
 

@@ -9,9 +9,12 @@ __all__ = ['holds', 'same_grid']
 def holds(condition: bool) -> bool:
     """A condition on sizes; in a program that is exported, whether it is true of all sizes that the program takes.
 
-    Asking it in `if` would hold such a program to the sizes for which the answer is that of the example.
+    Asking it in `if` would hold such a program to the sizes for which the answer is that of the example. FX, which has
+    no sizes, gets False.
     """
     if not torch.jit.is_scripting():
+        if isinstance(condition, torch.fx.Proxy):
+            return False
         if is_exporting():
             return statically_known_true(condition)
     return condition

@@ -437,7 +437,7 @@ class ITPN(nn.Module):
             intermediates = [maps[i] for i in sorted(take_indices)]
         if self.patch_embed.dynamic_img_pad:
             intermediates = [
-                crop(y, height, width, 4 * 2 ** i) for y, i in zip(intermediates, sorted(take_indices))]
+                crop(y, height, width, 4 << i) for y, i in zip(intermediates, sorted(take_indices))]
         if output_fmt == 'NCHW':
             # (B, H, W, C) -> (B, C, H, W); .contiguous() would leave views of pooled maps, which FSDP2 warns of
             intermediates = [
