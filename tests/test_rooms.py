@@ -6,7 +6,7 @@ import pytest
 
 import timm_itpn
 
-ROOMS = ('ops', 'layers', 'acceleration', 'weights', 'models', 'tools', 'pretrain', 'bench', 'studies', 'cli')
+ROOMS = ('ops', 'layers', 'acceleration', 'weights', 'models', 'tools', 'pretrain', 'detection', 'bench', 'studies', 'cli')
 ROOT = Path(timm_itpn.__file__).parent
 
 

@@ -202,7 +202,7 @@ def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> Stat
 
 
 def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
-    """Leave out what only pre-training needs, and a pyramid that the model has no place for; the log says so."""
+    """Leave out what only pre-training needs, and pyramid and tables that the model is without; the log says so."""
     left = [key for key in _starting(PRETRAIN, state_dict) if key not in target]
     if left:
         parts = sorted({part_of(key, state_dict) for key in left})
@@ -210,6 +210,10 @@ def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
     if not _starting(PYRAMID, target) and _starting(PYRAMID, state_dict):
         _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
         left += _starting(PYRAMID, state_dict)
+    tables = [key for key in state_dict if key.endswith(TABLE) and key not in left]
+    if tables and not any(key.endswith(TABLE) for key in target):
+        _logger.info('Left out the relative position bias: the model has none (rel_pos_bias=False).')
+        left += tables
     return {key: value for key, value in state_dict.items() if key not in left}
 
 

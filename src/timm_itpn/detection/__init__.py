@@ -1,0 +1,1 @@
+"""Detection and instance segmentation: Mask R-CNN as the authors train it, COCO-format data, and average precision."""

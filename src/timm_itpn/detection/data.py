@@ -1,0 +1,166 @@
+"""Images and instances in COCO's format for torchvision's detectors, and the authors' augmentation.
+
+Everything random in a sample follows from seed, epoch and index, as in pre-training.
+"""
+import logging
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from .coco import read_coco
+
+__all__ = ['CocoDataset', 'collate', 'eval_transforms', 'train_transforms']
+
+_logger = logging.getLogger(__name__)
+
+Sample = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+class CocoDataset(Dataset):
+    """Images and their instances; crowds are left to the evaluation.
+
+    Ids of categories may have gaps: label i is `category_ids[i - 1]`, label 0 is the background.
+
+    Args:
+        annotations: JSON file in COCO's format.
+        image_dir: Folder of the images that it names. Those that are not there are skipped, which the log says.
+        transforms: `train_transforms()` or `eval_transforms()`.
+        seed: Of everything random.
+
+    Attributes:
+        coco: The annotations, as pycocotools' `COCO`.
+        ids: Of the images, in the order of the samples.
+        category_ids: In the order of the labels.
+        num_classes: Categories and the background.
+        num_missing: Images that were skipped.
+        epoch: Other epochs have other random numbers.
+
+    Raises:
+        RuntimeError: An image cannot be read, or is not of the size that the file says.
+        ValueError: The file cannot be used, or no image is there.
+    """
+
+    def __init__(self, annotations: Path, image_dir: Path, transforms: Callable, seed: int = 0):
+        self.coco = read_coco(annotations)
+        self.image_dir = image_dir
+        self.transforms = transforms
+        self.seed = seed
+        self.epoch = 0
+        self.category_ids = sorted(self.coco.cats)
+        self.num_classes = 1 + len(self.category_ids)
+        self.labels = {category: i for i, category in enumerate(self.category_ids, start=1)}
+        self.ids = [number for number in sorted(self.coco.imgs) if self._path(number).is_file()]
+        missing = [number for number in self.coco.imgs if number not in set(self.ids)]
+        self.num_missing = len(missing)
+        if not self.ids:
+            raise ValueError(f'{image_dir} has none of the images of {annotations}: name the folder that they are in.')
+        if missing:
+            _logger.warning(
+                f'Skipped {len(missing)} of {len(self.coco.imgs)} images, which are missing, such as '
+                f'{self._path(missing[0])}.')
+        num_empty = sum(not self.coco.imgToAnns.get(number) for number in self.ids)
+        if num_empty:
+            _logger.info(f'{num_empty} of {len(self.ids)} images have no annotation: they are all background.')
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        number = self.ids[index]
+        image, target = self._image(number), self._target(number)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(zlib.crc32(repr((self.seed, self.epoch, index)).encode()))
+            return self.transforms(image, target)
+
+    def _path(self, number: int) -> Path:
+        return self.image_dir / self.coco.imgs[number]['file_name']
+
+    def _image(self, number: int) -> tv_tensors.Image:
+        path, row = self._path(number), self.coco.imgs[number]
+        try:
+            with Image.open(path) as file:
+                image = file.convert('RGB')
+        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's, of broken PNG files
+            raise RuntimeError(f'{path} cannot be read as an image: {error}.') from error
+        if image.size != (row['width'], row['height']):
+            raise RuntimeError(
+                f'{path} has {image.width} x {image.height} pixels, but its annotations are for {row["width"]} x '
+                f'{row["height"]}.')
+        return tv_tensors.Image(v2.functional.pil_to_tensor(image))
+
+    def _target(self, number: int) -> dict[str, torch.Tensor]:
+        size = self.coco.imgs[number]['height'], self.coco.imgs[number]['width']
+        rows = [row for row in self.coco.imgToAnns.get(number, ()) if not row['iscrowd']]
+        boxes = torch.tensor([row['bbox'] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # left, top, width, height -> left, top, right, bottom
+        masks = [torch.from_numpy(self.coco.annToMask(row)) for row in rows]
+        return dict(
+            boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
+            masks=tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)),
+            labels=torch.tensor([self.labels[row['category_id']] for row in rows], dtype=torch.int64),
+            image_id=torch.tensor(number),
+        )
+
+
+def collate(samples: Sequence[Sample]) -> tuple[list[Any], list[Any]]:
+    """Images and targets of a batch, as torchvision's detectors take them."""
+    images, targets = zip(*samples)
+    return list(images), list(targets)
+
+
+def train_transforms(
+        short_sides: Sequence[int] = tuple(range(480, 801, 32)),
+        max_side: int = 1333,
+        crop_short_sides: Sequence[int] = (400, 500, 600),
+        crop_sides: tuple[int, int] = (384, 600),
+        hflip: float = 0.5,
+) -> v2.Compose:
+    """The augmentation: a flip, then a resize, in half of the cases of a random crop.
+
+    Args:
+        short_sides: Of the images, in pixels; one is drawn.
+        max_side: Largest long side.
+        crop_short_sides: Of the images before they are cropped.
+        crop_sides: Smallest and largest side of the crop.
+        hflip: Probability of a horizontal flip.
+    """
+    resize = v2.RandomShortestSize(list(short_sides), max_side)
+    crop = v2.Compose([v2.RandomShortestSize(list(crop_short_sides)), RandomCropSize(*crop_sides), resize])
+    return v2.Compose([
+        v2.RandomHorizontalFlip(hflip),
+        v2.RandomChoice([resize, crop]),
+        v2.ClampBoundingBoxes(),
+        v2.SanitizeBoundingBoxes(),
+        eval_transforms(),
+    ])
+
+
+def eval_transforms() -> v2.Compose:
+    """Images in 0 to 1, as plain tensors; the detector resizes them."""
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
+
+
+class RandomCropSize(nn.Module):
+    """A crop at a random position, of two random sides; images with shorter sides keep them.
+
+    Args:
+        smallest: Side in pixels.
+        largest: Side in pixels.
+    """
+
+    def __init__(self, smallest: int, largest: int):
+        super().__init__()
+        self.smallest, self.largest = smallest, largest
+
+    def forward(self, image: tv_tensors.Image, target: dict[str, torch.Tensor]) -> Any:
+        sides = [
+            int(torch.randint(min(side, self.smallest), min(side, self.largest) + 1, ())) for side in image.shape[-2:]]
+        return v2.RandomCrop(sides)(image, target)

@@ -1,0 +1,166 @@
+"""Mask R-CNN with the authors' settings, from torchvision's parts.
+
+Paper: 'Mask R-CNN', https://arxiv.org/abs/1703.06870; the settings are those of iTPN, https://arxiv.org/abs/2211.12735.
+
+Differs from torchvision's `maskrcnn_resnet50_fpn`: a box head of four convolutions and one layer; the loss of boxes is
+generalised IoU of decoded boxes, ten times; RoI align samples every position; anchors are at the exact strides.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
+from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
+
+from ..models.detection import DetectionBackbone
+
+__all__ = ['STRIDES', 'Anchors', 'BoxAndMaskHeads', 'compute_losses', 'mask_rcnn']
+
+STRIDES = (4, 8, 16, 32, 64)
+ROI_LEVELS = ('0', '1', '2', '3')  # strides 4 to 32
+BOX_LOSS_WEIGHT = 10.
+
+Losses = dict[str, torch.Tensor]
+Target = dict[str, torch.Tensor]
+
+
+def mask_rcnn(
+        backbone: str | nn.Module,
+        num_classes: int,
+        backbone_kwargs: dict[str, Any] | None = None,
+        head_dim: int = 256,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        **kwargs: Any,
+) -> MaskRCNN:
+    """Create the detector.
+
+    In training, images come as they are, so the data set resizes them; in evaluation the detector resizes them to a
+    short side of 800 pixels and a long side of at most 1333.
+
+    Args:
+        backbone: Name of a model with pyramid, or a module as torchvision's detectors take it, which gives levels '0'
+            to '4' at `STRIDES`.
+        num_classes: Classes with the background, which is class 0, as torchvision counts them.
+        backbone_kwargs: For `DetectionBackbone`, where `backbone` is a name, such as `pretrained`, `drop_path_rate`.
+            Relative position bias is off unless they say otherwise.
+        head_dim: Channels of the convolutions of both heads; the linear layer of the box head has four times as many.
+        norm_layer: Norm of the box head. The authors synchronise it: `nn.SyncBatchNorm.convert_sync_batchnorm(model)`,
+            for CUDA.
+        kwargs: For torchvision's `MaskRCNN`, such as `min_size`, `max_size`, `box_score_thresh`.
+
+    Raises:
+        ValueError: There is no class but the background, or the levels have unequal numbers of channels.
+    """
+    if num_classes < 2:
+        raise ValueError(f'num_classes is {num_classes}, but it counts the background: it is at least 2.')
+    if isinstance(backbone, str):
+        backbone = DetectionBackbone(backbone, **{'rel_pos_bias': False, **(backbone_kwargs or {})})
+    channels: Any = backbone.out_channels
+    model = MaskRCNN(
+        backbone,
+        rpn_anchor_generator=Anchors(),
+        box_roi_pool=MultiScaleRoIAlign(ROI_LEVELS, output_size=7, sampling_ratio=0),
+        box_head=FastRCNNConvFCHead((channels, 7, 7), [head_dim] * 4, [4 * head_dim], norm_layer),
+        box_predictor=FastRCNNPredictor(4 * head_dim, num_classes),
+        mask_roi_pool=MultiScaleRoIAlign(ROI_LEVELS, output_size=14, sampling_ratio=0),
+        mask_head=MaskRCNNHeads(channels, (head_dim,) * 4, dilation=1),
+        mask_predictor=MaskRCNNPredictor(head_dim, head_dim, num_classes),
+        _skip_resize=True,  # in training
+        **{'rpn_post_nms_top_n_train': 1000, **kwargs},
+    )
+    model.roi_heads = BoxAndMaskHeads(model.roi_heads)
+    predictor = model.roi_heads.box_predictor
+    for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred, predictor.cls_score, predictor.bbox_pred):
+        layer.register_forward_hook(_in_float32)
+    return model
+
+
+def compute_losses(model: nn.Module, images: list[torch.Tensor], targets: list[Target]) -> Losses:
+    """'loss' of a batch, and the terms that it is the sum of.
+
+    Args:
+        model: The detector in training mode, or what wraps it, such as `DistributedDataParallel`.
+        images: (3, H, W) each, 0 to 1.
+        targets: Of each image 'boxes' (N, 4), 'labels' (N,) and 'masks' (N, H, W), as torchvision takes them.
+    """
+    terms = model(images, targets)
+    return {'loss': torch.stack(list(terms.values())).sum(), **terms}
+
+
+class Anchors(AnchorGenerator):
+    """Anchors of eight strides, of three shapes, at the exact strides and in float32.
+
+    torchvision's own are image side // map side apart, 61 pixels at stride 64 of 800; and of the type of the levels,
+    which under autocast knows only every fourth pixel (bfloat16 from 512).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tuple((8 * stride,) for stride in STRIDES), ((0.5, 1., 2.),) * len(STRIDES))
+
+    def forward(self, image_list: ImageList, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Anchors (N, 4) of each image, level by level."""
+        self.set_cell_anchors(torch.float32, feature_maps[0].device)
+        sizes = [level.shape[-2:] for level in feature_maps]
+        anchors = torch.cat(self.grid_anchors(sizes, [[stride, stride] for stride in STRIDES]))
+        return [anchors] * len(image_list.image_sizes)
+
+
+class BoxAndMaskHeads(RoIHeads):
+    """torchvision's heads with the generalised IoU of decoded boxes as their loss of boxes.
+
+    Args:
+        heads: What to take the parts and settings of.
+    """
+
+    def __init__(self, heads: RoIHeads):
+        matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
+        super().__init__(
+            heads.box_roi_pool, heads.box_head, heads.box_predictor, matcher.high_threshold, matcher.low_threshold,
+            sampler.batch_size_per_image, sampler.positive_fraction, heads.box_coder.weights, heads.score_thresh,
+            heads.nms_thresh, heads.detections_per_img, heads.mask_roi_pool, heads.mask_head, heads.mask_predictor)
+
+    def forward(
+            self,
+            features: dict[str, torch.Tensor],
+            proposals: list[torch.Tensor],
+            image_shapes: list[tuple[int, int]],
+            targets: list[Target] | None = None,
+    ) -> tuple[list[Target], Losses]:
+        """As torchvision's: predictions in evaluation, losses in training."""
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        assert targets is not None
+        proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
+        x = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
+        logits, deltas = self.box_predictor(x)
+        boxes = self.box_coder.decode(deltas, proposals)  # (N, num_classes * 4) -> (N, num_classes, 4)
+        all_labels = torch.cat(labels)
+        wanted = torch.cat([_matched_boxes(target['boxes'], index) for target, index in zip(targets, matched)])
+        chosen = all_labels.nonzero()[:, 0]  # objects
+        box_loss = generalized_box_iou_loss(boxes[chosen, all_labels[chosen]], wanted[chosen], reduction='sum')
+
+        proposals = [each[label > 0] for each, label in zip(proposals, labels)]
+        matched = [index[label > 0] for index, label in zip(matched, labels)]
+        mask_logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, proposals, image_shapes)))
+        masks, classes = [target['masks'] for target in targets], [target['labels'] for target in targets]
+        return [], {
+            'loss_classifier': nn.functional.cross_entropy(logits, all_labels),
+            'loss_box_reg': BOX_LOSS_WEIGHT * box_loss / len(all_labels),
+            'loss_mask': maskrcnn_loss(mask_logits, proposals, masks, classes, matched),
+        }
+
+
+def _matched_boxes(boxes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The box that each sample is matched with; an image without objects has only background, so any box will do."""
+    return boxes[index] if len(boxes) else boxes.new_zeros(len(index), 4)
+
+
+def _in_float32(layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook: under autocast, boxes and scores are computed in float32."""
+    return output.float() if torch.is_autocast_enabled(output.device.type) else output
