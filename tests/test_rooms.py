@@ -6,7 +6,8 @@ import pytest
 
 import timm_itpn
 
-ROOMS = ('ops', 'layers', 'acceleration', 'weights', 'models', 'tools', 'pretrain', 'detection', 'bench', 'studies', 'cli')
+ROOMS = (
+    'ops', 'layers', 'acceleration', 'weights', 'models', 'tools', 'pretrain', 'detection', 'bench', 'studies', 'cli')
 ROOT = Path(timm_itpn.__file__).parent
 
 

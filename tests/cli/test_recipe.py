@@ -1,4 +1,6 @@
 """The recipes: the authors' numbers, in a form that timm takes."""
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -7,6 +9,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 from timm_itpn.cli import main
+from timm_itpn.detection.data import train_transforms
+from timm_itpn.detection.model import mask_rcnn
+from timm_itpn.detection.optim import param_groups
 from timm_itpn.models import MODULES
 
 # epochs, warm-up epochs, images per update, lr, layer decay, drop path, image side
@@ -20,7 +25,8 @@ RECIPES = {
     'itpn_large.clip_in1k': (50, 5, 512, 2e-4, 0.55, 0.25, 224),
     'itpn_large.pixel_in1k': (50, 5, 1024, 1e-3 * 4, 0.84, 0.2, 224),  # 0.55 ** (13 / 45)
 }
-OTHERS = ('mask_rcnn', 'upernet', 'pretrain_fast_itpn', 'pretrain_itpn_clip', 'pretrain_itpn_pixel', 'pretrain_mfm')
+OTHERS = ('mask_rcnn', 'mask_rcnn_large', 'upernet',
+          'pretrain_fast_itpn', 'pretrain_itpn_clip', 'pretrain_itpn_pixel', 'pretrain_mfm')
 
 
 def read(name, capsys):
@@ -36,29 +42,37 @@ def test_names_are_listed_and_every_model_with_weights_has_one(capsys):
     assert {name.split('.')[0] for name in models if '.' in name} == {name.split('.')[0] for name in RECIPES}
 
 
-def test_mask_rcnn_recipe_is_one_that_torchvision_runs(capsys):
-    pytest.importorskip('torchvision', reason='torchvision is not installed')
-    from torchvision.models.detection import MaskRCNN
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.ops import MultiScaleRoIAlign
-
-    from timm_itpn.models.detection import DetectionBackbone
-    _, recipe = read('mask_rcnn', capsys)
-    kwargs = {key: value for key, value in recipe['backbone'].items() if value is not None and key != 'pretrained'}
-    backbone = DetectionBackbone(**kwargs, embed_dim=128, depths=(1, 1, 1), num_heads=2)
-    assert backbone.out_channels == recipe['out_channels']
-    assert list(recipe['levels'].values()) == backbone.body.feature_info.reduction()
-    sizes, ratios = recipe['anchors']['sizes'], recipe['anchors']['aspect_ratios']
-    model = MaskRCNN(
-        backbone,
-        num_classes=2,
-        rpn_anchor_generator=AnchorGenerator(tuple((size,) for size in sizes), (tuple(ratios),) * len(sizes)),
-        box_roi_pool=MultiScaleRoIAlign(recipe['roi_levels'], output_size=7, sampling_ratio=2),
-        min_size=64,
-        max_size=96,
-    ).eval()
-    with torch.inference_mode():
-        assert set(model([torch.rand(3, 60, 90)])[0]) == {'boxes', 'labels', 'scores', 'masks'}
+# epochs, steps of the schedule, lr, layer decay, drop path
+@pytest.mark.parametrize('name, numbers', [
+    ('mask_rcnn', (12, [9, 11], 2e-4, 0.90, 0.05)),
+    ('mask_rcnn_large', (12, [9, 11], 2e-4, 0.95, 0.2)),
+])
+def test_mask_rcnn_recipe_is_what_the_room_takes(name, numbers, capsys):
+    _, recipe = read(name, capsys)
+    keys = ('epochs', 'decay_milestones', 'lr', 'layer_decay', 'drop_path')
+    assert tuple(recipe[key] for key in keys) == numbers
+    resize, crop = train_transforms().transforms[1].transforms
+    assert (recipe['short_sides'], recipe['max_side']) == (resize.min_size, resize.max_size)
+    assert recipe['crop_short_sides'] == crop.transforms[0].min_size
+    assert recipe['crop_sides'] == [crop.transforms[1].smallest, crop.transforms[1].largest]
+    with torch.device('meta'):
+        model = mask_rcnn(recipe['model'], 81, dict(recipe['model_kwargs'], drop_path_rate=recipe['drop_path']))
+    assert not any(key.endswith('relative_position_bias_table') for key in model.state_dict())
+    optimizer = create_optimizer_v2(
+        model, opt=recipe['opt'], lr=recipe['lr'], betas=recipe['opt_betas'],
+        param_group_fn=partial(
+            param_groups, weight_decay=recipe['weight_decay'], layer_decay=recipe['layer_decay']))
+    updates = 1000  # of an epoch
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, recipe['sched'], num_epochs=recipe['epochs'], decay_rate=recipe['decay_rate'],
+        decay_milestones=recipe['decay_milestones'], warmup_epochs=recipe['warmup_updates'] / updates,
+        warmup_lr=recipe['warmup_lr'], updates_per_epoch=updates, step_on_epochs=False)
+    rates = []
+    for update in (0, 250, 500, 8998, 9000, 11000):  # timm's steps come one update early
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[-1]['lr'] / optimizer.param_groups[-1]['lr_scale'] / recipe['lr'])
+    assert rates == [pytest.approx(value) for value in (0.001, 0.5005, 1, 1, 0.1, 0.01)]
+    assert epochs == recipe['epochs']
 
 
 def test_upernet_recipe_has_the_channels_of_its_backbone(capsys):

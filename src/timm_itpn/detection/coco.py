@@ -51,7 +51,7 @@ def read_coco(path: Path) -> Any:
         problem = _problem(row, by_id['images'][row['image_id']])
         left[problem] += 1
         if not problem:
-            kept.append({'iscrowd': 0, **row})
+            kept.append({**row, 'iscrowd': int(bool(row.get('iscrowd')))})
     del left['']
     if left:
         _logger.warning(
@@ -62,7 +62,7 @@ def read_coco(path: Path) -> Any:
     with quiet():
         coco.createIndex()
     for row in kept:
-        if 'area' not in row:
+        if not isinstance(row.get('area'), (int, float)):
             row['area'] = float(area(coco.annToRLE(row)))
     return coco
 
@@ -117,6 +117,8 @@ def _problem(row: Row, image: Row) -> str:
 
 def _is_segmentation(value: Any, image: Row) -> bool:
     """Whether a value is polygons of at least three points, or a run-length code of the image's size."""
+    from pycocotools.mask import area
+
     if isinstance(value, list):
         return bool(value) and all(
             isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 and _are_numbers(each) for each in value)
@@ -125,7 +127,7 @@ def _is_segmentation(value: Any, image: Row) -> bool:
     counts = value.get('counts')
     if isinstance(counts, list):
         return _are_numbers(counts) and sum(counts) == image['height'] * image['width']
-    return isinstance(counts, str)
+    return isinstance(counts, str) and 0 < area(value) <= image['height'] * image['width']
 
 
 def _are_numbers(values: list[Any]) -> bool:
