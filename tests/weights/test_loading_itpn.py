@@ -45,16 +45,23 @@ def test_pixel_pretraining_starts_the_bias_at_zero_and_says_so(size, model, tmp_
             assert torch.equal(value, model.state_dict()[key]), key
 
 
-@pytest.mark.parametrize('option, with_it, without', [
-    ('init_values', 0.1, 0), ('rel_pos_bias', True, False)])
-@pytest.mark.parametrize('in_file', [True, False])
-def test_layer_scale_and_bias_are_never_dropped_nor_made_up(option, with_it, without, in_file, tmp_path):
+@pytest.mark.parametrize('option, with_it, without, in_file', [
+    ('init_values', 0.1, 0, True), ('init_values', 0.1, 0, False), ('rel_pos_bias', True, False, False)])
+def test_layer_scale_is_never_dropped_nor_layer_scale_and_bias_made_up(option, with_it, without, in_file, tmp_path):
     fits, fits_not = (with_it, without) if in_file else (without, with_it)
     weights = official(small_model('itpn_tiny', **{option: fits}))
     message = r'the model has no .* The file has .*' if in_file else r'it lacks .* The file has no .*'
     with pytest.raises(ValueError, match=f'{message} with {option}={fits}'):
         load(weights, tmp_path / 'w.pt', **{option: fits_not})
     load(weights, tmp_path / 'w.pt', **{option: fits})
+
+
+def test_bias_is_left_out_where_the_model_is_asked_to_have_none(model, tmp_path, caplog):
+    with caplog.at_level('INFO'):
+        loaded = load(official(model), tmp_path / 'w.pt', rel_pos_bias=False)
+    assert 'Left out the relative position bias: the model has none (rel_pos_bias=False).' in caplog.messages
+    assert {*model.state_dict()} - {*loaded.state_dict()} == {
+        key for key in model.state_dict() if key.endswith('relative_position_bias_table')}
 
 
 @pytest.mark.parametrize('size', [(96, 96), (48, 112)])

@@ -58,7 +58,7 @@ class CocoDataset(Dataset):
         self.num_classes = 1 + len(self.category_ids)
         self.labels = {category: i for i, category in enumerate(self.category_ids, start=1)}
         self.ids = [number for number in sorted(self.coco.imgs) if self._path(number).is_file()]
-        missing = [number for number in self.coco.imgs if number not in set(self.ids)]
+        missing = sorted(self.coco.imgs.keys() - set(self.ids))
         self.num_missing = len(missing)
         if not self.ids:
             raise ValueError(f'{image_dir} has none of the images of {annotations}: name the folder that they are in.')
@@ -88,7 +88,7 @@ class CocoDataset(Dataset):
         try:
             with Image.open(path) as file:
                 image = file.convert('RGB')
-        except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: Pillow's, of broken PNG files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
             raise RuntimeError(f'{path} cannot be read as an image: {error}.') from error
         if image.size != (row['width'], row['height']):
             raise RuntimeError(

@@ -263,13 +263,12 @@ def _mismatch(unknown: list[str], missing: list[str], target: StateDict) -> str:
     differences = [f'it lacks {_listed(missing)}'] if missing else []
     differences += [f'the model has no {_listed(unknown)}'] if unknown else []
     message = f'The checkpoint does not fit the model: {", and ".join(differences)}.'
-    for end, what, without, with_it in (
-            ('.gamma', 'layer scale', 'init_values=0', 'init_values=0.1'),
-            (TABLE, 'relative position bias', 'rel_pos_bias=False', 'rel_pos_bias=True')):
+    for end, what, without in (
+            ('.gamma', 'layer scale', 'init_values=0'), (TABLE, 'relative position bias', 'rel_pos_bias=False')):
         if (wanted := {key for key in target if key.endswith(end)}) and wanted <= set(missing):
             message += f' The file has no {what}; a model without it is created with {without}.'
-        elif any(key.endswith(end) for key in unknown):
-            message += f' The file has {what}, and is of no use without it; create the model with {with_it}.'
+    if any(key.endswith('.gamma') for key in unknown):
+        message += ' The file has layer scale, and is of no use without it; create the model with init_values=0.1.'
     return message
 
 
