@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from timm.layers import GELU, LayerScale
 
-from ..ops.attention import Heads, attention_weights, fused_attention
+from ..ops.attention import Heads, attention_weights, fused_attention, is_transformed
 from ..ops.linear import IMPLEMENTATIONS, choose_linear, reference
 from .attention import QkvBias
 from .linear import LINEAR_LAYERS
@@ -41,7 +41,7 @@ class FusedLinear(InferenceOnly):
         implementation: Key of `ops.linear.IMPLEMENTATIONS`, 'auto' for the first that can run where the weight is.
     """
 
-    __jit_ignored_attributes__ = ['_forward', '_packed']
+    __jit_ignored_attributes__ = ['_forward', '_packed', '_packed_from']
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, act: str = 'none', implementation: str = 'auto'):
         super().__init__()
@@ -55,6 +55,12 @@ class FusedLinear(InferenceOnly):
         self.implementation = choose_linear(self.asked, self.weight)
         self._forward = IMPLEMENTATIONS[self.implementation].forward
         self._packed = IMPLEMENTATIONS[self.implementation].pack(self.weight)
+        self._packed_from = self._source()
+
+    @torch.jit.unused
+    def _source(self) -> tuple[int, int]:
+        """Which tensor the weight is, and how often it was changed in place."""
+        return id(self.weight), 0 if self.weight.is_inference() else self.weight._version
 
     def _apply(self, fn, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
@@ -79,10 +85,11 @@ class FusedLinear(InferenceOnly):
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if is_eager(x) and not torch.is_autocast_enabled('cpu'):
-                if torch.is_grad_enabled() and x.requires_grad:
+                if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
                     raise RuntimeError(
                         'A fused model has no gradients: call it under torch.no_grad(), or use the original.')
-                return self._forward(x, self._packed, self.bias, self.act, residual)
+                if not is_transformed() and self._source() == self._packed_from:
+                    return self._forward(x, self._packed, self.bias, self.act, residual)
         return reference.forward(x, self.weight, self.bias, self.act, residual)
 
 

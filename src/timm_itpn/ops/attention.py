@@ -9,8 +9,10 @@
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, use_fused_attn
+from torch.autograd import forward_ad
 
-__all__ = ['IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'why_not']
+__all__ = [
+    'IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed', 'why_not']
 
 IMPLEMENTATIONS = ('sdpa', 'reference')
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
@@ -44,6 +46,11 @@ def choose_attention(name: str = 'auto') -> str:
     return name
 
 
+def is_transformed() -> bool:
+    """True inside transforms of `torch.func` and in forward-mode differentiation: tensors may be stand-ins."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
 @register_notrace_function
 def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
@@ -69,8 +76,13 @@ def fused_attention(
 ) -> torch.Tensor:
     """Attention in one kernel, without an (N, M) tensor; (B, num_heads, N, head_dim).
 
-    PyTorch itself falls back to plain maths for attention dropout on the CPU.
+    PyTorch itself falls back to plain maths for attention dropout and for a bias that needs a gradient, on the CPU.
+    Under transforms of `torch.func` it cannot see that the bias needs one, and its kernels have neither forward-mode
+    nor second derivatives: there it is plain maths, which has them all.
     """
+    if not torch.jit.is_scripting():
+        if not torch.compiler.is_compiling() and is_transformed():
+            return F.dropout(attention_weights(q, k, bias, scale).type_as(v), dropout_p) @ v
     k, v = _contiguous_heads(k), _contiguous_heads(v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 
