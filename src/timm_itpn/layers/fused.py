@@ -201,7 +201,7 @@ def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     Raises:
         ValueError: It is of another class, an adapter say, whose weight is not all that it does.
     """
-    if type(layer) not in LINEAR_LAYERS:
+    if type(layer) not in (*LINEAR_LAYERS, FusedLinear):
         raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
     return layer.weight, layer.bias
 
