@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..layers.blocks import AttentionBlock
 from ..layers.fused import FusedAttentionBlock
-from .gathering import attention_bias, global_heads, window_heads, window_mean
+from .gathering import attention_bias, window_heads, window_mean
 from .migration import select, similarity, take
 
 __all__ = ['MigrationBlock', 'Windows']
@@ -80,7 +80,7 @@ class Migration(nn.Module):
             if gathering is not None:  # gathering tokens have no position
                 keys = F.pad(positions, (0, positions.shape[1]), value=float(height * width))
         else:
-            heads = global_heads(qkv)
+            heads = window_heads(qkv.flatten(1, 2)[:, None])
             queries = keys = positions.flatten(1, 2)[:, None]
         bias = attention_bias(positions, height * width, gathering, padded, self.windowed)
         if self.rel_pos_bias is not None:

@@ -121,7 +121,18 @@ class ConvPatchMerge(nn.Module):
         return self
 
 
-class LinearPatchMerge(nn.Module):
+class LinearPatch(nn.Module):
+    """What merge and split by a Linear layer have in common."""
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Move scale and shift of the norm into the Linear layer."""
+        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
+        self.reduction = FusedLinear(*weights)
+        return self
+
+
+class LinearPatchMerge(LinearPatch):
     """Merge 2 x 2 neighbours: LayerNorm over all four, then a Linear layer without bias.
 
     (B, H, W, C) -> (B, H/2, W/2, D). The neighbours stand in the order (0, 0), (1, 0), (0, 1), (1, 1), as (row,
@@ -144,13 +155,6 @@ class LinearPatchMerge(nn.Module):
         x = x.reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # column before row
         x = self.norm(x.reshape(B, H // 2, W // 2, 4 * C))
         return self.reduction(x)
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Move scale and shift of the norm into the Linear layer."""
-        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
-        self.reduction = FusedLinear(*weights)
-        return self
 
 
 class ConvPatchSplit(nn.Module):
@@ -183,7 +187,7 @@ class ConvPatchSplit(nn.Module):
         return split
 
 
-class LinearPatchSplit(nn.Module):
+class LinearPatchSplit(LinearPatch):
     """Split each position in 2 x 2: LayerNorm, then a Linear layer without bias. (B, H, W, C) -> (B, 2H, 2W, D).
 
     Its output is read as (row, column, channel) = (2, 2, D).
@@ -206,10 +210,3 @@ class LinearPatchSplit(nn.Module):
         D = x.shape[-1] // 4
         x = x.reshape(B, H, W, 2, 2, D).transpose(2, 3)
         return x.reshape(B, 2 * H, 2 * W, D)  # (B, H, 2, W, 2, D) -> (B, 2H, 2W, D)
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Move scale and shift of the norm into the Linear layer."""
-        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
-        self.reduction = FusedLinear(*weights)
-        return self

@@ -85,21 +85,15 @@ def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
         The bias (1, num_heads, N, N + padding), N = height * width; rows are padded to multiples of 8, or CUDA's
         memory-efficient attention would copy it to align them.
     """
-    index = _offsets(height, width, table.device)
-    bias = table.t().contiguous().index_select(1, index.flatten())
-    return bias.reshape(1, -1, height * width, index.shape[1])
-
-
-def _offsets(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Rows of the table for all pairs of tokens, (N, N + padding), int32."""
-    y = torch.arange(height, device=device, dtype=torch.int32)
-    x = torch.arange(width, device=device, dtype=torch.int32)
+    y = torch.arange(height, device=table.device, dtype=torch.int32)
+    x = torch.arange(width, device=table.device, dtype=torch.int32)
     rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
     columns = x[:, None] - x + width - 1  # (width, width)
     index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
-    if is_exporting():  # the remainder would hold the program to some sizes
-        return index
-    return F.pad(index, (0, -(height * width) % 8))
+    if not is_exporting():  # the remainder would hold the program to some sizes
+        index = F.pad(index, (0, -(height * width) % 8))
+    bias = table.t().contiguous().index_select(1, index.flatten())
+    return bias.reshape(1, -1, height * width, index.shape[1])
 
 
 def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:

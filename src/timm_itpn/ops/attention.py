@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, use_fused_attn
 from torch.autograd import forward_ad
 
+from .choose import choose
+
 __all__ = [
     'IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed', 'why_not']
 
@@ -27,23 +29,8 @@ def why_not(name: str) -> str | None:
 
 
 def choose_attention(name: str = 'auto') -> str:
-    """Return the name of the implementation to use.
-
-    Args:
-        name: One of `IMPLEMENTATIONS`, or 'auto' for the first of them that can run.
-
-    Raises:
-        ValueError: `name` is unknown.
-        RuntimeError: The implementation asked for cannot run; the message gives the reason.
-    """
-    if name == 'auto':
-        return next(n for n in IMPLEMENTATIONS if why_not(n) is None)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f'attn_impl {name!r} is unknown, use one of: auto, {", ".join(IMPLEMENTATIONS)}')
-    reason = why_not(name)
-    if reason is not None:
-        raise RuntimeError(f'attention {name!r} cannot run: {reason}')
-    return name
+    """As `choose` does, among `IMPLEMENTATIONS`."""
+    return choose('attn_impl', name, {each: why_not(each) for each in IMPLEMENTATIONS})
 
 
 def is_transformed() -> bool:
