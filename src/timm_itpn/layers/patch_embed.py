@@ -137,12 +137,7 @@ class LinearPatchMerge(LinearPatch):
 
     (B, H, W, C) -> (B, H/2, W/2, D). The neighbours stand in the order (0, 0), (1, 0), (0, 1), (1, 1), as (row,
     column). timm's Swin has the same layer, but pads for odd sides, which is one more copy of the map.
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        norm_layer: Normalisation of the four positions together.
-        dd: Device and dtype of the parameters.
+    Arguments as for `ConvPatchMerge`, but the norm is of the four positions together.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
@@ -159,12 +154,7 @@ class LinearPatchMerge(LinearPatch):
 
 class ConvPatchSplit(nn.Module):
     """Split each position in 2 x 2: LayerNorm, then a transposed convolution. (B, H, W, C) -> (B, 2H, 2W, D).
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        norm_layer: Normalisation of each input position.
-        dd: Device and dtype of the parameters.
+    Arguments as for `ConvPatchMerge`.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
@@ -191,12 +181,7 @@ class LinearPatchSplit(LinearPatch):
     """Split each position in 2 x 2: LayerNorm, then a Linear layer without bias. (B, H, W, C) -> (B, 2H, 2W, D).
 
     Its output is read as (row, column, channel) = (2, 2, D).
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        norm_layer: Normalisation of each input position.
-        dd: Device and dtype of the parameters.
+    Arguments as for `ConvPatchMerge`.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):

@@ -5,7 +5,7 @@ block, as timm's module has it, would be 3.2 GB for 24 blocks at 1024 pixels.
 """
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -132,13 +132,6 @@ _gradient_op.register_fake(
     lambda grad, _h, _w, height, width: grad.new_empty((2 * height - 1) * (2 * width - 1), grad.shape[1]))
 
 
-class _Kept(NamedTuple):
-    """A bias that was made, and of what."""
-    grid_size: tuple[int, int]
-    table: torch.Tensor
-    bias: torch.Tensor
-
-
 @register_notrace_module
 class RelPosBias(nn.Module):
     """Bias for the attention scores of one block; it is added for query i, key j by their offset on the grid.
@@ -170,7 +163,7 @@ class RelPosBias(nn.Module):
         num_offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
         self.relative_position_bias_table = nn.Parameter(
             torch.empty(num_offsets, num_heads, device=device, dtype=dtype))
-        self._cache: _Kept | None = None
+        self._cache: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None  # of what grid and table, bias
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -258,14 +251,12 @@ class RelPosBias(nn.Module):
     @torch.jit.unused
     def _kept(self, height: int, width: int) -> torch.Tensor:
         table = self.relative_position_bias_table
-        kept = self._cache
-        if (
-                kept is not None and kept.grid_size == (height, width) and kept.table.dtype == table.dtype
-                and torch.equal(kept.table, table)
-        ):
-            return kept.bias
+        if self._cache is not None:
+            grid_size, old, bias = self._cache
+            if grid_size == (height, width) and old.dtype == table.dtype and torch.equal(old, table):
+                return bias
         bias = self._compute(height, width)
-        self._cache = _Kept((height, width), table.detach().clone(), bias) if bias.numel() <= MAX_CACHED else None
+        self._cache = ((height, width), table.detach().clone(), bias) if bias.numel() <= MAX_CACHED else None
         return bias
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,24 +13,17 @@ from torch.autograd import forward_ad
 
 from .choose import choose
 
-__all__ = [
-    'IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed', 'why_not']
+__all__ = ['IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed']
 
 IMPLEMENTATIONS = ('sdpa', 'reference')
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
 MANY_TOKENS = 2048
 
 
-def why_not(name: str) -> str | None:
-    """Reason why an implementation cannot run here, None if it can."""
-    if name == 'sdpa' and not use_fused_attn():
-        return 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
-    return None
-
-
 def choose_attention(name: str = 'auto') -> str:
     """As `choose` does, among `IMPLEMENTATIONS`."""
-    return choose('attn_impl', name, {each: why_not(each) for each in IMPLEMENTATIONS})
+    reason = None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
+    return choose('attn_impl', name, {'sdpa': reason, 'reference': None})
 
 
 def is_transformed() -> bool:
