@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
+from timm.data import rand_augment_transform
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted([ROOT / 'README.md', *ROOT.glob('src/timm_itpn/*/*.md')])
@@ -53,3 +55,13 @@ def test_links_and_pictures_exist(readme):
 def test_blocks_are_found_by_language_and_marker():
     text = 'a\n```python\nx = 1\n```\n```bash\nfalse\n```\n<!-- test -->\n```bash\ntrue\n```\n```text\n```python\n```\n'
     assert list(blocks(text)) == [('python', 3, 'x = 1\n'), ('bash', 10, 'true\n')]
+
+
+@pytest.mark.skipif(int(PIL.__version__.partition('.')[0]) > 12, reason='Pillow is newer than the extras install')
+def test_augmentation_of_the_recipes_takes_the_largest_magnitude():
+    policies = {line.split()[1] for path in ROOT.glob('src/timm_itpn/recipes/*.yaml')
+                for line in path.read_text().splitlines() if line.startswith('aa:')}
+    for policy in policies:
+        for op in rand_augment_transform(policy).ops:
+            op.prob, op.magnitude, op.magnitude_std = 1., 10, 0.  # which normal noise on 9 reaches in 2 of 100 draws
+            assert op(PIL.Image.new('RGB', (8, 8))).size == (8, 8)
