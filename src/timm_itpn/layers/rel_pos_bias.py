@@ -228,7 +228,7 @@ class RelPosBias(nn.Module):
         if not self.dynamic_window_size:
             return table
         if not torch.jit.is_scripting():
-            if not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+            if isinstance(height, int) and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
                 return resample_table(table, (height, width), self.window_size)  # has every derivative
         return torch.ops.timm_itpn.resampled_rel_pos_table(
             table, height, width, self.window_size[0], self.window_size[1])
