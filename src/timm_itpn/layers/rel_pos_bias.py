@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from timm.layers import is_exporting, register_notrace_module
 from torch.types import Device
 
+from ..ops.attention import is_transformed
+
 __all__ = ['RelPosBias', 'resample_table']
 
 MAX_CACHED = 2 ** 23  # elements of a bias that is kept; 512 pixels with 8 heads. At 1024, 24 of them would be 13 GB.
@@ -92,6 +94,9 @@ def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
     if not is_exporting():  # the remainder would hold the program to some sizes
         index = F.pad(index, (0, -(height * width) % 8))
+    if not torch.jit.is_scripting():
+        if is_transformed():
+            index = index.long()  # the only type that vmap of torch 2.6 takes
     bias = table.t().contiguous().index_select(1, index.flatten())
     return bias.reshape(1, -1, height * width, index.shape[1])
 

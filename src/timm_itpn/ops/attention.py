@@ -27,8 +27,9 @@ def choose_attention(name: str = 'auto') -> str:
 
 
 def is_transformed() -> bool:
-    """True inside transforms of `torch.func` and in forward-mode differentiation: tensors may be stand-ins."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """True in eager transforms of `torch.func` and forward-mode differentiation: tensors may be stand-ins."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
@@ -61,7 +62,7 @@ def fused_attention(
     nor second derivatives: there it is plain maths, which has them all.
     """
     if not torch.jit.is_scripting():
-        if not torch.compiler.is_compiling() and is_transformed():
+        if is_transformed():
             return F.dropout(attention_weights(q, k, bias, scale).type_as(v), dropout_p) @ v
     k, v = _contiguous_heads(k), _contiguous_heads(v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
