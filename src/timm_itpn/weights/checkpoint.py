@@ -289,6 +289,12 @@ def _source_grid(num_tokens: int, model: Any) -> tuple[int, int]:
     grids += [model.patch_embed.grid_size, (math.isqrt(num_tokens), math.isqrt(num_tokens))]
     for height, width in grids:
         if height * width == num_tokens:
+            own = model.patch_embed.grid_size
+            if own[0] * own[1] == num_tokens and own != (height, width):
+                _logger.warning(
+                    f'The position embedding is taken for {height} x {width} tokens, not {own[0]} x {own[1]} as in the '
+                    'model: if that is wrong, pass pretrained_cfg_overlay=dict(input_size=(3, height, width)) with the '
+                    'size of the images that it was trained on.')
             return height, width
     raise ValueError(
         f'The position embedding has {num_tokens} tokens, which is not a square grid: give the image size that it was '

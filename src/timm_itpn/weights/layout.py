@@ -14,7 +14,7 @@ from einops import rearrange
 
 __all__ = [
     'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE', 'Layout',
-    'current_names', 'find_prefixes', 'key_table', 'layout_of', 'native_depths', 'native_layout',
+    'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths', 'native_layout',
     'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
 ]
 
@@ -210,8 +210,21 @@ def pretraining_part(key: str, layout: Layout) -> str:
     return next((part for start, part in layout.pretraining.items() if key.startswith(start)), '')
 
 
+def is_fused(keys: Iterable[str]) -> bool:
+    """Whether native keys are those of a copy that `timm_itpn.fuse` made."""
+    return any(re.fullmatch(rf'stages\.2\.blocks\.{NUMBER}\.qkv\.weight', key) for key in keys)
+
+
 def current_names(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Native weights under the names of this version: before 0.1, Fast-iTPN had gate and value in one layer."""
+    """Native weights under the names of this version: before 0.1, Fast-iTPN had gate and value in one layer.
+
+    Raises:
+        ValueError: They are of a fused copy.
+    """
+    if is_fused(state_dict):
+        raise ValueError(
+            'These weights are of a fused copy (timm_itpn.fuse), which fit fused models only: save the state dict of '
+            'the model that it was made from, and use that.')
     if native_layout(state_dict) is not FAST_ITPN:
         return state_dict
     current: dict[str, Any] = {}
