@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, with_weights
+from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, why_no_weights, with_weights
 from ..weights.fetch import fetch
-from ..weights.layout import current_names, layout_of, official_to_native
+from ..weights.layout import layout_of, to_current
 
 __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
 
@@ -63,13 +63,13 @@ def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     left out, as is a pyramid that the model has no place for. All other keys stay, for PyTorch to report.
     """
     weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    layout = layout_of(weights)
-    if layout == 'official':
-        converted = fit_to_model(official_to_native(weights, strict=False), model, strict=False)
-    elif layout == 'native':
-        converted = leave_out(current_names(weights), model.state_dict())
-    else:
+    layout, target = layout_of(weights), model.state_dict()
+    if not layout:
         return
+    converted = to_current(weights, strict=False)
+    converted = fit_to_model(converted, model, strict=False) if layout == 'official' else leave_out(converted, target)
+    if wrong := why_no_weights({key: converted[key] for key in target if key in converted}):
+        _logger.warning(f'The weights that are loaded cannot be right: {wrong}.')
     for key in weights:
         del state_dict[prefix + key]
     state_dict.update({prefix + key: value for key, value in converted.items()})
