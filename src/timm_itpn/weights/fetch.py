@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import LocalEntryNotFoundError, are_progress_bars_disabled
 from torch.hub import get_dir
 
 from .. import __version__
@@ -187,5 +187,7 @@ def _download_from_drive(file_id: str, target: Path, sha256: str | None) -> None
 
 def _in_a_line(error: Exception) -> str:
     """What a client or a server said, fit for a terminal."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the Hub's client says "check your connection" of a 403 or 429 too
     text = ' '.join(str(error).split()) or type(error).__name__
     return ''.join(c if c.isprintable() else ' ' for c in text).rstrip('.')

@@ -184,6 +184,7 @@ def find_prefixes(keys: Iterable[str]) -> list[str]:
 
 def layout_of(keys: Collection[str]) -> str:
     """Layout of keys: 'native', 'official' (one flat list of blocks with two merges among them), or '' for neither."""
+    keys = [key for key in keys if isinstance(key, str)]
     if any(key.startswith('stages.') for key in keys):
         return 'native'
     return 'official' if len(_merges(keys)) == 2 else ''

@@ -39,6 +39,7 @@ ZIP_START = b'PK\x03\x04'
 WEB_PAGE_STARTS = (b'<!doctype html', b'<html', b'<head', b'<?xml')
 GIT_LFS_START = b'version https://git-lfs'
 DAMAGED = 'truncated, damaged or not a weight file'
+ADVICE = ': get it again from where it came, or name another'
 
 STORAGES = {f'torch.{name}Storage': dtype for name, dtype in dict(
     Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
@@ -126,17 +127,18 @@ def read_contents(path: Path, meta: bool = False) -> Contents:
             else:
                 stream = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 data = None if meta else torch.frombuffer(stream, dtype=torch.uint8).untyped_storage()
-                contents = _read_zip(file, stream, data) if head.startswith(ZIP_START) else _read_legacy(stream, data)
+                is_zip = head.startswith(ZIP_START)
+                contents = _read_zip(file, stream, data) if is_zip else _read_legacy(stream, data)
             _check_tree(contents.tree)
         except _Refused as refused:
-            raise UnreadableError(path, str(refused)) from refused
+            raise UnreadableError(path, *refused.args) from refused
         except UNREADABLE as error:
-            raise UnreadableError(path, _what_instead(head) or DAMAGED, ': get it again from where it came') from error
+            raise UnreadableError(path, _what_instead(head) or DAMAGED, ADVICE) from error
     return contents
 
 
 class _Refused(Exception):
-    """Why a file is not read though it may be whole, as a phrase that ends 'the file is ...'."""
+    """Why a file is not read, as a phrase that ends 'the file is ...', and what to do."""
 
 
 def _what_instead(head: bytes) -> str:
@@ -329,7 +331,7 @@ def _read_zip(file: BinaryIO, stream: mmap.mmap, data: torch.UntypedStorage | No
     for entry in entries:
         checked = entry.CRC and (data or entry.filename == f'{root}data.pkl')  # 0: torch was told to write none
         if checked and zlib.crc32(memoryview(stream)[places[entry.filename]]) != entry.CRC:
-            raise _Refused(f'{DAMAGED} (wrong checksum of {entry.filename})')
+            raise _Refused(f'{DAMAGED} (wrong checksum of {entry.filename})', ADVICE)
     if f'{root}byteorder' in places and stream[places[f'{root}byteorder']].decode() != sys.byteorder:
         raise _Refused(f'not of a machine that is {sys.byteorder}-endian like this one')
 
