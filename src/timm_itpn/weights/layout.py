@@ -252,8 +252,8 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
             missing = ', '.join(sorted(set(sources) - set(present)))
             raise ValueError(f'The checkpoint is incomplete: it has {", ".join(present)}, but not {missing}.')
         tensors = [state_dict[source] for source in sources]
-        if len(sources) > 1 and any(not t.ndim or t.shape[1:] != tensors[0].shape[1:] for t in tensors):
-            raise ValueError(f'The shapes of {", ".join(sources)} differ: they are not of one model.')
+        if len(tensors) > 1 and (not tensors[0].ndim or len({(t.shape[1:], t.dtype) for t in tensors}) > 1):
+            raise ValueError(f'The shapes or types of {", ".join(sources)} differ: they are not of one model.')
         native[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         if re.fullmatch(layout.conv1x1, key) and native[key].shape[2:] == (1, 1):
             native[key] = rearrange(native[key], 'o i 1 1 -> o i')
@@ -275,8 +275,8 @@ def to_current(state_dict: dict[str, Any], strict: bool = True) -> dict[str, tor
             as by `official_to_native`.
     """
     for key, value in state_dict.items():  # first of all: the next line may join what takes no memory yet
-        if type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_meta:
-            if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
+            if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
                 raise ValueError(f'{key} has the shape {list(value.shape)}, but memory for a part of that only.')
     native = state_dict if layout_of(state_dict) == 'native' else official_to_native(state_dict, strict)
     for key, value in native.items():

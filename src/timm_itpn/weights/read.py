@@ -204,7 +204,7 @@ class _Unpickler(pickle._Unpickler):
         self.rebuilt: dict[str, Any] = {
             'torch._utils._rebuild_tensor': self.tensor,
             'torch._utils._rebuild_tensor_v2': self.tensor,
-            'torch._utils._rebuild_tensor_v3': self.tensor_with_dtype,
+            'torch._utils._rebuild_tensor_v3': self.tensor,
             'torch._utils._rebuild_parameter': self.first,
             'torch._utils._rebuild_parameter_with_state': self.first,
             'torch._tensor._rebuild_from_type_v2': self.tensor_with_attributes,
@@ -213,8 +213,8 @@ class _Unpickler(pickle._Unpickler):
             'collections.defaultdict': self.empty_dict,
             'builtins.set': self.set,
             '__builtin__.set': self.set,  # up to protocol 2
-            'builtins.frozenset': self.frozenset,
-            '__builtin__.frozenset': self.frozenset,
+            'builtins.frozenset': lambda items: frozenset(self.set(items)),
+            '__builtin__.frozenset': lambda items: frozenset(self.set(items)),
         }
 
     def count(self, number: int) -> None:
@@ -261,13 +261,14 @@ class _Unpickler(pickle._Unpickler):
     def globals(self) -> tuple[str, ...]:
         return tuple(sorted(set(self.stand_ins).difference(STORAGES, TENSOR_TYPES)))
 
-    def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-        return _tensor(storage, storage.dtype, offset, size, stride)
-
-    def tensor_with_dtype(
-            self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any,
-    ) -> torch.Tensor:
-        return _tensor(storage, dtype, offset, size, stride)
+    def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> torch.Tensor:
+        if not isinstance(storage, _Storage) or len(size) > MAX_DIMS:
+            raise ValueError('a tensor without a storage, or of too many dimensions')
+        dtype = next((value for value in others if isinstance(value, torch.dtype)), storage.dtype)
+        end = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else 0
+        if min((offset, *size, *stride)) < 0 or end * dtype.itemsize > storage.data.nbytes():
+            raise ValueError('a tensor that is not within its storage')
+        return torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, size, stride)
 
     def tensor_with_attributes(self, function: Any, kind: Any, args: Any, *_: Any) -> Any:
         return function(*args)  # something that find_class or a call of it gave
@@ -282,9 +283,6 @@ class _Unpickler(pickle._Unpickler):
             self.count_key(key)
         return set(items)
 
-    def frozenset(self, items: Any) -> Any:
-        return frozenset(self.set(items))
-
     def empty_dict(self, *_: Any) -> dict[Any, Any]:
         return {}
 
@@ -293,15 +291,6 @@ class _Unpickler(pickle._Unpickler):
 
     dispatch = {code: _counted(code, run) for code, run in pickle._Unpickler.dispatch.items() if code not in EXTENSIONS}
     dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # takes no memory before it has the bytes
-
-
-def _tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> torch.Tensor:
-    if not isinstance(storage, _Storage) or len(size) > MAX_DIMS:
-        raise ValueError('a tensor without a storage, or of too many dimensions')
-    end = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else 0
-    if min((offset, *size, *stride)) < 0 or end * dtype.itemsize > storage.data.nbytes():
-        raise ValueError('a tensor that is not within its storage')
-    return torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, size, stride)
 
 
 def _read_safetensors(path: Path, meta: bool) -> Contents:
@@ -379,7 +368,7 @@ def _read_legacy(stream: mmap.mmap, data: torch.UntypedStorage | None) -> Conten
 
 
 def _storage(data: torch.UntypedStorage | None, start: int, num_bytes: int) -> torch.UntypedStorage:
-    """A part of a file, mapped if its address suits every dtype; on device meta if the file's data is None."""
+    """A part of a file, mapped if its address suits every dtype; on device meta without data."""
     if data is None:
         return torch.UntypedStorage(num_bytes, device='meta')
     part = data[start:start + num_bytes]
