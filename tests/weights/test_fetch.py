@@ -204,7 +204,7 @@ def large_files(folder):
 
 def test_file_of_another_hash_is_not_kept(published, google, known_hash, tmp_path):
     known_hash('0' * 64)
-    with pytest.raises(RuntimeError, match='Hub.* another file than expected: its SHA-256 is .*Drive.* another file'):
+    with pytest.raises(RuntimeError, match='Hub.* not the published file .*its SHA-256 is .*Drive.* not the published'):
         fetch(NAME, tmp_path)
     assert not large_files(tmp_path)
     known_hash(hashlib.sha256(OTHER).hexdigest())
@@ -215,7 +215,7 @@ def test_file_that_was_there_before_is_not_deleted(published, google, known_hash
     path = fetch(NAME, tmp_path)
     known_hash('0' * 64)
     google.page = QUOTA_PAGE
-    with pytest.raises(RuntimeError, match=f'{path} is another file than expected.*: pass cache_dir= to download into'):
+    with pytest.raises(RuntimeError, match=f'{path} is not the published file.*: pass cache_dir= to download into'):
         fetch(NAME, tmp_path)
     assert path.read_bytes() == CONTENT
 

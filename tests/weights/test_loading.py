@@ -19,12 +19,12 @@ import timm
 import torch
 from support import golden
 from support.explosive import Explosive
-from support.small import small_model
+from support.small import SMALL, small_model
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_itpn.models.itpn import ITPN
 from timm_itpn.models.loading import checkpoint_filter_fn
-from timm_itpn.tools.convert import convert
+from timm_itpn.tools.convert import convert, revert
 from timm_itpn.tools.inspect import inspect
 from timm_itpn.weights.layout import native_to_official
 from timm_itpn.weights.sources import SOURCES, file_name, plain_name, source_of
@@ -309,6 +309,21 @@ def test_odd_tensors_are_refused_in_one_sentence(odd, tmp_path):
         assert said != SHAPE or facts['problem'] or not facts['models'][0]['fits']
         with pytest.raises(ValueError):
             convert(tmp_path / 'w.pt', tmp_path / 'out', name)
+
+
+def test_keys_and_metadata_of_any_kind_are_taken(tmp_path):
+    model = small_model('fast_itpn_tiny')
+    weights = {0: torch.ones(2), b'x': torch.ones(3), (1, ('a',)): {2: torch.ones(4)}, **model.state_dict()}
+    assert checkpoint_filter_fn(weights, model).keys() == model.state_dict().keys()
+    torch.save({(0, 'net'): weights, 7: {}, b'8': None}, tmp_path / 'w.pt')
+    overlay = dict(file=str(tmp_path / 'w.pt'), num_classes=5)
+    loaded = timm.create_model('fast_itpn_tiny', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    assert torch.equal(loaded.head.fc.weight, model.head.fc.weight)
+    assert inspect(tmp_path / 'w.pt')['layout'] == 'native'
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'w.safetensors', {'source_sha256': 'x'})
+    revert(tmp_path / 'w.safetensors', tmp_path / 'official.pt')
+    with pytest.raises(ValueError, match='is of Fast-iTPN with .*, but itpn_tiny is of iTPN with .*: name another'):
+        convert(tmp_path / 'w.safetensors', tmp_path / 'out', 'itpn_tiny')
 
 
 def test_native_weights_that_are_loaded_as_they_are_get_a_warning(caplog):

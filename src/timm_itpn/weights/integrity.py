@@ -8,7 +8,7 @@ from ..checks import check_regular_file
 from .read import UnreadableError, read_contents
 from .sources import SOURCES, file_name
 
-__all__ = ['check_published', 'sha256_of', 'why_no_weight_file']
+__all__ = ['check_published', 'sha256_of', 'why_no_weight_file', 'why_not_expected']
 
 CHUNK_BYTES = 1 << 20
 
@@ -34,13 +34,21 @@ def _sha256(path: str, *_: int) -> str:
     return digest.hexdigest()
 
 
+def why_not_expected(path: Path, name: str = '') -> str:
+    """Why a file is not the published one of its name, or of `name`, as a phrase that ends 'the file is ...'.
+
+    '' if it is, or if there is none of this name with a known SHA-256.
+    """
+    published = (source for key, source in SOURCES.items() if file_name(key) == (name or path.name))
+    known = next((source.sha256 for source in published if source.sha256), None)
+    found = sha256_of(path) if known else None
+    return '' if found == known else f'not the published file of this name (its SHA-256 is {found}, not {known})'
+
+
 def check_published(path: Path) -> None:
     """Raise ValueError if a file has the name of a published one, but not its SHA-256, where that is known."""
-    for name, source in SOURCES.items():
-        if source.sha256 and file_name(name) == path.name and sha256_of(path) != source.sha256:
-            raise ValueError(
-                f'{path} is not the published file of this name: its SHA-256 is {sha256_of(path)}, not '
-                f'{source.sha256}; get it again, or give it another name if it is your own.')
+    if why := why_not_expected(path):
+        raise UnreadableError(path, why, ': get it again, or give it another name if it is your own')
 
 
 def why_no_weight_file(path: str | Path) -> str:

@@ -11,7 +11,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -25,9 +25,7 @@ __all__ = ['DAMAGED', 'Contents', 'StandIn', 'UnreadableError', 'read_contents',
 MAX_DEPTH = 100  # of dicts and lists in one another, so that callers may recurse
 MAX_VALUES = 4_000_000  # shared ones are counted each time, as a recursion meets them
 MAX_OPERATIONS = 4_000_000  # of a pickle; 10,000 tensors take 500,000
-MAX_DIMS = 64  # of a tensor
-KEY_OPERATIONS = 400  # what a key counts for that may be slow to hash and may collide with others
-CLASS_OPERATIONS = 20  # what a new stand-in counts for
+KEY_OPERATIONS = 400  # what a key counts for that may be slow to hash, or have the hash of others
 ALIGNMENT = 16  # bytes; storages in legacy files begin anywhere
 LEGACY_START = [0x1950a86a20f9469cfc6c, 1001]  # magic number and protocol, one pickle each
 UNREADABLE = (  # what damaged files make the parsers raise
@@ -173,13 +171,11 @@ EXTENSIONS = pickle.EXT1 + pickle.EXT2 + pickle.EXT4  # objects of this process
 def _counted(code: int, run: Callable[[Any], None]) -> Callable[[Any], None]:
     """An operation of a pickle that is counted before it is done."""
     def counted(unpickler: Any) -> None:
-        unpickler.count(1)
-        for key in unpickler.stack[KEYS.get(code, slice(0))]:
-            unpickler.count_key(key)
+        unpickler.count(1, unpickler.stack[KEYS.get(code, slice(0))])
         if code in CALLS:
             top = unpickler.stack[-1]
-            for value in (top, *top) if isinstance(top, tuple) else (top,):
-                unpickler.count(len(value) if isinstance(value, (dict, list, set, tuple)) else 0)
+            values = (top, *top) if isinstance(top, tuple) else (top,)
+            unpickler.count(sum(len(value) for value in values if isinstance(value, (dict, list, set, tuple))))
         run(unpickler)
     return counted
 
@@ -217,20 +213,16 @@ class _Unpickler(pickle._Unpickler):
             '__builtin__.frozenset': lambda items: frozenset(self.set(items)),
         }
 
-    def count(self, number: int) -> None:
-        """Count operations."""
+    def count(self, number: int, keys: Iterable[Any] = ()) -> None:
+        """Count operations, and what it takes to hash keys and to compare them."""
         self.num_operations += number
         if self.num_operations > MAX_OPERATIONS:
             raise _Refused(f'not read: what is pickled in it takes more than {MAX_OPERATIONS} operations')
-
-    def count_key(self, key: Any) -> None:
-        """Count what it takes to hash a key and to compare it."""
-        if isinstance(key, (tuple, frozenset)):
-            self.count(KEY_OPERATIONS)
-            for value in key:
-                self.count_key(value)
-        elif isinstance(key, int) and key.bit_length() > 60:  # their hashes can be made to be the same
-            self.count(KEY_OPERATIONS + key.bit_length())
+        for key in keys:
+            if isinstance(key, (tuple, frozenset)):
+                self.count(KEY_OPERATIONS, key)
+            elif isinstance(key, int) and key.bit_length() > 64:  # many could have one hash
+                raise ValueError('an integer that is too long for a key')
 
     def find_class(self, module: str, name: str) -> Any:
         name = f'{module}.{name}'
@@ -239,7 +231,7 @@ class _Unpickler(pickle._Unpickler):
         if name in self.rebuilt:
             return self.rebuilt[name]
         if name not in self.stand_ins:
-            self.count(CLASS_OPERATIONS)
+            self.count(20)  # a class is large
             self.stand_ins[name] = type(name, (StandIn,), {})
         return self.stand_ins[name]
 
@@ -262,8 +254,9 @@ class _Unpickler(pickle._Unpickler):
         return tuple(sorted(set(self.stand_ins).difference(STORAGES, TENSOR_TYPES)))
 
     def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> torch.Tensor:
-        if not isinstance(storage, _Storage) or len(size) > MAX_DIMS:
-            raise ValueError('a tensor without a storage, or of too many dimensions')
+        if not isinstance(storage, _Storage):
+            raise ValueError('a tensor without a storage')
+        self.count(len(size))
         dtype = next((value for value in others if isinstance(value, torch.dtype)), storage.dtype)
         end = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else 0
         if min((offset, *size, *stride)) < 0 or end * dtype.itemsize > storage.data.nbytes():
@@ -274,13 +267,11 @@ class _Unpickler(pickle._Unpickler):
         return function(*args)  # something that find_class or a call of it gave
 
     def ordered_dict(self, items: Any = ()) -> dict[Any, Any]:
-        for key, _ in items:
-            self.count_key(key)
+        self.count(0, [key for key, _ in items])
         return _Dict(items)
 
     def set(self, items: Any) -> Any:
-        for key in items:
-            self.count_key(key)
+        self.count(0, items)
         return set(items)
 
     def empty_dict(self, *_: Any) -> dict[Any, Any]:
