@@ -68,7 +68,8 @@ def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
         return
     converted = to_current(weights, strict=False)
     converted = fit_to_model(converted, model, strict=False) if layout == 'official' else leave_out(converted, target)
-    if wrong := why_no_weights({key: converted[key] for key in target if key in converted}):
+    loaded = {key: converted[key] for key in target if isinstance(converted.get(key), torch.Tensor)}
+    if wrong := why_no_weights(loaded):
         _logger.warning(f'The weights that are loaded cannot be right: {wrong}.')
     for key in weights:
         del state_dict[prefix + key]
