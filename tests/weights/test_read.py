@@ -329,8 +329,8 @@ def test_hostile_pickle_runs_nothing(name, file_format, trap, tmp_path):
 
 
 @pytest.mark.parametrize('target', [
-    'torch._utils._rebuild_tensor_v2', 'collections.OrderedDict', 'torch.Size', 'builtins.set', 'trap.Trap',
-    'torch.storage.UntypedStorage', 'torch.float16'])
+    'torch._utils._rebuild_tensor_v2', 'collections.OrderedDict', 'torch.Size', 'builtins.set', 'builtins.frozenset',
+    'trap.Trap', 'torch.storage.UntypedStorage', 'torch.float16'])
 def test_pickle_cannot_change_what_rebuilds_tensors(target, tmp_path):
     """By the operation BUILD, which sets attributes."""
     module, _, name = target.rpartition('.')

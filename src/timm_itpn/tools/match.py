@@ -99,8 +99,8 @@ def model_args(
 def _args(name: str, weights: Description, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
     """What a model needs to be told, beside its number of classes, to hold the weights."""
     default, default_size = _default(name, weights.pyramid_dim > 0)
-    if weights.network != default.network:
-        raise ValueError(f'The checkpoint is of {weights.network}, but {name} is of {default.network}: name another.')
+    if (file := weights.network) != (own := default.network):
+        raise ValueError(f'The checkpoint is of {file}, but the model is of {own}: name another with --model.')
     pixels = img_size or tuple(16 * side for side in weights.grid_size)
     args: dict[str, Any] = {} if pixels == default_size else dict(img_size=pixels)
     for key in ('in_chans', 'pyramid_dim', 'pyramid_depth'):

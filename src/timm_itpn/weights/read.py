@@ -209,8 +209,8 @@ class _Unpickler(pickle._Unpickler):
             'collections.defaultdict': self.empty_dict,
             'builtins.set': self.set,
             '__builtin__.set': self.set,  # up to protocol 2
-            'builtins.frozenset': lambda items: frozenset(self.set(items)),
-            '__builtin__.frozenset': lambda items: frozenset(self.set(items)),
+            'builtins.frozenset': self.frozenset,
+            '__builtin__.frozenset': self.frozenset,
         }
 
     def count(self, number: int, keys: Iterable[Any] = ()) -> None:
@@ -273,6 +273,9 @@ class _Unpickler(pickle._Unpickler):
     def set(self, items: Any) -> Any:
         self.count(0, items)
         return set(items)
+
+    def frozenset(self, items: Any) -> Any:
+        return frozenset(self.set(items))
 
     def empty_dict(self, *_: Any) -> dict[Any, Any]:
         return {}
