@@ -366,7 +366,7 @@ def test_damaged_file_is_named(classifier, tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'stages.2.pos_embed': torch.zeros(())}, 'The position embedding has 0 dimensions, not 3'),
+    ({'stages.2.pos_embed': torch.zeros(())}, 'stages.2.pos_embed has the shape .., but needs 3 dimensions'),
     ({'stages.2.blocks.999999999999.norm1.weight': torch.zeros(1)}, 'the model has no stages.2.blocks.999999999999'),
     ({'head.fc.bias': None}, 'incomplete: of head.fc.weight and head.fc.bias it has one only'),
 ])

@@ -322,7 +322,7 @@ def test_keys_and_metadata_of_any_kind_are_taken(tmp_path):
     assert inspect(tmp_path / 'w.pt')['layout'] == 'native'
     safetensors.torch.save_file(model.state_dict(), tmp_path / 'w.safetensors', {'source_sha256': 'x'})
     revert(tmp_path / 'w.safetensors', tmp_path / 'official.pt')
-    with pytest.raises(ValueError, match='is of Fast-iTPN with .*, but the model is of iTPN with .*: name another with'):
+    with pytest.raises(ValueError, match='is of Fast-iTPN .*, but the model is of iTPN .*: name another with'):
         convert(tmp_path / 'w.safetensors', tmp_path / 'out', 'itpn_tiny')
 
 
