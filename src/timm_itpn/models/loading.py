@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, with_weights
+from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, why_no_weights, with_weights
 from ..weights.fetch import fetch
-from ..weights.layout import current_names, is_fused, layout_of, official_to_native
+from ..weights.layout import is_fused, layout_of, to_current
 
 __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
 
@@ -69,10 +69,11 @@ def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
         return
     if is_fused(target):
         raise ValueError('The model is a fused copy: load these weights into a plain model, and fuse that.')
-    if layout == 'official':
-        converted = fit_to_model(official_to_native(weights, strict=False), model, strict=False)
-    else:
-        converted = leave_out(current_names(weights), target)
+    converted = to_current(weights, strict=False)
+    converted = fit_to_model(converted, model, strict=False) if layout == 'official' else leave_out(converted, target)
+    loaded = {key: converted[key] for key in target if isinstance(converted.get(key), torch.Tensor)}
+    if wrong := why_no_weights(loaded):
+        _logger.warning(f'The weights that are loaded cannot be right: {wrong}.')
     for key in weights:
         del state_dict[prefix + key]
     state_dict.update({prefix + key: value for key, value in converted.items()})

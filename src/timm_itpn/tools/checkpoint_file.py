@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
-from ..weights.integrity import sha256_of, why_no_weight_file
+from ..weights.integrity import check_published, sha256_of
 from ..weights.layout import layout_of
 from ..weights.read import read_contents
 
@@ -61,9 +61,8 @@ def open_checkpoint(
         prefix: Which of several networks to take, see `weights.checkpoint.unwrap`.
 
     Raises:
-        RuntimeError: It is damaged.
-        ValueError: It cannot be read, or holds no weights of a model of this package, no averaged ones, several
-            networks, or values too large for `dtype`.
+        ValueError: It cannot be read, is damaged, or holds no weights of a model of this package, no averaged ones,
+            several networks, or values too large for `dtype`.
     """
     config: dict[str, Any] = {}
     if path.is_dir():
@@ -71,9 +70,7 @@ def open_checkpoint(
             config = json.loads((path / CONFIG).read_text(encoding='utf-8'))
         path = path / WEIGHTS
     contents = read_contents(path)
-    wrong = why_no_weight_file(path)
-    if wrong:
-        raise RuntimeError(f'{path} ({path.stat().st_size} bytes) is {wrong}: get it again from where it came.')
+    check_published(path)
     tree, metadata = contents.tree, contents.metadata
     state_dict, wrapper = unwrap(tree, AVERAGED if ema else PLAIN + AVERAGED, prefix)
     if ema and not set(wrapper.split('.')) & set(AVERAGED):
@@ -82,7 +79,8 @@ def open_checkpoint(
     native = to_native(state_dict)
     found = [key for key in AVERAGED + PLAIN if isinstance(tree.get(key), dict)]
     others = [key for key in found if key != wrapper.partition('.')[0]]
-    origin = {'file': metadata['source'], 'sha256': metadata['source_sha256']} if 'source_sha256' in metadata else None
+    has_origin = {'source', 'source_sha256'} <= metadata.keys()
+    origin = {'file': metadata['source'], 'sha256': metadata['source_sha256']} if has_origin else None
     input_size = config.get('pretrained_cfg', {}).get('input_size')
     return Checkpoint(
         path, layout_of(state_dict), wrapper, others, state_dict, native,

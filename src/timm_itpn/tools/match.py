@@ -92,18 +92,15 @@ def model_args(
             f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
     args = dict(num_classes=weights.num_classes, **_args(name, weights, img_size), **_cfg_args(name))
     model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
-    target = model.state_dict()
-    for key, value in fit_to_model(native, model).items():
-        if value.shape != target[key].shape:
-            raise ValueError(
-                f'{key} is {tuple(value.shape)} in the checkpoint, but {tuple(target[key].shape)} in {name}: the '
-                'checkpoint is damaged, or of another model.')
+    fit_to_model(native, model)
     return args
 
 
 def _args(name: str, weights: Description, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
     """What a model needs to be told, beside its number of classes, to hold the weights."""
     default, default_size = _default(name, weights.pyramid_dim > 0)
+    if (file := weights.network) != (own := default.network):
+        raise ValueError(f'The checkpoint is of {file}, but the model is of {own}: name another with --model.')
     pixels = img_size or tuple(16 * side for side in weights.grid_size)
     args: dict[str, Any] = {} if pixels == default_size else dict(img_size=pixels)
     for key in ('in_chans', 'pyramid_dim', 'pyramid_depth'):
