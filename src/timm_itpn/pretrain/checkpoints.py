@@ -50,6 +50,22 @@ class Checkpoints(NamedTuple):
             raise ValueError(f'{self.folder} holds the weights of a run: name another folder with --output.')
         return named or paths
 
+    def newest(self, resume: str | None) -> tuple[Path, State] | None:
+        """The checkpoint that a run goes on from, with its contents: the newest that is whole; None to start.
+
+        Raises:
+            RuntimeError: None is whole.
+        """
+        paths = self.to_resume(resume)
+        for path in paths:
+            try:
+                return path, load(path)
+            except (OSError, RuntimeError, ValueError) as error:
+                if path == paths[-1]:
+                    raise
+                print(f'{error}; going on from the one before.', file=sys.stderr)
+        return None
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create the folder and keep other runs out of it; what a killed process left half-written is removed.
@@ -112,6 +128,7 @@ def load(path: Path) -> State:
         raise RuntimeError(f'{path} does not exist: name a checkpoint with --resume, or use --resume auto.') from error
     if reason or not isinstance(state, dict) or 'processes' not in state:
         raise RuntimeError(f'{path} is {reason or "not a checkpoint of a run"}: name another with --resume.')
+    check_finite(state, f'{path} was read')
     for _, tensor in _tensors(state):
         tensor.set_(tensor.clone())  # it was mapped from the file, which may be removed
     return state

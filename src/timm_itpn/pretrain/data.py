@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, is_img_extension, str_to_interp_mode
+from timm.data import create_dataset, get_img_extensions, is_img_extension, str_to_interp_mode
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
@@ -270,7 +270,7 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
             check_regular_file(root)
             dataset = ReaderImageInTar(str(root))
         if len(dataset) == 0:
-            raise ValueError('there are no images in it')
+            raise ValueError(f'no name in it ends in {", ".join(get_img_extensions())}')
     except Exception as error:  # whatever timm, tarfile, torchvision, datasets or webdataset raise
         raise ValueError(f'{"--dataset " + name if name else f"--data-dir {root}"} cannot be used: '
                          f'{" ".join(str(error).split()) or type(error).__name__}') from error

@@ -14,7 +14,7 @@ from timm.utils import init_distributed_device, random_seed, reduce_tensor
 from ..checks import require
 from ..files import FULL
 from .arguments import FREE
-from .checkpoints import Checkpoints, load
+from .checkpoints import Checkpoints
 from .data import Batches, SampleMaker, fingerprint, open_dataset
 from .export import export
 from .figures import draw
@@ -62,8 +62,13 @@ def _pretrain(args: argparse.Namespace) -> dict[str, Any]:
     checkpoints.to_resume(args.resume)
     run = create_run(args)
     with checkpoints.locked() if args.rank == 0 else nullcontext():
-        _resume(run, checkpoints)
+        if (found := checkpoints.newest(args.resume)) is not None:
+            run.load_state_dict(found[1], found[0])
+        elif args.resume and args.rank == 0:
+            print(f'no checkpoint in {args.output}: starting', file=sys.stderr)
         if args.rank == 0:
+            if found is not None:
+                checkpoints.set_aside(found[0])
             (args.output / 'args.json').write_text(json.dumps(run.settings, indent=2) + '\n', encoding='utf-8')
         log = Log(run)
         while run.epoch < args.epochs:
@@ -161,27 +166,3 @@ def _save(run: Run, checkpoints: Checkpoints) -> None:
         checkpoints.save(state, run.num_updates)
     if run.args.distributed:
         dist.barrier()
-
-
-def _resume(run: Run, checkpoints: Checkpoints) -> None:
-    """Go on from the newest checkpoint that is whole, or from the one that is named.
-
-    Raises:
-        RuntimeError: None is.
-        ValueError: It is of another run.
-    """
-    paths = checkpoints.to_resume(run.args.resume)
-    if not paths and run.args.resume and run.args.rank == 0:
-        print(f'no checkpoint in {run.args.output}: starting', file=sys.stderr)
-    for path in paths:
-        try:
-            state = load(path)
-        except (OSError, RuntimeError, ValueError) as error:
-            if path == paths[-1]:
-                raise
-            print(f'{error} Trying the one before.', file=sys.stderr)
-            continue
-        run.load_state_dict(state, path)
-        if run.args.rank == 0:
-            checkpoints.set_aside(path)
-        return

@@ -24,6 +24,7 @@ from ..layers.blocks import AttentionBlock, MlpBlock
 from .arguments import CHANGEABLE
 from .checkpoints import REMEDY, random_state, save, set_random_state
 from .data import NUM_OTHERS, Batches
+from .objectives import creating
 from .task import PretrainTask
 
 __all__ = ['WHOLE', 'Batch', 'Run']
@@ -97,12 +98,14 @@ class Run:
         args = self.args
         lr = args.lr if args.lr is not None else args.lr_base * self.images_per_update / args.lr_base_size
         options = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
-        self.optimizer = create_optimizer_v2(
-            self.objective, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options)
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
-            warmup_lr=args.warmup_lr, min_lr=args.min_lr, step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch)
+        with creating(f'Optimizer {args.opt} with schedule {args.sched}'):
+            self.optimizer = create_optimizer_v2(
+                self.objective, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options)
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
+                warmup_lr=args.warmup_lr, min_lr=args.min_lr, step_on_epochs=False,
+                updates_per_epoch=self.updates_per_epoch)
+            self.scheduler.step_update(0)  # there is none where timm does not know its name
 
     @property
     def lr(self) -> float:
