@@ -179,9 +179,9 @@ def test_runs_learn(data, tmp_path):
 # what can go wrong
 
 def test_started_run_is_not_overwritten(data, tmp_path):
-    run(data, tmp_path / 'run', '--epochs', '1')
+    run(data, tmp_path / 'run', '--epochs', '1', '--warmup-epochs', '0')
     with pytest.raises(ValueError, match='holds a run: go on with --resume auto, or name another folder'):
-        run(data, tmp_path / 'run', '--epochs', '1')
+        run(data, tmp_path / 'run', '--epochs', '1', '--warmup-epochs', '0')
 
 
 @pytest.fixture(scope='module')
@@ -313,26 +313,31 @@ def test_named_checkpoint_is_gone_on_from_in_its_own_folder_or_a_new_one(data, c
         run(data, copied, '--resume', 'auto')
 
 
-EXPLODES = ('--lr', '1e30', '--clip-grad', '0', '--warmup-lr', '1e-3', '--recovery-interval', '1')
-
-
-def test_loss_that_is_not_finite_stops_the_run_and_the_advice_works(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, 'check_finite', lambda *_: None)  # else no such weights are saved
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(data, tmp_path):
     with pytest.raises(RuntimeError, match='The loss is nan in epoch .* Lower --lr'):
-        run(data, tmp_path / 'run', *EXPLODES)
+        run(data, tmp_path / 'run', '--lr', '1e30', '--clip-grad', '0', '--warmup-epochs', '0')
     batch = torch.load(tmp_path / 'run' / 'not_finite-0.pt', weights_only=True)
     assert batch['images'].shape == (4, 3, 64, 64) and batch['masked'].dtype == torch.bool
 
 
-@pytest.mark.parametrize('more', [(), ('--model-ema',)])
-def test_weights_that_are_not_finite_are_not_written(more, data, tmp_path):
-    """Not even after the last update; the advice works."""
-    more = (*EXPLODES, *more, '--batch-size', '5', '--epochs', '2')
-    with pytest.raises(RuntimeError, match='is not finite after update 2, so there is no checkpoint of it. Lower --lr'):
-        run(data, tmp_path / 'run', *more)
-    assert [path.name for path in tmp_path.glob('run/*.p*')] == ['checkpoint-00000001.pt']
-    run(data, tmp_path / 'run', *more, '--resume', 'auto', '--lr', '1e-3')
-    assert all(weight.isfinite().all() for weight in weights(tmp_path / 'run').values())
+@pytest.mark.parametrize('last', [6, 8])
+def test_weights_that_are_not_finite_are_not_written(last, data, copied, monkeypatch):
+    """Not even after the last update; the advice works as it is typed."""
+    update = Run._update
+
+    def explode(self):
+        update(self)
+        if self.num_updates == last:
+            self.objective.backbone.patch_embed.proj.bias.data[0] = torch.inf
+
+    more = ('--recovery-interval', '1', '--resume', 'auto')
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, '_update', explode)
+        with pytest.raises(RuntimeError, match=f'not finite after update {last}, which is not saved. Lower --lr'):
+            run(data, copied, *more)
+    assert Checkpoints(copied, 1).paths()[-1].name == f'checkpoint-0000000{last - 1}.pt'
+    assert not list(copied.glob('pretrained*'))
+    assert run(data, copied, *more, '--lr', '1e-4')['num_updates'] == 8
 
 
 @pytest.mark.parametrize('num_bytes', [500, 64 * 1024, 'half a checkpoint'])
@@ -398,9 +403,8 @@ def test_too_few_images_are_refused(data, tmp_path):
     (('--epochs', '1', '--warmup-epochs', '5'), '--epochs 1 end within the warm-up: --warmup-epochs 5 must be fewer'),
     (('--scale', '2', '1'), '--scale, --ratio or --train-interpolation cannot be used'),
     (('--train-interpolation', 'nosuch'), '--scale, --ratio or --train-interpolation cannot be used'),
-    (('--opt', 'nosuch'), 'Optimizer nosuch with schedule cosine cannot be created'),
-    (('--sched', 'nosuch'), 'Optimizer .* with schedule .* cannot be created'),
-    (('--opt-betas', '0.9'), 'Optimizer .* with schedule .* cannot be created'),
+    (('--opt', 'nosuch'), 'nosuch'),
+    (('--sched', 'nosuch'), 'nosuch'),
     (('--model-kwargs', 'pyramid=False'), 'The student has no feature pyramid'),
     (('--model-kwargs', 'dynamic_img_size=True'), 'The student has dynamic_img_size=True'),
     (('--model-kwargs', 'acceleration=light'), 'there are no windows: create the student without acceleration'),

@@ -147,8 +147,8 @@ class ConfigurableParser(argparse.ArgumentParser):
                 options += [option, *(f'{name}={given!r}' for name, given in value.items())]
             elif isinstance(value, list):
                 options += [option, *map(str, value)]
-            elif value in (None, False) and value != self.get_default(key):
-                self.error(f'{path}: {key} cannot be {value}.')
-            elif value not in (None, False):
+            elif value is not None and value is not False:
                 options.append(option if value is True else f'{option}={value}')
+            elif value != self.get_default(key):
+                self.error(f'{path}: {key} cannot be {value}.')
         return options

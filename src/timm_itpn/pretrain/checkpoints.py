@@ -15,11 +15,11 @@ from ..files import replaced
 from ..weights.integrity import why_no_weight_file
 from ..weights.read import read_contents
 
-__all__ = ['REMEDY', 'Checkpoints', 'check_finite', 'load', 'random_state', 'save', 'set_random_state']
+__all__ = ['REMEDY', 'Checkpoints', 'load', 'not_finite', 'random_state', 'save', 'set_random_state']
 
 LOCK_TIMEOUT_S = 10  # readers of a process that was killed end within 5 s, and hold its lock until then
-OURS = ('.checkpoint-*', '.pretrained.*', '.epoch-*', '.log.*', '.summary.*', '.not_finite-*')
-REMEDY = 'Lower --lr, or use --amp-dtype bfloat16, and go on with --resume auto.'
+PARTS = ('.checkpoint-', '.pretrained.', '.epoch-', '.log.jsonl.', '.summary.csv.', '.not_finite-')  # of `replaced`
+REMEDY = 'Lower --lr, or use --amp-dtype bfloat16, and go on with --resume auto, or from an earlier checkpoint.'
 State = dict[str, Any]
 
 
@@ -76,9 +76,9 @@ class Checkpoints(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.folder / '.lock', LOCK_TIMEOUT_S):
-                for pattern in OURS:
-                    for folder in self.folder.glob(pattern):
-                        shutil.rmtree(folder)
+                for part in self.folder.glob('.*.????????'):
+                    if part.name.startswith(PARTS) and part.is_dir():
+                        shutil.rmtree(part)
                 yield
         except filelock.Timeout as error:
             raise RuntimeError(f'Another run is at work in {self.folder}: wait for its end, or name another folder '
@@ -91,7 +91,8 @@ class Checkpoints(NamedTuple):
             OSError: It cannot be written; the earlier ones are still there.
             RuntimeError: A weight is not finite; the same.
         """
-        check_finite(state, f'update {num_updates}, so there is no checkpoint of it')
+        if bad := not_finite(state):
+            raise RuntimeError(f'{bad} is not finite after update {num_updates}, which is not saved. {REMEDY}')
         save(state, self.folder / f'checkpoint-{num_updates:08d}.pt')
         self.prune(self.keep)
 
@@ -126,19 +127,18 @@ def load(path: Path) -> State:
         state = {} if reason else read_contents(path).tree
     except FileNotFoundError as error:
         raise RuntimeError(f'{path} does not exist: name a checkpoint with --resume, or use --resume auto.') from error
-    if reason or not isinstance(state, dict) or 'processes' not in state:
-        raise RuntimeError(f'{path} is {reason or "not a checkpoint of a run"}: name another with --resume.')
-    check_finite(state, f'{path} was read')
+    if not reason and (not isinstance(state, dict) or 'processes' not in state):
+        reason = 'not a checkpoint of a run'
+    if reason or (bad := not_finite(state)):
+        raise RuntimeError(f'{path} is {reason or f"damaged ({bad} is not finite)"}: name another with --resume.')
     for _, tensor in _tensors(state):
-        tensor.set_(tensor.clone())  # it was mapped from the file, which may be removed
+        tensor.data = tensor.clone()  # it was mapped from the file, which may be removed
     return state
 
 
-def check_finite(tree: Any, what: str) -> None:
-    """Raise RuntimeError if there is a NaN or an infinity, after `what`."""
-    for name, tensor in _tensors(tree):
-        if not tensor.isfinite().all():
-            raise RuntimeError(f'{name} is not finite after {what}. {REMEDY}')
+def not_finite(tree: Any) -> str:
+    """Name of a tensor with a NaN or an infinity in dicts and lists, '' if there is none."""
+    return next((name for name, tensor in _tensors(tree) if not tensor.isfinite().all()), '')
 
 
 def _tensors(tree: Any, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
@@ -152,10 +152,8 @@ def _tensors(tree: Any, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
 
 def random_state() -> State:
     """State of the generators that a model draws from; samples do not depend on them."""
-    state = {'torch': torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
+    cuda = {'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {'torch': torch.get_rng_state(), **cuda}
 
 
 def set_random_state(state: State) -> None:

@@ -166,15 +166,8 @@ class Batches:
     """
 
     def __init__(
-            self,
-            dataset: Any,
-            make: SampleMaker,
-            batch_size: int,
-            workers: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
-            pin_memory: bool = False,
-    ):
+            self, dataset: Any, make: SampleMaker, batch_size: int, workers: int = 0, rank: int = 0,
+            world_size: int = 1, pin_memory: bool = False):
         self.resumable = not hasattr(dataset, 'set_loader_cfg')
         if self.resumable:
             self.samples: Samples | StreamedSamples = Samples(dataset, make)
@@ -195,7 +188,7 @@ class Batches:
         if self.resumable:
             self.order.set_epoch(epoch)
             order = list(self.order)[first * self.batch_size:]
-        else:
+        elif isinstance(self.samples, StreamedSamples):
             self.samples.dataset.set_epoch(epoch)
         generator = torch.Generator()  # else every epoch draws a seed from the generator that the model draws from
         return DataLoader(
@@ -263,12 +256,12 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
             dataset: Any = create_dataset(
                 name, root=str(root) if root else None, split=split, is_training=True, input_img_mode='', **kwargs)
             dataset = dataset if hasattr(dataset, 'set_loader_cfg') else getattr(dataset, 'reader', dataset)
-        elif root.is_dir():
-            names = dict.fromkeys((split, *(TRAIN if split in TRAIN else ())))
-            dataset = Folder(next((root / name for name in names if (root / name).is_dir()), root))
+        elif (path := Path(str(root))).is_dir():
+            within = dict.fromkeys((split, *(TRAIN if split in TRAIN else ())))
+            dataset = Folder(next((path / name for name in within if (path / name).is_dir()), path))
         else:
-            check_regular_file(root)
-            dataset = ReaderImageInTar(str(root))
+            check_regular_file(path)
+            dataset = ReaderImageInTar(str(path))
         if len(dataset) == 0:
             raise ValueError(f'no name in it ends in {", ".join(get_img_extensions())}')
     except Exception as error:  # whatever timm, tarfile, torchvision, datasets or webdataset raise

@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ..files import replaced
 from ..weights.layout import ITPN, PRETRAIN, native_to_official
-from .checkpoints import check_finite, save
+from .checkpoints import REMEDY, not_finite, save
 from .run import WHOLE, Run
 
 __all__ = ['export', 'native_weights']
@@ -33,7 +33,8 @@ def export(run: Run) -> dict[str, Any]:
     native = {key: value.detach().cpu().contiguous() for key, value in native_weights(state_dict).items()}
     files: dict[str, Path] = {
         'native': run.args.output / 'pretrained.safetensors', 'official': run.args.output / 'pretrained.pth'}
-    check_finite(native, f'update {run.num_updates}, so no weights are written')
+    if bad := not_finite(native):
+        raise RuntimeError(f'{bad} is not finite after update {run.num_updates}: no weights are written. {REMEDY}')
     with replaced(files['native']) as part:
         save_file(native, part, metadata={'format': 'pt', 'model': run.args.model})
     save({'model': {key: value.clone() for key, value in native_to_official(native).items()}}, files['official'])

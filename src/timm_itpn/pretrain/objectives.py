@@ -51,12 +51,8 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> S
 
 
 def create_objective(
-        name: str,
-        student: Student,
-        mask_ratio: float | None = None,
-        teacher_dim: int | None = None,
-        **kwargs: Any,
-) -> Objective:
+        name: str, student: Student, mask_ratio: float | None = None, teacher_dim: int | None = None,
+        **kwargs: Any) -> Objective:
     """Create an objective with new weights, the student's too.
 
     Args:

@@ -24,7 +24,6 @@ from ..layers.blocks import AttentionBlock, MlpBlock
 from .arguments import CHANGEABLE
 from .checkpoints import REMEDY, random_state, save, set_random_state
 from .data import NUM_OTHERS, Batches
-from .objectives import creating
 from .task import PretrainTask
 
 __all__ = ['WHOLE', 'Batch', 'Run']
@@ -98,18 +97,22 @@ class Run:
         args = self.args
         lr = args.lr if args.lr is not None else args.lr_base * self.images_per_update / args.lr_base_size
         options = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
-        with creating(f'Optimizer {args.opt} with schedule {args.sched}'):
-            self.optimizer = create_optimizer_v2(
-                self.objective, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options)
-            self.scheduler, _ = create_scheduler_v2(
-                self.optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
-                warmup_lr=args.warmup_lr, min_lr=args.min_lr, step_on_epochs=False,
-                updates_per_epoch=self.updates_per_epoch)
-            self.scheduler.step_update(0)  # there is none where timm does not know its name
+        self.optimizer = create_optimizer_v2(
+            self.objective, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr, min_lr=args.min_lr, step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch)
 
     @property
     def lr(self) -> float:
         return max(group['lr'] for group in self.optimizer.param_groups)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Go on to the first batch of an epoch."""
+        self.epoch, self.batch = epoch, 0
+        self.sums: dict[str, float] = {}
+        self.unreadable: dict[str, None] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on; every process has to call it."""
@@ -167,12 +170,6 @@ class Run:
             self.start_epoch(self.epoch)
         self.scheduler.step_update(self.num_updates + self.ahead)
         set_random_state(own['random'])
-
-    def start_epoch(self, epoch: int) -> None:
-        """Go on to the first batch of an epoch."""
-        self.epoch, self.batch = epoch, 0
-        self.sums: dict[str, float] = {}
-        self.unreadable: dict[str, None] = {}
 
     @property
     def ends_epoch(self) -> bool:

@@ -29,12 +29,8 @@ class PretrainTask(TrainingTask):
     """
 
     def __init__(
-            self,
-            objective: Objective,
-            teacher: Teacher | None,
-            device: torch.device,
-            amp_dtype: torch.dtype | None = None,
-    ):
+            self, objective: Objective, teacher: Teacher | None, device: torch.device,
+            amp_dtype: torch.dtype | None = None):
         super().__init__(device=device, verbose=False)
         self.objective = objective.to(device)
         self.trainable_module: nn.Module = objective

@@ -10,7 +10,7 @@ from timm.layers import to_2tuple
 
 from ..checks import check_regular_file
 from ..weights.integrity import why_no_weight_file
-from .checkpoints import check_finite
+from .checkpoints import not_finite
 
 __all__ = ['Teacher', 'create_teacher']
 
@@ -66,11 +66,7 @@ class Teacher(nn.Module):
 
 
 def create_teacher(
-        name: str,
-        grid_size: tuple[int, int],
-        img_size: int | None = None,
-        checkpoint_path: str = '',
-) -> Teacher:
+        name: str, grid_size: tuple[int, int], img_size: int | None = None, checkpoint_path: str = '') -> Teacher:
     """Create a teacher of any timm name whose tokens have the student's grid.
 
     Args:
@@ -80,8 +76,7 @@ def create_teacher(
         checkpoint_path: File of its weights, '' for the published ones.
 
     Raises:
-        RuntimeError: A weight is not finite.
-        ValueError: Its grid is another; the message names the size to use. Or the file is damaged.
+        ValueError: Its grid is another; the message names the size to use. Or its weights are damaged.
     """
     if checkpoint_path:
         check_regular_file(Path(checkpoint_path))
@@ -91,7 +86,8 @@ def create_teacher(
     size = to_2tuple(img_size) if img_size else (grid_size[0] * stride, grid_size[1] * stride)
     overlay = dict(file=checkpoint_path) if checkpoint_path else None
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size)
-    check_finite(dict(model.named_parameters()), 'reading the teacher')
+    if bad := not_finite(dict(model.named_parameters())):
+        raise ValueError(f'The weights of the teacher {name} are not finite, {bad} for one: name others')
     return Teacher(model, grid_size)
 
 
