@@ -57,13 +57,13 @@ def test_two_processes_of_torchrun_learn_as_one(data, tmp_path, one_thread):
 
 def test_killed_processes_resume_to_the_same_weights(data, tmp_path):
     """Copies of the parameters (DDP) and shares of them (FSDP2), killed and resumed, and a run that was left alone."""
-    more = ('--batch-size', '2', '--grad-accum-steps', '2', '--recovery-interval', '3', '--drop-path', '0.3',
-            '--model-ema', '--model-ema-decay', '0.5')
+    more = ('--batch-size', '2', '--grad-accum-steps', '2', '--recovery-interval', '1', '--drop-path', '0.3',
+            '--model-ema', '--model-ema-decay', '0.5', '--epochs', '2')
     for name, options in (('whole', ()), ('copies', ('--resume', 'auto')), ('shares', ('--resume', 'auto', '--fsdp'))):
         output = tmp_path / name
         args = command(data, output, *more, *options, objective=MFM)
         if name != 'whole':
-            kill_after(start_ranks(args), output, lines=4)
+            kill_after(start_ranks(args), output, lines=3)
         finish(*start_ranks(args))
     assert_same(weights(tmp_path / 'copies'), weights(tmp_path / 'whole'))
     assert losses(tmp_path / 'copies') == losses(tmp_path / 'whole')

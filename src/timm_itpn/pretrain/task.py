@@ -68,8 +68,7 @@ def create_task(args: argparse.Namespace, device: torch.device) -> PretrainTask:
         device: Where the task is.
 
     Raises:
-        RuntimeError: Weights of the teacher cannot be had.
-        ValueError: An argument is not usable.
+        ValueError: An argument is not usable, or weights of the teacher cannot be had.
     """
     student = create_student(
         args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
