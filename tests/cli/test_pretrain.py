@@ -25,7 +25,7 @@ def test_command_runs_and_tells_what_it_wrote(tmp_path, capsys):
 def test_errors_are_one_sentence(tmp_path, capsys):
     assert main(['pretrain', *command(tmp_path / 'nowhere', tmp_path / 'run')]) == 1
     captured = capsys.readouterr()
-    assert captured.out == '' and captured.err.splitlines()[-1].startswith('timm-itpn: --data-dir')
+    assert captured.out == '' and captured.err.splitlines()[-1].startswith('timm-itpn: There is no --data-dir')
 
 
 def test_file_gives_defaults_and_the_command_line_wins(tmp_path):

@@ -233,7 +233,8 @@ def test_changed_data_are_known_and_moved_ones_are_the_same(tmp_path):
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
-    ('', None, 'does not exist: name the folder or tar file'),
+    ('', None, 'There is no --data-dir: name the folder or tar file'),
+    ('nowhere', None, 'There is no --data-dir .*nowhere: name the folder'),
     ('some.tar', b'no tar', '--data-dir .*some.tar cannot be used'),
     ('some.png', b'no tar', '--data-dir .*some.png cannot be used'),
     ('pipe.tar', None, 'not a regular file'),

@@ -250,7 +250,8 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
         ValueError: There is no such folder, no image in it, or the data cannot be used.
     """
     if not name and (root is None or not root.exists()):
-        raise ValueError(f'--data-dir {root or ""} does not exist: name the folder or tar file that holds the images.')
+        where = f' {root}' if root else ''
+        raise ValueError(f'There is no --data-dir{where}: name the folder or tar file that holds the images.')
     try:
         if name:
             dataset: Any = create_dataset(

@@ -105,6 +105,10 @@ def create_run(args: argparse.Namespace) -> Run:
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     device = init_distributed_device(args)
     settings['world_size'] = args.world_size
+    dataset = open_dataset(
+        args.dataset, args.data_dir, args.train_split, batch_size=args.batch_size, seed=args.seed,
+        num_samples=args.train_num_samples)
+    settings['data'] = fingerprint(dataset)
     random_seed(args.seed, 0)  # the same weights in all processes
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -117,10 +121,6 @@ def create_run(args: argparse.Namespace) -> Run:
         make(Image.new('RGB', (2, 2)), '', 0)
     except Exception as error:  # of torchvision, for sizes that cannot be drawn
         raise ValueError(f'--scale, --ratio or --train-interpolation cannot be used: {error}') from error
-    dataset = open_dataset(
-        args.dataset, args.data_dir, args.train_split, batch_size=args.batch_size, seed=args.seed,
-        num_samples=args.train_num_samples)
-    settings['data'] = fingerprint(dataset)
     batches = Batches(
         dataset, make, args.batch_size, args.workers, args.rank, args.world_size, pin_memory=device.type == 'cuda')
     run = Run(args, settings, task, batches)
