@@ -92,9 +92,9 @@ def kill_after(monkeypatch, num_updates):
 
 @pytest.mark.parametrize('name', OBJECTIVE_NAMES)
 def test_interrupted_run_ends_with_the_same_weights(name, whole, data, kwargs_of, tmp_path, monkeypatch):
-    """Killed in the middle of an epoch, right before its end, and between checkpoints."""
+    """Killed in the middle of an epoch and, for one objective, right before its end, and between checkpoints."""
     more = (*COMMON, '--recovery-interval', '1', '--resume', 'auto')
-    for num_updates in (1, 4, 7):
+    for num_updates in (1, 4, 7) if name == 'mfm' else (5,):
         with monkeypatch.context() as patch:
             kill_after(patch, num_updates)
             with pytest.raises(Killed):
@@ -195,6 +195,14 @@ def begun(data, tmp_path_factory):
     return output
 
 
+@pytest.fixture(scope='module')
+def left_alone(data, tmp_path_factory):
+    """The folder of the same run, which nothing interrupted."""
+    output = tmp_path_factory.mktemp('left_alone') / 'run'
+    run(data, output)
+    return output
+
+
 @pytest.fixture
 def copied(begun, tmp_path):
     shutil.copytree(begun, tmp_path / 'run')
@@ -277,13 +285,12 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, copied, 
     assert told.count('\n') == 1 and told.endswith('going on from the one before.\n')
 
 
-def test_run_goes_on_from_the_checkpoint_before_and_keeps_the_damaged_one(data, begun, copied, capsys):
+def test_run_goes_on_from_the_checkpoint_before_and_keeps_the_damaged_one(data, left_alone, copied, capsys):
     flip(copied / 'checkpoint-00000005.pt', 'data/5')
     damaged = (copied / 'checkpoint-00000005.pt').read_bytes()
     run(data, copied, '--resume', 'auto', '--recovery-interval', '1')
-    run(data, copied.parent / 'whole')
-    assert_same(weights(copied), weights(copied.parent / 'whole'))
-    assert losses(copied) == losses(copied.parent / 'whole')
+    assert_same(weights(copied), weights(left_alone))
+    assert losses(copied) == losses(left_alone)
     assert (copied / 'checkpoint-00000005.pt.unused').read_bytes() == damaged
     assert 'checkpoint-00000005.pt.unused' in capsys.readouterr().err
 
@@ -341,7 +348,7 @@ def test_weights_that_are_not_finite_are_not_written(last, data, copied, monkeyp
 
 
 @pytest.mark.parametrize('num_bytes', [500, 64 * 1024, 'half a checkpoint'])
-def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(num_bytes, data, copied, begun):
+def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(num_bytes, data, copied, left_alone):
     """A limit on the size of files stands for it: to torch and safetensors it is the same error of the system."""
     if num_bytes == 'half a checkpoint':
         num_bytes = (copied / 'checkpoint-00000005.pt').stat().st_size // 2
@@ -356,9 +363,8 @@ def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(num_bytes, dat
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert all(contents(copied)[name] == before[name] for name in before if name.startswith('checkpoint'))
     run(data, copied, *more)
-    run(data, copied.parent / 'whole')
-    assert_same(weights(copied), weights(copied.parent / 'whole'))
-    assert losses(copied) == losses(copied.parent / 'whole')
+    assert_same(weights(copied), weights(left_alone))
+    assert losses(copied) == losses(left_alone)
 
 
 def test_folder_has_one_run_at_a_time(data, copied, monkeypatch):
