@@ -3,7 +3,9 @@ import importlib.util
 import os
 from pathlib import Path
 
-__all__ = ['check_device', 'check_output', 'check_regular_file', 'require']
+__all__ = ['check_device', 'check_new', 'check_output', 'check_regular_file', 'require']
+
+_MOVE = 'move it away'
 
 
 def require(purpose: str, extra: str, *packages: str) -> None:
@@ -19,11 +21,11 @@ def require(purpose: str, extra: str, *packages: str) -> None:
         raise RuntimeError(f"{purpose} needs {', '.join(missing)}: pip install 'timm-itpn[{extra}]'")
 
 
-def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = 'remove it') -> None:
-    """Raise ValueError unless a file, or a folder, can be written.
+def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = _MOVE) -> None:
+    """Raise ValueError unless a file can be written.
 
     Args:
-        path: File or folder.
+        path: File.
         option: Option that names it.
         suffix: What its name must end in.
         overwrite: It may exist already.
@@ -33,7 +35,15 @@ def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = Fa
         raise ValueError(f'{path} is not a {suffix[1:].upper()} file name; {option} must end in {suffix}')
     if not path.parent.is_dir():
         raise ValueError(f'{path} cannot be written: there is no folder {path.parent}')
-    if not overwrite and os.path.lexists(path):
+    if overwrite:
+        check_regular_file(path)
+    else:
+        check_new(path, option, remedy)
+
+
+def check_new(path: Path, option: str, remedy: str = _MOVE) -> None:
+    """Raise ValueError if there is something at a path."""
+    if os.path.lexists(path):
         raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
 
 
@@ -48,6 +58,6 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # meta has no numbers
     except (AssertionError, RuntimeError) as error:  # AssertionError: this build of torch is without the device
         raise RuntimeError(f'device {device!r} cannot be used: {str(error).partition(". ")[0]}') from error

@@ -1,12 +1,41 @@
 """Files that are written whole or not at all."""
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ['replaced']
+from .checks import check_new
+
+__all__ = ['created', 'replaced']
+
+FULL_BYTES = 1 << 20  # a disk with less room is full
+
+
+@contextlib.contextmanager
+def created(path: Path, option: str) -> Iterator[Path]:
+    """As `replaced`, for what must be new; missing folders above it are made, and go again if an error occurs.
+
+    Args:
+        path: A file or a folder.
+        option: Option that names it.
+
+    Raises:
+        ValueError: It exists.
+    """
+    check_new(path, option)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as part:
+            yield part
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not there, or somebody else's files are in it by now
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -20,5 +49,9 @@ def replaced(path: Path) -> Iterator[Path]:
     try:
         yield beside / path.name
         os.replace(beside / path.name, path)
+    except Exception as error:  # what the writers of weights raise names neither the disk nor the file
+        if shutil.disk_usage(beside).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, 'the disk is full', str(path)) from error
+        raise
     finally:
         shutil.rmtree(beside)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import figures
-from ..checks import check_device
+from ..checks import check_device, check_regular_file
 from .arguments import height_width
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     output = args.output or Path(f'{args.image.stem}_{"tokens" if args.tokens else "show"}.png')
-    figures.check(output, '--output', args.force, 'overwrite it with --force')
+    figures.check(output, '--output', overwrite=args.force, remedy='overwrite it with --force')
     image = read_image(args.image)
     height, width = height_width(args.img_size) or own_size(*image.size)
     check_device(args.device)
@@ -78,6 +78,7 @@ def read_image(path: Path) -> 'Image':
     """An image file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
+    check_regular_file(path)
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
