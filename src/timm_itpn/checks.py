@@ -3,7 +3,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-__all__ = ['check_device', 'check_new', 'check_output', 'check_regular_file', 'require']
+__all__ = ['check_device', 'check_new', 'check_output', 'check_regular_file', 'read_text', 'require']
 
 _MOVE = 'move it away'
 
@@ -51,6 +51,20 @@ def check_regular_file(path: Path) -> None:
     """Raise ValueError if there is something else than a file at a path: reading a pipe or a device may never end."""
     if path.exists() and not path.is_file():
         raise ValueError(f'{path} is {"a folder" if path.is_dir() else "not a regular file"}: name a file')
+
+
+def read_text(path: Path) -> str:
+    """Text of a file.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is not a regular file, or not a text.
+    """
+    check_regular_file(path)
+    try:
+        return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not a text file: name another') from error
 
 
 def check_device(device: str) -> None:

@@ -1,6 +1,5 @@
 """Files that are written whole or not at all."""
 import contextlib
-import errno
 import os
 import shutil
 import tempfile
@@ -11,7 +10,19 @@ from .checks import check_new
 
 __all__ = ['created', 'replaced']
 
-FULL_BYTES = 1 << 20  # a disk with less room is full
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a path to write a file or a folder to; it takes the place of `path` if no error occurs.
+
+    Args:
+        path: A file, which may exist, or a folder, which must not.
+    """
+    beside = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))  # there, os.replace is atomic
+    try:
+        yield beside / path.name
+        os.replace(beside / path.name, path)
+    finally:
+        shutil.rmtree(beside)
 
 
 @contextlib.contextmanager
@@ -36,22 +47,3 @@ def created(path: Path, option: str) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # not there, or somebody else's files are in it by now
                 folder.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Give a path to write a file or a folder to; it takes the place of `path` if no error occurs.
-
-    Args:
-        path: A file, which may exist, or a folder, which must not.
-    """
-    beside = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))  # there, os.replace is atomic
-    try:
-        yield beside / path.name
-        os.replace(beside / path.name, path)
-    except Exception as error:  # what the writers of weights raise names neither the disk nor the file
-        if shutil.disk_usage(beside).free < FULL_BYTES:
-            raise OSError(errno.ENOSPC, 'the disk is full', str(path)) from error
-        raise
-    finally:
-        shutil.rmtree(beside)

@@ -130,19 +130,26 @@ HUGE = 10 ** 5000
     (dict(std=[0, 0, 0]), 'std .* above 0'), (dict(std=[HUGE] * 3), '--std'), (dict(std={'a': 1}), '--std'),
     (dict(interpolation='random'), 'must be one of nearest, bilinear'), (dict(interpolation=['box']), 'must be one'),
     (dict(crop_mode='../x'), 'must be one of center, squash, border'), (dict(crop_mode=torch.nn.Module), 'must be one'),
-    (dict(gp='most'), 'global_pool'), (dict(gp=3), 'global_pool'),
     (dict(model_kwargs=[1]), 'model_kwargs .* cannot be read'),
     (dict(model_kwargs=dict(num_heads=torch.ones(1))), 'model_kwargs .* cannot be read'),
-    (dict(model_kwargs=dict(acceleration='more')), 'acceleration .more. is unknown'),
 ])
-def test_values_that_cannot_be_are_refused(args, message, tmp_path):
+def test_values_that_cannot_be_are_refused(args, message):
+    with pytest.raises(ValueError, match=message):
+        said = settings.from_training(args)
+        settings.check_data(said.data, 3, said.source)
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (dict(gp='most'), 'global_pool'), (dict(gp=3), 'global_pool'), (dict(crop_pct=3), '--crop-pct'),
+    (dict(model_kwargs=dict(TINY, acceleration='more')), 'acceleration .more. is unknown'),
+])
+def test_checkpoint_with_such_values_leaves_nothing(args, message, tmp_path):
     write(tmp_path / 'w.pt')
     checkpoint = torch.load(tmp_path / 'w.pt', weights_only=False)
-    kwargs = args.get('model_kwargs', {})
-    vars(checkpoint['args']).update(args, model_kwargs={**TINY, **kwargs} if isinstance(kwargs, dict) else kwargs)
+    vars(checkpoint['args']).update(args)
     torch.save(checkpoint, tmp_path / 'w.pt')
     with pytest.raises(ValueError, match=message):
-        convert(tmp_path / 'w.pt', tmp_path / 'out')
+        convert(tmp_path / 'w.pt', tmp_path / 'new' / 'folder' / 'out')
     assert [path.name for path in tmp_path.iterdir()] == ['w.pt']
 
 

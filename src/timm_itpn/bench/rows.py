@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..checks import read_text
 from ..files import replaced
 from .cases import Case
 from .machine import Machine
@@ -116,8 +117,9 @@ def read(path: Path, make: Callable[..., T]) -> list[T]:
     Raises:
         ValueError: It is not a file of such rows.
     """
+    text = read_text(path)
     try:
-        return [make(**json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines()]
+        return [make(**json.loads(line)) for line in text.splitlines()]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is not a file of measured rows, one JSON object per line: {error!r}') from error
 

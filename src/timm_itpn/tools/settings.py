@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checks import read_text
 from ..weights.read import StandIn
 
 __all__ = ['DATA', 'MODEL_ARGS', 'Settings', 'check_data', 'class_names', 'from_config', 'from_training']
@@ -101,7 +102,7 @@ def from_config(path: Path) -> Settings:
         ValueError: It is not one.
     """
     try:
-        config = json.loads(path.read_text(encoding='utf-8'))
+        config = json.loads(read_text(path))
         cfg, kwargs = config.get('pretrained_cfg', {}), config.get('model_args', {})
         return Settings(
             path.name,
@@ -122,7 +123,7 @@ def class_names(path: Path, num_classes: int) -> list[str]:
     Raises:
         ValueError: They are not as many as the classes.
     """
-    names = [line.strip() for line in path.read_text(encoding='utf-8').splitlines()]
+    names = [line.strip() for line in read_text(path).splitlines()]
     if len(names) != num_classes:
         raise ValueError(f'{path} has {len(names)} lines, but the checkpoint {num_classes} classes: name another file.')
     return names
