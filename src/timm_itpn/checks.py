@@ -1,6 +1,7 @@
 """What a command checks before it starts long work. Each error is one sentence that says what to do."""
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 __all__ = ['check_device', 'check_new', 'check_output', 'check_regular_file', 'read_text', 'require']
@@ -22,7 +23,7 @@ def require(purpose: str, extra: str, *packages: str) -> None:
 
 
 def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = _MOVE) -> None:
-    """Raise ValueError unless a file can be written.
+    """Raise ValueError or OSError unless a file can be written.
 
     Args:
         path: File.
@@ -39,12 +40,16 @@ def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = Fa
         check_regular_file(path)
     else:
         check_new(path, option, remedy)
+    tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent).cleanup()  # OSError if that cannot be
 
 
 def check_new(path: Path, option: str, remedy: str = _MOVE) -> None:
-    """Raise ValueError if there is something at a path."""
+    """Raise ValueError if there is something at a path, or a file where a folder above it should be."""
     if os.path.lexists(path):
         raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
+    above = next(folder for folder in path.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f'{path} cannot be written: {above} is not a folder; name another with {option}')
 
 
 def check_regular_file(path: Path) -> None:

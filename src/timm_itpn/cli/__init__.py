@@ -20,7 +20,7 @@ from .table import printable
 COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, recipe, show)
 
 
-_SAID = (ImportError, OSError, RuntimeError, ValueError)  # whose text is meant for people
+_SAID = (AssertionError, ImportError, OSError, RuntimeError, ValueError)  # whose text is meant for people
 
 
 class _Parser(ConfigurableParser):

@@ -127,7 +127,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _suite(args: argparse.Namespace) -> tuple[list[Work], str]:
     """Cases and device of --suite."""
-    given = [f'--{name.replace("_", "-")}' for name in _SUITE_REPLACES if getattr(args, name)]
+    values = {name: getattr(args, name) for name in _SUITE_REPLACES}
+    given = [
+        f'--{name.replace("_", "-")}' for name, value in values.items()
+        if value is not False and value not in (None, '', ())]
     if given:
         raise ValueError(f'a suite is fixed: leave out {", ".join(given)}')
     return SUITES[args.suite], 'cuda' if args.suite == 'gpu' else 'cpu'
@@ -148,5 +151,5 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Work]:
     sizes = [parse_size(text) for text in args.size or ['224']]
     for mode, size, dtype in itertools.product(args.mode or ['forward'], sizes, args.dtype or ['float32']):
         for batch in args.batch or [1 if mode == 'latency' else 8]:
-            model = args.model or 'fast_itpn_base'
+            model = 'fast_itpn_base' if args.model is None else args.model
             yield Case(model, size, batch, dtype, mode, args.pyramid), candidates, rounds

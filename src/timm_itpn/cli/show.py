@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             figure = draw_features(shown, feature_maps(model, pixels), caption)
     figures.save(figure, output)
+    if weights.startswith('random'):
+        print(f'{args.model} has {weights}: load trained ones with --pretrained or --checkpoint', file=sys.stderr)
     print(output)
 
 
@@ -109,9 +111,7 @@ def build(args: argparse.Namespace, img_size: tuple[int, int]) -> tuple[Any, str
     weights = 'published weights' if loads else f'random weights (seed {args.seed})'
     if args.checkpoint:
         weights, overlay['file'] = f'weights of {args.checkpoint.name}', str(args.checkpoint)
-    if not loads:
-        print(f'{args.model} has {weights}: load trained ones with --pretrained or --checkpoint', file=sys.stderr)
-    elif args.pyramid_init == 'random':
+    if loads and args.pyramid_init == 'random':
         weights += ', pyramid random if it has none'
     random_seed(args.seed)
     model = timm.create_model(

@@ -85,7 +85,8 @@ def _write(
     native = checkpoint.native
     weights = describe(native)
     guessed = name is None
-    name = name or checkpoint.name or choose_model(weights, checkpoint.published)
+    if name is None:
+        name = checkpoint.name or choose_model(weights, checkpoint.published)
     said = checkpoint.said
     own_size = dict(embed_dim=weights.embed_dim, depths=weights.depths) if said.model_args.keys() & SIZE_ARGS else {}
     args = model_args(name, native, weights, checkpoint.img_size(weights.num_tokens), {**said.model_args, **own_size})
