@@ -10,6 +10,7 @@ from .checks import check_new
 
 __all__ = ['created', 'replaced']
 
+
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Give a path to write a file or a folder to; it takes the place of `path` if no error occurs.

@@ -157,9 +157,10 @@ def test_nothing_that_loads_or_fetches_is_taken(tmp_path):
     """An official file too: what training scripts of others call by timm's names."""
     state = native_to_official(timm.create_model('fast_itpn_tiny', num_classes=5, img_size=32).state_dict())
     evil = dict(pretrained=True, checkpoint_path='/x', pretrained_cfg={'file': '/x'}, features_only=True, device='x')
-    for args in (dict(model='../x', input_size=32, model_kwargs=evil), dict(model=3, img_size='big', input_size=[0, 2])):
+    tried = dict(model='../x', input_size=32, model_kwargs=evil), dict(model=3, img_size='big', input_size=[0, 2])
+    for i, args in enumerate(tried):
         torch.save({'model': state, 'args': args}, tmp_path / 'w.pt')
-        report = convert(tmp_path / 'w.pt', tmp_path / f'out{len(args)}{args["model"] == 3}')
+        report = convert(tmp_path / 'w.pt', tmp_path / f'out{i}')
         assert report['model'] == 'fast_itpn_tiny' and report['guessed']
 
 

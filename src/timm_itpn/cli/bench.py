@@ -10,7 +10,7 @@ from .. import figures
 
 # these import no torch
 from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Candidates, Case, Rounds, parse_size
-from ..bench.rows import Row, json_line, markdown, markdown_of_case, measured, read, record
+from ..bench.rows import SPEEDUPS, Row, json_line, markdown, markdown_of_case, measured, read, record
 from ..bench.suites import SUITES
 from ..checks import check_output
 from ..pretrain import OBJECTIVE_NAMES
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         if args.record:
             record(args.record, of_case)
     if not args.json:
-        print(rows[0].machine)
+        print(f'{SPEEDUPS}\n{rows[0].machine}')
     if args.plot:
         from ..bench.chart import draw
 
