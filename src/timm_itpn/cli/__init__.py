@@ -67,7 +67,8 @@ def _sentence(error: Exception) -> str:
     text = ' '.join(str(error).split())
     if not isinstance(error, _SAID) or not text:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        text = f'{type(error).__name__}: {text} (in {Path(last.filename).name}, line {last.lineno})'
+        where = f'{Path(last.filename).name}, line {last.lineno}'
+        text = f'{": ".join(filter(None, (type(error).__name__, text)))} (in {where})'
     return printable(text)
 
 
