@@ -80,7 +80,12 @@ def run(args: argparse.Namespace) -> None:
     if args.measured:
         print(f'# Measured speed\n\nWritten by `timm-itpn bench --measured`.\n\n{markdown(measured())}')
         return
-    _check_outputs(args)
+    if args.plot:  # now, not when everything is measured
+        figures.check(args.plot, '--plot', overwrite=True)
+    if args.record:
+        check_output(args.record, '--record', overwrite=True)
+        if args.record.exists():
+            read(args.record, Row.of_json)
     work, device = _suite(args) if args.suite else (list(_asked_for(args)), args.device or 'cpu')
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which counts memory, prints to stderr
 
@@ -113,16 +118,6 @@ def run(args: argparse.Namespace) -> None:
     wrong = [f'{row.candidate} by {row.output_error:.2g}' for row in rows if row.speedup_over_ours is None]
     if wrong:
         raise RuntimeError(f'outputs differ from ours: {", ".join(wrong)}; allowed are {TOLERANCES}')
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Raise now for what would fail only after everything is measured."""
-    if args.plot:
-        figures.check(args.plot, '--plot', overwrite=True)
-    if args.record:
-        check_output(args.record, '--record', overwrite=True)
-        if args.record.exists():
-            read(args.record, Row.of_json)
 
 
 def _suite(args: argparse.Namespace) -> tuple[list[Work], str]:

@@ -37,57 +37,44 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f'--{name.replace("_", "-")} {getattr(args, name)}: give a number from 1 to {most}')
     check_device(args.device)
 
-    from ..models import check_name
-
-    check_name(args.model)
-    with created(args.output, '--output') as folder:
-        result = demo(args, folder)
-    print(json.dumps(result))
-
-
-def demo(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Train and validate a model.
-
-    Args:
-        args: Arguments of the command.
-        folder: New folder for everything written; afterwards it becomes `args.output`.
-
-    Returns:
-        What `result.json` says.
-    """
     import timm
     import torch
     from timm.data import create_dataset, create_loader, resolve_data_config
     from timm.utils import random_seed
 
-    random_seed(args.seed)
-    model = timm.create_model(
-        args.model, pretrained=args.pretrained, img_size=args.img_size, num_classes=NUM_CLASSES, drop_path_rate=0.1)
-    model.to(args.device)
-    data = folder / 'data'
-    write_digits(data)
-    config = resolve_data_config({'input_size': (3, args.img_size, args.img_size), 'crop_pct': 1.0}, model=model)
-    options: dict[str, Any] = dict(
-        config, batch_size=args.batch_size, num_workers=0, persistent_workers=False, use_prefetcher=False,
-        device=torch.device(args.device))
-    train_set, val_set = (create_dataset('', root=str(data), split=split) for split in ('train', 'val'))
-    train_loader = create_loader(
-        train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **options)
+    from ..models import check_name
 
-    history, predictions = train(model, train_loader, create_loader(val_set, **options), args)
-    draw(folder / 'demo.png', val_set.reader.samples, predictions, history)
-    # arguments as those of timm's `train.py`, in plain values: timm loads checkpoints without running pickled code
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != 'run'}
-    torch.save({
-        'epoch': args.epochs - 1, 'arch': args.model, 'state_dict': model.state_dict(), 'version': 2,
-        'args': argparse.Namespace(**told, **config, num_classes=NUM_CLASSES), 'metric': history[-1][1],
-    }, folder / 'last.pth.tar')
-    files = dict(checkpoint='last.pth.tar', picture='demo.png', data='data')
-    result = {
-        'top1': history[-1][1], 'images': len(val_set),
-        **{key: str(args.output / name) for key, name in files.items()}}
-    (folder / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
-    return result
+    check_name(args.model)
+    with created(args.output, '--output') as folder:
+        random_seed(args.seed)
+        size = args.img_size
+        model = timm.create_model(
+            args.model, pretrained=args.pretrained, img_size=size, num_classes=NUM_CLASSES, drop_path_rate=0.1)
+        model.to(args.device)
+        data = folder / 'data'
+        write_digits(data)
+        config = resolve_data_config({'input_size': (3, size, size), 'crop_pct': 1.0}, model=model)
+        options: dict[str, Any] = dict(
+            config, batch_size=args.batch_size, num_workers=0, persistent_workers=False, use_prefetcher=False,
+            device=torch.device(args.device))
+        train_set, val_set = (create_dataset('', root=str(data), split=split) for split in ('train', 'val'))
+        train_loader = create_loader(
+            train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **options)
+
+        history, predictions = train(model, train_loader, create_loader(val_set, **options), args)
+        draw(folder / 'demo.png', val_set.reader.samples, predictions, history)
+        # as those of timm's `train.py`, in plain values: timm loads checkpoints without running pickled code
+        told = {key: str(value) if key == 'output' else value for key, value in vars(args).items() if key != 'run'}
+        torch.save({
+            'epoch': args.epochs - 1, 'arch': args.model, 'state_dict': model.state_dict(), 'version': 2,
+            'args': argparse.Namespace(**told, **config, num_classes=NUM_CLASSES), 'metric': history[-1][1],
+        }, folder / 'last.pth.tar')
+        files = dict(checkpoint='last.pth.tar', picture='demo.png', data='data')
+        result = {
+            'top1': history[-1][1], 'images': len(val_set),
+            **{key: str(args.output / name) for key, name in files.items()}}
+        (folder / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
+    print(json.dumps(result))
 
 
 def write_digits(folder: Path) -> None:

@@ -101,20 +101,15 @@ def from_config(path: Path) -> Settings:
     Raises:
         ValueError: It is not one.
     """
+    text = read_text(path)
     try:
-        config = json.loads(read_text(path))
+        config = json.loads(text)
         cfg, kwargs = config.get('pretrained_cfg', {}), config.get('model_args', {})
-        return Settings(
-            path.name,
-            _of(cfg, DATA),
-            model_args=_of({'global_pool': config.get('global_pool'), **kwargs}, MODEL_ARGS + SIZE_ARGS),
-            img_size=_size(kwargs.get('img_size') or cfg.get('input_size')),
-            input_size=_size(cfg.get('input_size')),
-            labels={key: value for key, value in config.items() if key in LABELS and isinstance(value, (list, dict))},
-        )
+        said = from_training({**cfg, 'model_kwargs': kwargs, 'gp': config.get('global_pool')})
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'{path} is not a config of timm ({error}): mend it, or convert the weights elsewhere.') from error
+        raise ValueError(f'{path} is not a config of timm ({error}): mend it, or convert a copy.') from error
+    labels = {key: value for key, value in config.items() if key in LABELS and isinstance(value, (list, dict))}
+    return said._replace(source=path.name, labels=labels)
 
 
 def class_names(path: Path, num_classes: int) -> list[str]:
