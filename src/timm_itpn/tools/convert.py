@@ -106,6 +106,7 @@ def _write(
     report = dict(
         model=name,
         guessed=name != checkpoint.name and guessed,
+        global_pool=args.get('global_pool', 'avg'),
         source=source,
         dtypes=_dtypes(native),
         parts=weights.parts,
