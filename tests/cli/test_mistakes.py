@@ -91,6 +91,7 @@ READERS = {
     'bench --against': (*BENCH, '--against', 'FILE:build'),
     'bench --record': (*BENCH, '--record', 'FILE'),
     'pretrain -c': (*PRETRAIN, '-c', 'FILE'),
+    'pretrain -c': KINDS[:3] + KINDS[4:],  # an empty file has no settings
     'pretrain --data-dir': (*PRETRAIN, '--data-dir', 'FILE'),
     'pretrain --resume': (*PRETRAIN, '--resume', 'FILE'),
 }
@@ -98,6 +99,7 @@ KINDS = ('absent', 'absent/file', 'junk/file', 'empty', 'junk', 'text', 'cut', '
 
 SOME_KINDS = {
     'bench --record': KINDS[1:3] + KINDS[4:],  # a new or an empty file is written to
+    'pretrain -c': KINDS[:3] + KINDS[4:],  # an empty file has no settings
     'pretrain --data-dir': ('absent', 'junk', 'pipe', 'images'),  # slow, as the next
     'pretrain --resume': ('absent', 'empty', 'cut', 'pipe')}
 
