@@ -91,7 +91,6 @@ READERS = {
     'bench --against': (*BENCH, '--against', 'FILE:build'),
     'bench --record': (*BENCH, '--record', 'FILE'),
     'pretrain -c': (*PRETRAIN, '-c', 'FILE'),
-    'pretrain -c': KINDS[:3] + KINDS[4:],  # an empty file has no settings
     'pretrain --data-dir': (*PRETRAIN, '--data-dir', 'FILE'),
     'pretrain --resume': (*PRETRAIN, '--resume', 'FILE'),
 }

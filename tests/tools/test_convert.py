@@ -310,8 +310,8 @@ def test_verification_finds_what_differs(change, classifier, tmp_path, monkeypat
             del tensors['head.fc.bias']
         save_file(tensors, path, metadata)
 
-    def spoil_config(name, args, path, write=conversion._write_config):
-        write(name, {**args, **(dict(global_pool='max') if change == 'config' else {})}, path)
+    def spoil_config(name, args, *others, write=conversion._write_config):
+        return write(name, {**args, **(dict(global_pool='max') if change == 'config' else {})}, *others)
 
     monkeypatch.setattr(conversion, 'save_file', spoil_weights)
     monkeypatch.setattr(conversion, '_write_config', spoil_config)
