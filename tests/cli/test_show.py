@@ -164,7 +164,7 @@ def test_files_that_are_not_images_are_refused(photo, capsys):
         ('absent.jpg', 'absent.jpg cannot be read as an image: '),
         ('notes.txt', 'notes.txt cannot be read as an image'),
         ('cut.jpg', 'cut.jpg cannot be read as an image: image file is truncated'),
-        ('.', '. cannot be read as an image'),
+        ('.', '. is a folder: name a file'),
     ]:
         assert main(['show', name, '--output', 'x.png']) == 1
         assert f'timm-itpn: {message}' in capsys.readouterr().err
