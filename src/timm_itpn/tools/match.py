@@ -73,8 +73,9 @@ def model_args(
         native: dict[str, torch.Tensor],
         weights: Description,
         img_size: tuple[int, int] | None,
+        told: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of the model that holds the weights.
+    """Arguments of the model that holds the weights; those in `told` are not told from the weights.
 
     Raises:
         ValueError: It cannot hold them; the message says what differs.
@@ -90,7 +91,7 @@ def model_args(
     if name.partition('.')[0].endswith('_fpn') and not weights.pyramid_dim:
         raise ValueError(
             f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
-    args = dict(num_classes=weights.num_classes, **_args(name, weights, img_size), **_cfg_args(name))
+    args = dict(told or {}, num_classes=weights.num_classes, **_args(name, weights, img_size), **_cfg_args(name))
     model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
     fit_to_model(native, model)
     return args
