@@ -44,5 +44,5 @@ class DetectionBackbone(nn.Module):
         self.out_channels = channels[0]
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps from fine to coarse: (B, in_chans, H, W) -> by name (B, out_channels, ceil(H/stride), ceil(W/stride))."""
+        """Maps from fine to coarse: (B, in_chans, H, W) -> named (B, out_channels, ceil(H/stride), ceil(W/stride))."""
         return OrderedDict((str(i), level) for i, level in enumerate(self.body(x)))
