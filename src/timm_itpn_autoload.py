@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ['autoload']
+__all__ = ['autoload', 'check_timm']
 
 MIN_TIMM = '1.0.31'
 MODELS = 'timm_itpn.models'
@@ -43,16 +43,20 @@ def _register() -> None:
     if MODELS in sys.modules:  # done, or another thread is at it
         return
     try:
-        version = importlib.import_module('timm.version').__version__
-        if _numbers(version) < _numbers(MIN_TIMM):
-            _warn(f'it needs timm >= {MIN_TIMM}, but {version} is in use; run: pip install --upgrade timm')
-        else:
-            importlib.import_module(MODELS)
+        check_timm(importlib.import_module('timm.version').__version__)
+        importlib.import_module(MODELS)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name in ('timm_itpn', MODELS):
             _warn('its files are gone (a moved or deleted folder?); install it again, or run: pip uninstall timm-itpn')
         elif type(error).__name__ != '_DeadlockError':  # another thread imports them, and waits for this one
             _warn(f'{type(error).__name__}: {error}')
+
+
+def check_timm(version: str) -> None:
+    """Raise ImportError for a version of timm that is too old."""
+    if _numbers(version) < _numbers(MIN_TIMM):
+        raise ImportError(
+            f'timm-itpn needs timm >= {MIN_TIMM}, but {version} is in use; run: pip install --upgrade timm')
 
 
 def _warn(reason: str) -> None:

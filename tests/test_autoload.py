@@ -319,7 +319,7 @@ def test_old_timm_gets_one_clear_warning(stage, version):
     write(stage, 'timm/version.py', f"__version__ = '{version}'")
     done = python(stage, IMPORT_ALL)
     assert done.stdout == '[]\n'
-    assert_one_warning(done, f'it needs timm >= 1.0.31, but {version} is in use; run: pip install --upgrade timm')
+    assert_one_warning(done, f'needs timm >= 1.0.31, but {version} is in use; run: pip install --upgrade timm')
 
 
 def test_newer_timm_is_welcome(stage):

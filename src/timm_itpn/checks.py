@@ -1,9 +1,12 @@
 """What a command checks before it starts long work. Each error is one sentence that says what to do."""
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
-__all__ = ['check_device', 'check_output', 'check_regular_file', 'require']
+__all__ = ['check_device', 'check_new', 'check_output', 'check_regular_file', 'read_text', 'require']
+
+_MOVE = 'move it away'
 
 
 def require(purpose: str, extra: str, *packages: str) -> None:
@@ -19,11 +22,11 @@ def require(purpose: str, extra: str, *packages: str) -> None:
         raise RuntimeError(f"{purpose} needs {', '.join(missing)}: pip install 'timm-itpn[{extra}]'")
 
 
-def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = 'remove it') -> None:
-    """Raise ValueError unless a file, or a folder, can be written.
+def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = _MOVE) -> None:
+    """Raise ValueError or OSError unless a file can be written.
 
     Args:
-        path: File or folder.
+        path: File.
         option: Option that names it.
         suffix: What its name must end in.
         overwrite: It may exist already.
@@ -33,8 +36,20 @@ def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = Fa
         raise ValueError(f'{path} is not a {suffix[1:].upper()} file name; {option} must end in {suffix}')
     if not path.parent.is_dir():
         raise ValueError(f'{path} cannot be written: there is no folder {path.parent}')
-    if not overwrite and os.path.lexists(path):
+    if overwrite:
+        check_regular_file(path)
+    else:
+        check_new(path, option, remedy)
+    tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent).cleanup()  # OSError if that cannot be
+
+
+def check_new(path: Path, option: str, remedy: str = _MOVE) -> None:
+    """Raise ValueError if there is something at a path, or a file where a folder above it should be."""
+    if os.path.lexists(path):
         raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
+    above = next(folder for folder in path.parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise ValueError(f'{path} cannot be written: {above} is not a folder; name another with {option}')
 
 
 def check_regular_file(path: Path) -> None:
@@ -43,11 +58,25 @@ def check_regular_file(path: Path) -> None:
         raise ValueError(f'{path} is {"a folder" if path.is_dir() else "not a regular file"}: name a file')
 
 
+def read_text(path: Path) -> str:
+    """Text of a file.
+
+    Raises:
+        OSError: It cannot be opened.
+        ValueError: It is not a regular file, or not a text.
+    """
+    check_regular_file(path)
+    try:
+        return path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not a text file: name another') from error
+
+
 def check_device(device: str) -> None:
     """Raise RuntimeError unless PyTorch can put a tensor on a device."""
     import torch
 
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # meta has no numbers
     except (AssertionError, RuntimeError) as error:  # AssertionError: this build of torch is without the device
         raise RuntimeError(f'device {device!r} cannot be used: {str(error).partition(". ")[0]}') from error

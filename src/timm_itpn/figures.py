@@ -3,7 +3,7 @@
 A figure is a plain `matplotlib.figure.Figure`, which needs neither pyplot nor a display.
 """
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .checks import check_output, require
 from .files import replaced
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 __all__ = ['check', 'save']
 
 
-def check(path: Path, option: str, overwrite: bool = False, remedy: str = 'remove it') -> None:
+def check(path: Path, option: str, **how: Any) -> None:
     """Raise RuntimeError without matplotlib; ValueError unless `check_output` allows the PNG file."""
     require('a figure', 'demo', 'matplotlib')
-    check_output(path, option, '.png', overwrite, remedy)
+    check_output(path, option, '.png', **how)
 
 
 def save(figure: 'Figure', path: Path, dpi: int = 120) -> None:

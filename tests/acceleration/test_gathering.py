@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from timm_itpn.acceleration.gathering import (
     attention_bias,
     gathering_bias,
-    global_heads,
     window_heads,
     window_mean,
 )
@@ -40,7 +39,7 @@ def test_equal_tokens_make_gathering_exact():
     W, P = positions.shape
     kv = random_tokens(1, W, 1, 2, 2, 8).expand(-1, -1, P, -1, -1, -1)
     qkv = torch.cat((random_tokens(1, W, P, 1, 2, 8), kv), dim=3)
-    wanted = F.scaled_dot_product_attention(*global_heads(qkv))  # (1, heads, W * P, 8)
+    wanted = F.scaled_dot_product_attention(*window_heads(qkv.flatten(1, 2)[:, None]))  # (1, heads, W * P, 8)
     bias = attention_bias(positions[None], 24, gathering_bias(torch.full((W,), P)), padded=False, windowed=True)
     q, k, v = window_heads(qkv, window_mean(qkv[:, :, :, 1:]))
     actual = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.double().flatten(0, 1))
@@ -73,5 +72,5 @@ def test_positions_follow_keys():
         assert torch.equal(q.flatten(1), positions[0]) and torch.equal(v, k)
         keys = positions[0] if nowhere is None else F.pad(positions[0], (0, W), value=12)
         assert torch.equal(k.flatten(1), keys)
-    for x in global_heads(qkv):
+    for x in window_heads(qkv.flatten(1, 2)[:, None]):
         assert torch.equal(x.flatten(), positions.flatten())

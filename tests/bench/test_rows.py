@@ -25,6 +25,8 @@ def test_table_names_machine_case_and_ceiling():
         ROW, machine=replace(MACHINE, gpu='B GPU'), case=replace(ROW.case, mode='latency'), peak_memory_mib=None,
         speedup_over_ours=None, speedup_over_baseline=1.5, kernels=['cuDNN'])
     assert rows.markdown([gpu, ROW, BASELINE]) + '\n' == """\
+vs ours, vs baseline: the time of that one divided by the time of this one; above 1x, this one is faster
+
 ## A CPU, threads: 2, cores: 4; Python 3.11.7, torch 2.15.0, timm 1.0.31, timm-itpn 0.1.0; 2026-01-02
 
 fast_itpn_tiny, forward, 32 px, batch 2, float32; ceiling 0.04 TFLOP/s (`torch.mm` alone 0.03):

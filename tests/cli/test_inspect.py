@@ -195,7 +195,7 @@ def test_nearly_fitting_weights_are_told(change, problem, capsys):
 
 @pytest.mark.parametrize(('change', 'problem'), [
     (lambda w: w.pop('pos_embed'), 'has no stages.2.pos_embed'),
-    (lambda w: w.update(pos_embed=torch.zeros(())), 'The position embedding has 0 dimensions, not 3.'),
+    (lambda w: w.update(pos_embed=torch.zeros(())), 'stages.2.pos_embed has the shape [], but needs 3 dimensions'),
     (lambda w: w.update(surplus=torch.zeros(1)), 'keys that are not of an official Fast-iTPN: surplus'),
     (lambda w: w.update({f'blocks.{10 ** 12}.x': torch.zeros(1)}), f'Fast-iTPN: blocks.{10 ** 12}.x'),
 ])

@@ -1,8 +1,12 @@
 """The command line: data on stdout, errors as one sentence on stderr, and exit codes."""
+import os
+import subprocess
+import sys
+
 import pytest
 
 import timm_itpn
-from timm_itpn.cli import main
+from timm_itpn.cli import main, recipe
 
 
 def test_version(capsys):
@@ -12,9 +16,26 @@ def test_version(capsys):
     assert capsys.readouterr().out == f'timm-itpn {timm_itpn.__version__}\n'
 
 
-@pytest.mark.parametrize('argv', [[], ['fly'], ['demo', '--epochs', 'many']])
-def test_wrong_usage_exits_with_2(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    assert 'usage: timm-itpn' in capsys.readouterr().err
+def test_reader_that_has_gone_is_no_error():
+    """`timm-itpn recipe | head`, with a reader that reads nothing."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = 'import sys; from timm_itpn.cli import main; sys.exit(main(["recipe", "fast_itpn_base"]))'
+    done = subprocess.run([sys.executable, '-c', command], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b'')
+
+
+@pytest.mark.parametrize('error, said', [
+    (KeyError('x'), "KeyError: 'x' (in test_main.py, line "),
+    (MemoryError(), 'MemoryError (in test_main.py, line '),
+    (RuntimeError('two\n\tlines \x1b[2J'), 'two lines \\x1b[2J\n'),
+    (OSError(28, 'No space left on device', 'x'), "[Errno 28] No space left on device: 'x'\n"),
+])
+def test_any_error_is_one_line(error, said, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr(recipe, 'names', fail)
+    assert main(['recipe']) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f'timm-itpn: {said}') and err.count('\n') == 1

@@ -1,5 +1,6 @@
 """The command `timm-itpn pretrain`, its YAML files and the recipes."""
 import json
+import os
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ NAMES = ('pretrain_fast_itpn', 'pretrain_itpn_clip', 'pretrain_itpn_pixel', 'pre
 
 def test_command_runs_and_tells_what_it_wrote(tmp_path, capsys):
     data = write_images(tmp_path / 'data')
-    assert main(['pretrain', *command(data, tmp_path / 'run', '--epochs', '1')]) == 0
+    assert main(['pretrain', *command(data, tmp_path / 'run', '--epochs', '1', '--warmup-epochs', '0')]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result['num_updates'] == 2 and (tmp_path / 'run' / 'pretrained.pth').samefile(result['official'])
@@ -24,15 +25,17 @@ def test_command_runs_and_tells_what_it_wrote(tmp_path, capsys):
 def test_errors_are_one_sentence(tmp_path, capsys):
     assert main(['pretrain', *command(tmp_path / 'nowhere', tmp_path / 'run')]) == 1
     captured = capsys.readouterr()
-    assert captured.out == '' and captured.err.splitlines()[-1].startswith('timm-itpn: --data-dir')
+    assert captured.out == '' and captured.err.splitlines()[-1].startswith('timm-itpn: There is no --data-dir')
 
 
 def test_file_gives_defaults_and_the_command_line_wins(tmp_path):
     path = tmp_path / 'some.yaml'
-    path.write_text('epochs: 7\nlr: 0.5\nmodel_kwargs: {depths: [1, 1, 2]}\ndata_dir: some/where\n')
+    path.write_text("epochs: 7\nlr: 0.5\nmodel_kwargs: {depths: [1, 1, 2], a: 'x y'}\ndata_dir: some/where\namp: true\n"
+                    'model_ema: false\nteacher: null\nscale: [0.1, 1]\n')
     for argv in (['-c', str(path), '--lr', '0.25'], ['--lr', '0.25', '-c', str(path)]):
         args = parse(argv)
-        assert (args.epochs, args.lr, args.model_kwargs) == (7, 0.25, {'depths': [1, 1, 2]})
+        assert (args.epochs, args.lr, args.model_kwargs) == (7, 0.25, {'depths': [1, 1, 2], 'a': 'x y'})
+        assert (args.amp, args.model_ema, args.teacher, args.scale) == (True, False, None, [0.1, 1])
         assert args.data_dir.parts == ('some', 'where') and args.batch_size == 128
 
 
@@ -40,10 +43,22 @@ def test_file_gives_defaults_and_the_command_line_wins(tmp_path):
     ('epoch: 7', 'has settings that do not exist: epoch.'),
     ('- 7', 'does not hold settings'),
     ('a: b: c', 'cannot be read'),
+    (None, 'not a regular file'),
+    ('epochs: many', "--epochs: invalid positive value: 'many'"),
+    ('epochs: 0', "--epochs: invalid positive value: '0'"),
+    ('epochs: true', '--epochs: expected one argument'),
+    ('epochs: null', 'epochs cannot be None'),
+    ('model_ema: "no"', "--model-ema: ignored explicit argument 'no'"),
+    ('objective: some', "--objective: invalid choice: 'some'"),
+    ('scale: 0.2', '--scale: expected 2 arguments'),
+    ('model_kwargs: 3', "'3' is not an argument: write KEY=VALUE"),
 ])
 def test_bad_files_are_refused(text, message, tmp_path, capsys):
     path = tmp_path / 'some.yaml'
-    path.write_text(text)
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(text)
     with pytest.raises(SystemExit) as error:
         main(['pretrain', '-c', str(path)])
     assert error.value.code == 2 and message in capsys.readouterr().err

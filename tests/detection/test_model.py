@@ -18,7 +18,7 @@ from timm_itpn.models.detection import DetectionBackbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-TINY = dict(embed_dim=64, depths=(1, 1, 2), num_heads=1, img_size=64, pyramid_dim=32)
+TINY = dict(embed_dim=64, depths=(1, 1, 2), num_heads=1, pyramid_dim=32)
 SMALL = dict(box_batch_size_per_image=16, rpn_batch_size_per_image=32, rpn_post_nms_top_n_train=50,
              rpn_post_nms_top_n_test=50, min_size=64, max_size=128)
 

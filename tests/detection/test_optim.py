@@ -20,7 +20,7 @@ def scales(model, **kwargs):
     ('itpn_large_fpn', 0.95, (2, 2, 40), 44),
 ])
 def test_scales_are_the_authors(name, layer_decay, depths, layers):
-    kwargs = dict(embed_dim=64, num_heads=1, depths=depths, img_size=32, pyramid_dim=8, rel_pos_bias=True)
+    kwargs = dict(embed_dim=64, num_heads=1, depths=depths, pyramid_dim=8, rel_pos_bias=True)
     scale = scales(mask_rcnn(name, 2, kwargs, head_dim=8), layer_decay=layer_decay)
     flat: list[str] = []
     for stage, depth in enumerate(depths):

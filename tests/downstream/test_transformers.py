@@ -12,6 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from timm_itpn.cli import main
+from timm_itpn.models.itpn import SIZES
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 
@@ -44,11 +45,11 @@ def assert_same_features(backbone, extractor, size):
 def test_backbone_of_a_config_gives_the_features_of_timm(name, out_indices, out_features):
     config = transformers.TimmBackboneConfig(backbone=name, out_indices=out_indices)
     torch.manual_seed(0)
-    backbone = transformers.TimmBackbone(config, dynamic_img_size=True, **SMALL).eval()
+    backbone = transformers.TimmBackbone(config, **SMALL).eval()
     assert backbone.out_features == out_features
     torch.manual_seed(0)  # for the same weights
     extractor = timm.create_model(
-        name, features_only=True, out_indices=out_indices or [-1], dynamic_img_size=True, **SMALL).eval()
+        name, features_only=True, out_indices=out_indices or [-1], **SMALL).eval()
     assert_same_features(backbone, extractor, (64, 96))
 
 
@@ -58,9 +59,9 @@ def test_pretrained_backbone_gives_the_features_of_timm(name, out_indices, hub):
     torch.save(golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32), buffer)
     hub.commit('xche32/RELO', {'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt': buffer.getvalue()})
     backbone = transformers.AutoBackbone.from_pretrained(
-        name, use_timm_backbone=True, out_indices=out_indices, dynamic_img_size=True).eval()
+        name, use_timm_backbone=True, out_indices=out_indices).eval()
     extractor = timm.create_model(
-        name, pretrained=True, features_only=True, out_indices=out_indices, dynamic_img_size=True).eval()
+        name, pretrained=True, features_only=True, out_indices=out_indices).eval()
     assert_same_features(backbone, extractor, (64, 96))
 
 
@@ -165,3 +166,24 @@ def test_converted_folder_loads(name, tmp_path):
             model = transformers.AutoModel.from_pretrained(tmp_path / 'out')
             ours = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
             torch.testing.assert_close(model(image).last_hidden_state, ours.forward_features(image))
+
+
+def test_trainer_and_pipeline_take_a_converted_folder(classifier, photo, tmp_path, monkeypatch):
+    name = 'itpn_tiny' if any('table' in key for key in classifier.state_dict()) else 'fast_itpn_tiny'
+    monkeypatch.setitem(SIZES, name, dict(SIZES[name], **SMALL))  # a folder names a model, not its sizes
+    torch.save(classifier.state_dict(), tmp_path / 'w.pt')
+    assert main(['convert', str(tmp_path / 'w.pt'), '--model', name, '-o', str(tmp_path / 'out')]) == 0
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out')
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / 'out')
+    samples = [dict(pixel_values=processor(photo, return_tensors='pt')['pixel_values'][0], labels=i) for i in range(4)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / 'run'), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model, arguments, train_dataset=samples)
+    assert trainer.train().training_loss > 0
+    trainer.save_model(str(tmp_path / 'trained'))
+    classify = transformers.pipeline(
+        'image-classification', model=str(tmp_path / 'trained'), image_processor=processor)
+    found = classify(photo, top_k=7)
+    with torch.inference_mode():
+        expected = trainer.model(**processor(photo, return_tensors='pt')).logits.softmax(dim=-1)[0]
+    torch.testing.assert_close(torch.tensor([each['score'] for each in found]), expected.sort(descending=True).values)

@@ -12,6 +12,9 @@ from timm.models import reparameterize_model
 
 import timm_itpn
 from timm_itpn.layers.fused import FusedLinear
+from timm_itpn.tools.convert import convert
+from timm_itpn.tools.inspect import inspect
+from timm_itpn.weights.layout import native_to_official
 
 
 def filled(name, **kwargs):
@@ -158,3 +161,39 @@ def test_size_and_classifier_can_still_change():
         each.reset_classifier(0)
     x = images(1, 3, 64, 96)
     torch.testing.assert_close(outputs(fused, x), outputs(model, x), rtol=1e-4, atol=1e-5)
+
+
+# files
+
+TINY = dict(embed_dim=64, depths=(1, 1, 1))
+OF_A_COPY = 'These weights are of a fused copy .* save the state dict of the model that it was made from'
+WAYS = {
+    'load_state_dict': lambda name, path: small_model(name, **TINY).load_state_dict(torch.load(path)),
+    'strict=False': lambda name, path: small_model(name, **TINY).load_state_dict(torch.load(path), strict=False),
+    'a parent': lambda name, path: nn.ModuleList([small_model(name, **TINY)]).load_state_dict(
+        {f'0.{key}': value for key, value in torch.load(path).items()}),
+    'checkpoint_path': lambda name, path: small_model(name, checkpoint_path=path, **TINY),
+    'pretrained': lambda name, path: small_model(
+        name, pretrained=True, pretrained_cfg_overlay=dict(file=path), **TINY),
+    'convert': lambda name, path: convert(path, path.parent / 'folder'),
+}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_weights_of_a_copy_say_so_wherever_they_are_loaded(name, tmp_path):
+    path = tmp_path / 'fused.pt'
+    torch.save(timm_itpn.fuse(small_model(name, **TINY)).state_dict(), path)
+    for way in WAYS.values():
+        with pytest.raises(ValueError, match=OF_A_COPY):
+            way(name, path)
+    assert inspect(path)['problem'].startswith('These weights are of a fused copy')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_weights_of_a_model_are_refused_by_a_copy(name):
+    model = small_model(name, **TINY)
+    fused = timm_itpn.fuse(model)
+    for weights in (model.state_dict(), native_to_official(model.state_dict())):
+        with pytest.raises(ValueError, match='The model is a fused copy: load these weights into a plain model'):
+            fused.load_state_dict(weights)
+    fused.load_state_dict({'stages.2.pos_embed': model.stages[2].pos_embed}, strict=False)

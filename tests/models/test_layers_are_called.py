@@ -248,16 +248,3 @@ def test_graph_shows_every_blocks_attention_weights(case, dynamic_img_size, plai
     by_graph, by_hook = (AttentionExtract(model, method=method)(x) for method in ('fx', 'hook'))
     assert list(by_graph) == [f'stages.2.blocks.{i}.attn.softmax' for i in (0, 1)]
     torch.testing.assert_close(list(by_graph.values()), list(by_hook.values()))
-
-
-# derivatives
-
-@pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
-@every_model
-def test_forward_mode_derivatives_are_those_of_backward(case, train, plain_attn):
-    model, x = build(case)
-    model.double().train(train)
-    x, tangent = x.double(), torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    _, derivative = torch.func.jvp(lambda x: outputs_of(model, x).sum(), (x,), (tangent,))
-    gradient, = torch.autograd.grad(outputs_of(model, x.requires_grad_()).sum(), x)
-    torch.testing.assert_close(derivative, (gradient * tangent).sum())

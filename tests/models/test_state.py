@@ -166,6 +166,18 @@ def test_incomplete_official_names_below_a_prefix_are_reported():
     assert result.unexpected_keys == ['backbone.extra']
 
 
+def test_grid_that_could_be_one_of_two_is_told(tmp_path, caplog):
+    """196 tokens are 14 x 14, as of the published files, or 7 x 28, as of this model."""
+    kwargs = dict(TINY, img_size=(112, 448), pretrained=True)
+    model = small_model('fast_itpn_tiny', **{**kwargs, 'pretrained': False})
+    overlay = dict(file=_saved(model.state_dict(), tmp_path), num_classes=5)
+    small_model('fast_itpn_tiny', pretrained_cfg_overlay=overlay, **kwargs)
+    assert 'The position embedding is taken for 14 x 14 tokens, not 7 x 28 as in the model' in caplog.text
+    caplog.clear()
+    twin = small_model('fast_itpn_tiny', pretrained_cfg_overlay={**overlay, 'input_size': (3, 112, 448)}, **kwargs)
+    assert torch.equal(twin.stages[2].pos_embed, model.stages[2].pos_embed) and not caplog.text
+
+
 # the relative position bias that is kept in evaluation on CPUs
 
 def by_data(model):

@@ -115,7 +115,7 @@ def test_auto_follows_timm_and_an_explicit_choice_is_refused_aloud():
     set_fused_attn(False)
     try:
         assert choose_attention() == 'reference'
-        with pytest.raises(RuntimeError, match="attention 'sdpa' cannot run: timm has fused attention off"):
+        with pytest.raises(RuntimeError, match="attn_impl 'sdpa' cannot run: timm has fused attention off"):
             choose_attention('sdpa')
     finally:
         set_fused_attn(True)

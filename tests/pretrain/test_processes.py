@@ -1,7 +1,6 @@
 """Runs of several processes, and processes that are killed."""
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -9,33 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.killed_runs import PATIENCE_S, finish, kill, start, start_ranks
 from support.pretrain_runs import MFM, assert_same, command, log_lines, run, weights, write_images
 
-PATIENCE_S = 240
 COMMAND = str(Path(sys.executable).with_name('timm-itpn'))
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--no-python']
-
-
-def start(args, **environment):
-    return subprocess.Popen(
-        args, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def start_ranks(args):
-    """Start two processes as torchrun does, but so that they can be killed."""
-    with socket.create_server(('localhost', 0)) as server:
-        port = server.getsockname()[1]
-    return [
-        start([COMMAND, *args], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost',
-              MASTER_PORT=str(port))
-        for rank in range(2)]
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output
-    return output
 
 
 def kill_after(ranks, output, lines):
@@ -43,12 +20,9 @@ def kill_after(ranks, output, lines):
     log = output / 'log.jsonl'
     deadline = time.monotonic() + PATIENCE_S
     while not log.exists() or log.read_text().count('\n') < lines:
-        assert ranks[0].poll() is None and time.monotonic() < deadline, ranks[0].communicate()[0]
+        assert ranks[0].is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
-    for rank in ranks:
-        rank.kill()
-    for rank in ranks:
-        rank.communicate()
+    kill(*ranks)
 
 
 def losses(output):
@@ -71,26 +45,44 @@ def data(tmp_path_factory):
 
 def test_two_processes_of_torchrun_learn_as_one(data, tmp_path, one_thread):
     """Half of each batch in each process: the same images and masks."""
-    more = ('--drop-path', '0', '--model-ema', '--model-ema-decay', '0.5')
-    both = start([*TORCHRUN, COMMAND, 'pretrain', *command(data, tmp_path / 'two', *more, '--batch-size', '2')])
+    more = ('--drop-path', '0', '--model-ema', '--model-ema-decay', '0.5', '--epochs', '2')
+    both = subprocess.Popen(
+        [*TORCHRUN, COMMAND, 'pretrain', *command(data, tmp_path / 'two', *more, '--batch-size', '2')],
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, stdout=subprocess.PIPE, text=True)
     run(data, tmp_path / 'one', *more, '--batch-size', '4')
-    result = json.loads(finish(both).splitlines()[-1])
-    assert result['num_updates'] == 16
+    output, _ = both.communicate(timeout=PATIENCE_S)
+    assert both.returncode == 0 and json.loads(output.splitlines()[-1])['num_updates'] == 8
     assert_close(tmp_path / 'two', tmp_path / 'one')
 
 
 def test_killed_processes_resume_to_the_same_weights(data, tmp_path):
     """Copies of the parameters (DDP) and shares of them (FSDP2), killed and resumed, and a run that was left alone."""
-    more = ('--batch-size', '2', '--grad-accum-steps', '2', '--recovery-interval', '3', '--drop-path', '0.3',
-            '--model-ema', '--model-ema-decay', '0.5')
+    more = ('--batch-size', '2', '--grad-accum-steps', '2', '--recovery-interval', '1', '--drop-path', '0.3',
+            '--model-ema', '--model-ema-decay', '0.5', '--epochs', '2')
     for name, options in (('whole', ()), ('copies', ('--resume', 'auto')), ('shares', ('--resume', 'auto', '--fsdp'))):
         output = tmp_path / name
-        args = ['pretrain', *command(data, output, *more, *options, objective=MFM)]
+        args = command(data, output, *more, *options, objective=MFM)
         if name != 'whole':
-            kill_after(start_ranks(args), output, lines=4)
-        for rank in start_ranks(args):
-            finish(rank)
-        assert not [path.name for path in output.iterdir() if path.name.startswith('.')]
+            kill_after(start_ranks(args), output, lines=3)
+        finish(*start_ranks(args))
     assert_same(weights(tmp_path / 'copies'), weights(tmp_path / 'whole'))
     assert losses(tmp_path / 'copies') == losses(tmp_path / 'whole')
     assert_close(tmp_path / 'shares', tmp_path / 'whole')
+
+
+def test_run_that_is_killed_while_it_writes_ends_with_the_same_weights(data, tmp_path, one_thread):
+    """In a checkpoint, before that has its name, before the table is trimmed, and between the files of the weights."""
+    more = ('--epochs', '2', '--recovery-interval', '1', '--drop-path', '0.3')
+    args = command(data, tmp_path / 'killed', *more, '--resume', 'auto')
+    for strike in (('checkpoint-00000003.pt', 'write'), ('checkpoint-00000004.pt', 'rename'), ('summary.csv', 'rename'),
+                   ('pretrained.pth', 'write')):
+        process = start(args, strike)
+        process.join(PATIENCE_S)
+        assert process.exitcode == -9
+    finish(start(args))
+    run(data, tmp_path / 'whole', *more)
+    assert_same(weights(tmp_path / 'killed'), weights(tmp_path / 'whole'))
+    assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+    for name in ('summary.csv', 'args.json'):
+        assert (tmp_path / 'killed' / name).read_text() == (tmp_path / 'whole' / name).read_text()
+    assert [path.name for path in (tmp_path / 'killed').glob('.*')] in ([], ['.lock'])

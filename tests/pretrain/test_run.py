@@ -1,6 +1,13 @@
 """Whole runs, on a few small images."""
+import contextlib
 import functools
+import json
+import os
+import resource
+import shutil
+import zipfile
 
+import filelock
 import pytest
 import timm
 import torch
@@ -10,6 +17,7 @@ from support.pretrain_runs import (
     PIXEL,
     TEACHER,
     assert_same,
+    command,
     log_lines,
     parse,
     run,
@@ -19,6 +27,8 @@ from support.pretrain_runs import (
 )
 
 from timm_itpn.pretrain import OBJECTIVE_NAMES, checkpoints
+from timm_itpn.pretrain.checkpoints import Checkpoints, load
+from timm_itpn.pretrain.loop import pretrain
 from timm_itpn.pretrain.run import Run
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -82,9 +92,9 @@ def kill_after(monkeypatch, num_updates):
 
 @pytest.mark.parametrize('name', OBJECTIVE_NAMES)
 def test_interrupted_run_ends_with_the_same_weights(name, whole, data, kwargs_of, tmp_path, monkeypatch):
-    """Killed in the middle of an epoch, right before its end, and between checkpoints."""
+    """Killed in the middle of an epoch and, for one objective, right before its end, and between checkpoints."""
     more = (*COMMON, '--recovery-interval', '1', '--resume', 'auto')
-    for num_updates in (1, 4, 7):
+    for num_updates in (1, 4, 7) if name == 'mfm' else (5,):
         with monkeypatch.context() as patch:
             kill_after(patch, num_updates)
             with pytest.raises(Killed):
@@ -95,6 +105,7 @@ def test_interrupted_run_ends_with_the_same_weights(name, whole, data, kwargs_of
     lines = log_lines(tmp_path / 'killed')
     assert [line['num_updates'] for line in lines] == list(range(1, 9))
     assert [line['loss'] for line in lines] == losses(whole(name))
+    assert (tmp_path / 'killed' / 'summary.csv').read_text() == (whole(name) / 'summary.csv').read_text()
 
 
 def test_workers_do_not_change_the_result(whole, data, tmp_path):
@@ -152,9 +163,10 @@ def test_models_take_what_was_learned(name, whole, kwargs_of):
 
 @pytest.mark.parametrize('name', OBJECTIVE_NAMES)
 def test_files_of_a_run(name, whole):
-    assert {path.name for path in whole(name).iterdir()} == {
-        'args.json', 'log.jsonl', 'summary.csv', 'epoch-0002.png', 'epoch-0004.png', 'checkpoint-00000006.pt',
-        'checkpoint-00000008.pt', 'pretrained.safetensors', 'pretrained.pth'}
+    assert {path.name for path in whole(name).iterdir()} - {'.lock'} == {
+        'args.json', 'log.jsonl', 'summary.csv', 'epoch-0002.png', 'epoch-0004.png', 'checkpoint-00000008.pt',
+        'pretrained.safetensors', 'pretrained.pth'}
+    assert len({path.stat().st_mode for path in whole(name).iterdir() if path.name[0] != '.'}) == 1
     table = (whole(name) / 'summary.csv').read_text().splitlines()
     assert table[0].startswith('epoch,train_loss,') and table[0].endswith(',lr') and len(table) == 5
 
@@ -167,17 +179,145 @@ def test_runs_learn(data, tmp_path):
 # what can go wrong
 
 def test_started_run_is_not_overwritten(data, tmp_path):
-    run(data, tmp_path / 'run', '--epochs', '1')
+    run(data, tmp_path / 'run', '--epochs', '1', '--warmup-epochs', '0')
     with pytest.raises(ValueError, match='holds a run: go on with --resume auto, or name another folder'):
-        run(data, tmp_path / 'run', '--epochs', '1')
+        run(data, tmp_path / 'run', '--epochs', '1', '--warmup-epochs', '0')
 
 
-def test_other_settings_are_refused_and_listed(data, tmp_path):
-    run(data, tmp_path / 'run', '--epochs', '1')
-    before = {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
-    with pytest.raises(ValueError, match=r'--epochs was 1, now 4; --lr was 0.001, now 0.1\. Use those'):
-        run(data, tmp_path / 'run', '--lr', '0.1', '--resume', 'auto')
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
+@pytest.fixture(scope='module')
+def begun(data, tmp_path_factory):
+    """The folder of a run that was killed after 5 of 8 updates, with a checkpoint of each; tests copy it."""
+    output = tmp_path_factory.mktemp('begun') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, 6)
+        with pytest.raises(Killed):
+            run(data, output, '--recovery-interval', '1', '--checkpoint-hist', '9')
+    return output
+
+
+@pytest.fixture(scope='module')
+def left_alone(data, tmp_path_factory):
+    """The folder of the same run, which nothing interrupted."""
+    output = tmp_path_factory.mktemp('left_alone') / 'run'
+    run(data, output)
+    return output
+
+
+@pytest.fixture
+def copied(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / 'run')
+    return tmp_path / 'run'
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != '.lock'}
+
+
+@pytest.mark.parametrize(('more', 'message'), [
+    (('--epochs', '5', '--batch-size', '2'), r'other settings: --batch-size was 4, now 2; --epochs was 4, now 5\. Use'),
+    (('--weight-decay', '0.1'), '--weight-decay was 0.05, now 0.1'),
+    (('--lr', '1e-4', '--seed', '1'), 'other settings: --seed was 42, now 1. Use'),
+])
+def test_other_settings_are_refused_and_listed(more, message, data, copied):
+    before = contents(copied)
+    with pytest.raises(ValueError, match=message):
+        run(data, copied, *more, '--resume', 'auto')
+    assert before == contents(copied)
+
+
+def test_what_may_change_does_and_is_told(data, copied, capsys):
+    more = ('--lr', '1e-4', '--amp', '--amp-dtype', 'float16', '--workers', '1', '--clip-grad', '1')
+    assert run(data, copied, *more, '--resume', 'auto')['num_updates'] == 8
+    told = capsys.readouterr().err
+    assert all(text in told for text in ('--amp was False, now True', '--lr was 0.001, now 0.0001'))
+    assert log_lines(copied)[-1]['lr'] < 1e-4
+
+
+def test_other_images_are_refused_unless_asked_for(data, copied, tmp_path):
+    """The epoch begins again with them, at the learning rate of that epoch."""
+    more = ('--resume', 'auto', '--recovery-interval', '1', '--figure-interval', '1')
+    shutil.copytree(data, tmp_path / 'data')
+    other = write_images(tmp_path / 'data', num=14)
+    with pytest.raises(ValueError, match=r'other data: was .10 images \(.*now .14 images \(.*by --changed-data'):
+        run(other, copied, *more)
+    kept = [line for line in log_lines(copied) if line['num_updates'] <= 5]
+    assert run(other, copied, *more, '--changed-data')['num_updates'] == 5 + 2 * 3
+    lines = log_lines(copied)
+    assert lines[:5] == kept and [line['epoch'] for line in lines[5:]] == [2, 2, 2, 3, 3, 3]
+    assert len({row.count(',') for row in (copied / 'summary.csv').read_text().splitlines()}) == 1
+    assert run(other, copied, *more)['num_updates'] == 11  # they are those of the run now
+    lr = {line['num_updates']: line['lr'] for line in lines}
+    run(other, tmp_path / 'anew')
+    assert [lr[5 + i] for i in range(1, 7)] == [line['lr'] for line in log_lines(tmp_path / 'anew')[6:]]
+
+
+DAMAGES = {
+    'empty': lambda path: path.write_bytes(b''),
+    'cut': lambda path: os.truncate(path, path.stat().st_size // 2),
+    'bit of a weight': lambda path: flip(path, 'data/5'),
+    'bit of the pickle': lambda path: flip(path, 'data.pkl'),
+    'text': lambda path: path.write_text('nothing'),
+    'weights': lambda path: torch.save({'model': {'a': torch.zeros(2)}}, path),
+    'not finite': lambda path: torch.save({**load(path), 'objective': {'a': torch.tensor([1., torch.inf])}}, path),
+    'pipe': lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+def flip(path, name):
+    """Flip a bit in the middle of an entry of a zip file."""
+    with zipfile.ZipFile(path) as archive:
+        entry = next(entry for entry in archive.infolist() if entry.filename.endswith(f'/{name}'))
+        content = archive.read(entry)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(content) + len(content) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, copied, capsys):
+    DAMAGES[damage](copied / 'checkpoint-00000005.pt')
+    with pytest.raises((RuntimeError, ValueError), match='checkpoint-00000005.pt'):
+        load(copied / 'checkpoint-00000005.pt')
+    folder = Checkpoints(copied, 2)
+    path, _ = folder.newest('auto')
+    told = capsys.readouterr().err
+    assert path.name == 'checkpoint-00000004.pt' and 'checkpoint-00000005.pt is ' in told
+    assert told.count('\n') == 1 and told.endswith('going on from the one before.\n')
+
+
+def test_run_goes_on_from_the_checkpoint_before_and_keeps_the_damaged_one(data, left_alone, copied, capsys):
+    flip(copied / 'checkpoint-00000005.pt', 'data/5')
+    damaged = (copied / 'checkpoint-00000005.pt').read_bytes()
+    run(data, copied, '--resume', 'auto', '--recovery-interval', '1')
+    assert_same(weights(copied), weights(left_alone))
+    assert losses(copied) == losses(left_alone)
+    assert (copied / 'checkpoint-00000005.pt.unused').read_bytes() == damaged
+    assert 'checkpoint-00000005.pt.unused' in capsys.readouterr().err
+
+
+def test_without_a_whole_checkpoint_the_run_ends(data, copied):
+    for path in Checkpoints(copied, 1).paths():
+        flip(path, 'data/5')
+    before = contents(copied)
+    with pytest.raises(RuntimeError, match='checkpoint-00000001.pt is .*name another with --resume'):
+        run(data, copied, '--resume', 'auto')
+    with pytest.raises(RuntimeError, match='other.pt does not exist'):
+        run(data, copied, '--resume', str(copied / 'other.pt'))
+    assert before == contents(copied)
+
+
+def test_named_checkpoint_is_gone_on_from_in_its_own_folder_or_a_new_one(data, copied, tmp_path):
+    path = copied / 'checkpoint-00000003.pt'
+    run(data, tmp_path / 'new', '--resume', str(path))
+    with pytest.raises(ValueError, match='holds a run'):
+        run(data, tmp_path / 'new', '--resume', str(path))
+    run(data, copied, '--resume', str(path))
+    assert_same(weights(copied), weights(tmp_path / 'new'))
+    assert sorted(path.name for path in copied.glob('*.unused')) == [
+        f'checkpoint-0000000{number}.pt.unused' for number in (4, 5)]
+    (copied / 'checkpoint-00000008.pt').unlink()
+    with pytest.raises(ValueError, match='holds the weights of a run'):
+        run(data, copied, '--resume', 'auto')
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(data, tmp_path):
@@ -187,46 +327,69 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(data, tmp_pat
     assert batch['images'].shape == (4, 3, 64, 64) and batch['masked'].dtype == torch.bool
 
 
-def test_full_disk_keeps_the_earlier_checkpoints(data, tmp_path, monkeypatch):
-    run(data, tmp_path / 'run', '--epochs', '1')  # another run's settings: only the file matters
-    earlier = tmp_path / 'run' / 'checkpoint-00000002.pt'
-    saved = earlier.read_bytes()
+@pytest.mark.parametrize('last', [6, 8])
+def test_weights_that_are_not_finite_are_not_written(last, data, copied, monkeypatch):
+    """Not even after the last update; the advice works as it is typed."""
+    update = Run._update
 
-    def full(state, path):
-        path.write_bytes(b'a part')
-        raise OSError(28, 'No space left on device')
+    def explode(self):
+        update(self)
+        if self.num_updates == last:
+            self.objective.backbone.patch_embed.proj.bias.data[0] = torch.inf
 
-    monkeypatch.setattr(checkpoints.torch, 'save', full)
-    folder = checkpoints.Checkpoints(tmp_path / 'run', keep=1)
-    with pytest.raises(RuntimeError, match='No space left on device.*the last complete checkpoint is .*-00000002.pt'):
-        folder.save({}, 4)
-    assert folder.paths() == [earlier] and earlier.read_bytes() == saved
-
-
-def test_file_that_is_not_a_checkpoint_is_refused(data, tmp_path):
-    (tmp_path / 'some.pt').write_text('nothing')
-    with pytest.raises(RuntimeError, match='some.pt is not a checkpoint of a run'):
-        run(data, tmp_path / 'run', '--resume', str(tmp_path / 'some.pt'))
-    with pytest.raises(RuntimeError, match='other.pt does not exist'):
-        run(data, tmp_path / 'run', '--resume', str(tmp_path / 'other.pt'))
+    more = ('--recovery-interval', '1', '--resume', 'auto')
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, '_update', explode)
+        with pytest.raises(RuntimeError, match=f'not finite after update {last}, which is not saved. Lower --lr'):
+            run(data, copied, *more)
+    assert Checkpoints(copied, 1).paths()[-1].name == f'checkpoint-0000000{last - 1}.pt'
+    assert not list(copied.glob('pretrained*'))
+    assert run(data, copied, *more, '--lr', '1e-4')['num_updates'] == 8
 
 
-def test_unreadable_images_are_skipped_and_counted(tmp_path):
+@pytest.mark.parametrize('num_bytes', [500, 64 * 1024, 'half a checkpoint'])
+def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(num_bytes, data, copied, left_alone):
+    """A limit on the size of files stands for it: to torch and safetensors it is the same error of the system."""
+    if num_bytes == 'half a checkpoint':
+        num_bytes = (copied / 'checkpoint-00000005.pt').stat().st_size // 2
+    more = ('--recovery-interval', '1', '--resume', 'auto')
+    before = contents(copied)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        with pytest.raises(RuntimeError, match='File too large. Free space there, then go on with --resume auto'):
+            run(data, copied, *more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert all(contents(copied)[name] == before[name] for name in before if name.startswith('checkpoint'))
+    run(data, copied, *more)
+    assert_same(weights(copied), weights(left_alone))
+    assert losses(copied) == losses(left_alone)
+
+
+def test_folder_has_one_run_at_a_time(data, copied, monkeypatch):
+    monkeypatch.setattr(checkpoints, 'LOCK_TIMEOUT_S', 0)
+    before = contents(copied)
+    with filelock.FileLock(copied / '.lock'), pytest.raises(RuntimeError, match='Another run is at work in'):
+        run(data, copied, '--resume', 'auto')
+    assert before == contents(copied)
+
+
+def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
     data = write_images(tmp_path / 'data')
     (data / 'train' / 'class0' / '004.png').write_bytes(b'no image')
-    result = run(data, tmp_path / 'run', '--batch-size', '5')
-    assert result['skipped'] == 4  # once per epoch
+    result = run(data, tmp_path / 'run', '--batch-size', '5', '--workers', '1')
+    assert result['skipped'] == 4 == log_lines(tmp_path / 'run')[-1]['skipped']  # once per epoch
+    assert 'epoch 3: 1 images were skipped because they cannot be read, class0/004.png (Unid' in capsys.readouterr().err
 
 
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(ValueError, match='--data-dir .*nowhere does not exist'):
-        run(tmp_path / 'nowhere', tmp_path / 'run')
-
-
-def test_folder_without_images_is_refused(tmp_path):
-    (tmp_path / 'data').mkdir()
-    with pytest.raises(ValueError, match='--data-dir .* cannot be used'):
-        run(tmp_path / 'data', tmp_path / 'run')
+@pytest.mark.parametrize('num_bad', [7, 10])
+def test_run_ends_when_half_of_the_images_cannot_be_read(num_bad, tmp_path):
+    data = write_images(tmp_path / 'data')
+    for path in sorted(data.glob('train/*/*.png'))[:num_bad]:
+        path.write_bytes(b'no image')
+    with pytest.raises(RuntimeError, match=r'^More than half of .* cannot be read, class./00..png \(.*, \.\.\.: mend'):
+        run(data, tmp_path / 'run', '--batch-size', '5', '--workers', '1')
 
 
 def test_too_few_images_are_refused(data, tmp_path):
@@ -239,6 +402,15 @@ def test_too_few_images_are_refused(data, tmp_path):
     (('--mask-ratio', '1'), '16 masked tokens of a 4 x 4 grid'),
     (('--teacher', TEACHER), 'The objective pixel takes no teacher: leave out --teacher'),
     (('--objective-kwargs', 'width=3'), "The objective pixel cannot be created: .*'width'"),
+    (('--model-kwargs', 'foo=1'), "The student fast_itpn_tiny cannot be created: TypeError .*'foo'"),
+    (('--model-kwargs', 'depths=3'), 'The student fast_itpn_tiny cannot be created: TypeError'),
+    (('--objective', 'clip', '--objective-kwargs', '--teacher', 'resnet18'), 'The teacher resnet18 cannot be created'),
+    (('--objective', 'clip', '--objective-kwargs', '--teacher', 'nosuch'), 'The teacher nosuch cannot be created'),
+    (('--epochs', '1', '--warmup-epochs', '5'), '--epochs 1 end within the warm-up: --warmup-epochs 5 must be fewer'),
+    (('--scale', '2', '1'), '--scale, --ratio or --train-interpolation cannot be used'),
+    (('--train-interpolation', 'nosuch'), '--scale, --ratio or --train-interpolation cannot be used'),
+    (('--opt', 'nosuch'), 'nosuch'),
+    (('--sched', 'nosuch'), 'nosuch'),
     (('--model-kwargs', 'pyramid=False'), 'The student has no feature pyramid'),
     (('--model-kwargs', 'dynamic_img_size=True'), 'The student has dynamic_img_size=True'),
     (('--model-kwargs', 'acceleration=light'), 'there are no windows: create the student without acceleration'),
@@ -265,3 +437,38 @@ def test_argument_without_value_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse(['--model-kwargs', 'depths'])
     assert "--model-kwargs: 'depths' is not an argument: write KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'text', 'bit of a weight', 'pipe', 'not finite', 'of another'])
+def test_damaged_files_of_teachers_are_named(damage, data, tmp_path):
+    path = tmp_path / 'teacher.pth'
+    state = timm.create_model(TEACHER).state_dict()
+    if damage == 'of another':
+        del state['norm.weight']
+    if damage == 'not finite':
+        state['norm.weight'][0] = torch.nan
+    torch.save(state, path)
+    with contextlib.suppress(KeyError):
+        if damage != 'not finite':
+            DAMAGES[damage](path)
+    taught = ('--objective', 'clip', '--teacher', TEACHER, '--teacher-path', str(path))
+    with pytest.raises((RuntimeError, ValueError), match='teacher') as error:
+        run(data, tmp_path / 'run', objective=taught)
+    assert '\n' not in str(error.value) and not (tmp_path / 'run').exists()
+
+
+def test_short_command_is_enough(data, tmp_path, monkeypatch):
+    """Device, objective and warm-up follow from what is there."""
+    argv = command(data, tmp_path / 'run', '--epochs', '2')
+    for option in ('--device', '--warmup-epochs', '--objective'):
+        at = argv.index(option)
+        del argv[at:at + 2]
+    args = parse(argv)
+    assert pretrain(args)['num_updates'] == 4
+    settings = json.loads((tmp_path / 'run' / 'args.json').read_text())
+    assert (settings['objective'], settings['warmup_epochs']) == ('pixel', 0)
+
+
+def test_last_update_of_an_epoch_is_in_the_log(data, tmp_path):
+    run(data, tmp_path / 'run', '--log-interval', '50', '--epochs', '2')
+    assert [line['num_updates'] for line in log_lines(tmp_path / 'run')] == [2, 4]

@@ -54,7 +54,7 @@ class Fault:
     the way in which the answer is sent, after it was done.
 
     Attributes:
-        method: The request's; only a request of this method is hit.
+        method: Regular expression of the request's method; only such a request is hit.
         path: Regular expression to be found in the request's path; only such a request is hit.
         status: Answer with this status, and no body if none is given.
         redirect: 'absolute' or 'relative': answer 302 with an address of that kind, under which this server answers as
@@ -109,7 +109,7 @@ class Server:
 
     def take_fault(self, request: Request) -> Fault:
         for i, fault in enumerate(self.faults):
-            if fault.method == request.method and re.search(fault.path, request.path):
+            if re.fullmatch(fault.method, request.method) and re.search(fault.path, request.path):
                 return self.faults.pop(i)
         return Fault()
 

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from support.drive_server import QUOTA_PAGE
 from support.hub_server import Fault
 
 from timm_itpn.weights import fetch as fetching
-from timm_itpn.weights import sources
+from timm_itpn.weights import integrity, sources
 from timm_itpn.weights.fetch import cached, fetch
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -158,13 +159,52 @@ def known_hash(monkeypatch):
     return known
 
 
+def test_known_hash_is_checked_wherever_the_file_is(published, google, known_hash, tmp_path, monkeypatch):
+    model = timm.create_model('fast_itpn_tiny', num_classes=0)
+    torch.save(model.state_dict(), tmp_path / SOURCE.file_name)
+    content = (tmp_path / SOURCE.file_name).read_bytes()
+    published.commit(SOURCE.hub_repo, {SOURCE.hub_path: content})
+    hub_cache, drive_cache = tmp_path / 'hub', tmp_path / 'drive'
+    path = fetch(NAME, hub_cache)
+    drive_cache.mkdir()
+    (drive_cache / SOURCE.file_name).write_bytes(content)
+
+    def create(**kwargs):
+        return timm.create_model('fast_itpn_tiny', pretrained=True, **kwargs)
+
+    def by_folder():
+        monkeypatch.setenv('TIMM_ITPN_WEIGHTS', str(tmp_path))
+        return create()
+
+    ways = dict(
+        file=lambda: create(pretrained_cfg_overlay=dict(file=str(tmp_path / SOURCE.file_name))),
+        hub_cache=lambda: create(cache_dir=hub_cache), drive_cache=lambda: create(cache_dir=drive_cache),
+        folder=by_folder)
+    known_hash(hashlib.sha256(content).hexdigest())
+    before = integrity._sha256.cache_info()
+    for way in 2 * ['file']:
+        assert torch.equal(ways[way]().stages[2].pos_embed, model.stages[2].pos_embed)
+    after = integrity._sha256.cache_info()
+    assert after.misses == before.misses + 1 and after.hits > before.hits  # a file is read once for it
+    known_hash('0' * 64)
+    google.page = QUOTA_PAGE
+    for way, create_so in ways.items():
+        if way == 'drive_cache':
+            published.repos.clear()
+        with pytest.raises((ValueError, RuntimeError), match='its SHA-256 is [0-9a-f]{64}, not 0{64}'):
+            create_so()
+    assert path.exists() and (drive_cache / SOURCE.file_name).exists()
+    (tmp_path / SOURCE.file_name).rename(tmp_path / 'mine.pt')  # as the message says
+    create(pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.pt')))
+
+
 def large_files(folder):
     return [path for path in folder.rglob('*') if path.is_file() and path.stat().st_size > 1000]
 
 
 def test_file_of_another_hash_is_not_kept(published, google, known_hash, tmp_path):
     known_hash('0' * 64)
-    with pytest.raises(RuntimeError, match='Hub.* another file than expected: its SHA-256 is .*Drive.* another file'):
+    with pytest.raises(RuntimeError, match='Hub.* not the published file .*its SHA-256 is .*Drive.* not the published'):
         fetch(NAME, tmp_path)
     assert not large_files(tmp_path)
     known_hash(hashlib.sha256(OTHER).hexdigest())
@@ -175,7 +215,7 @@ def test_file_that_was_there_before_is_not_deleted(published, google, known_hash
     path = fetch(NAME, tmp_path)
     known_hash('0' * 64)
     google.page = QUOTA_PAGE
-    with pytest.raises(RuntimeError, match=f'{path} is another file than expected.*: pass cache_dir= to download into'):
+    with pytest.raises(RuntimeError, match=f'{path} is not the published file.*: pass cache_dir= to download into'):
         fetch(NAME, tmp_path)
     assert path.read_bytes() == CONTENT
 
@@ -210,10 +250,10 @@ FAULTS = {
     'cut': [Fault(cut_after=len(CONTENT) // 2)],
     'page': [Fault(body=b'<html>busy</html>', headers={'Content-Type': 'text/html'})],
     '404': [Fault(method='HEAD', status=404, headers={'X-Error-Code': 'EntryNotFound'})],
-    '403': [Fault(status=403)],
+    '403': [Fault(method='(GET|HEAD)', status=403)] * 9,
     'cut for ever': [Fault(cut_after=0)] * 50,
 }
-REFUSED = ('page', '404', '403', 'cut for ever')
+REFUSED = {'page': 'web page|Consistency', '404': '404', '403': '403', 'cut for ever': ''}  # what is said
 
 
 @pytest.mark.parametrize('fault', FAULTS)
@@ -226,6 +266,7 @@ def test_faults_of_the_hub(fault, published, google, tmp_path, monkeypatch, capl
             fetch(NAME, tmp_path)
         message = str(caught.value)
         assert f'{NAME} could not be fetched. Hub xche32/RELO: {SOURCE.hub_path} ' in message and '\n' not in message
+        assert re.search(REFUSED[fault], message) and 'check your connection' not in message
         assert in_cache(tmp_path) is None
     else:
         assert fetch(NAME, tmp_path).read_bytes() == CONTENT

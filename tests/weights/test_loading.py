@@ -1,13 +1,16 @@
 """Weight files through every way that timm has of loading them, good ones and bad ones."""
 import argparse
 import fractions
+import functools
 import io
 import json
 import logging
+import math
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -16,10 +19,14 @@ import timm
 import torch
 from support import golden
 from support.explosive import Explosive
+from support.small import SMALL, small_model
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_itpn.models.itpn import ITPN
 from timm_itpn.models.loading import checkpoint_filter_fn
+from timm_itpn.tools.convert import convert, revert
+from timm_itpn.tools.inspect import inspect
+from timm_itpn.weights.layout import native_to_official
 from timm_itpn.weights.sources import SOURCES, file_name, plain_name, source_of
 
 EXPECTED = golden.load('fast_itpn_tiny')
@@ -260,6 +267,76 @@ def test_layer_scale_is_never_dropped(classifier, tmp_path):
     """Without it the weights are ruined; the fault that users reported most."""
     with pytest.raises(ValueError, match='The file has layer scale.*init_values=0.1'):
         load(save(classifier, tmp_path / 'w.pt'), init_values=0.)
+
+
+SHAPE = 'has the shape|shapes or types of|in the checkpoint, but|tokens|but the model is of|not of an official iTPN'
+VALUES = 'infinite or not a number'
+ODD = {  # what is in the place of a tensor: how it is made of it, and what is said
+    'scalar': (lambda t: torch.zeros(()), SHAPE),
+    'empty': (lambda t: t[:0], SHAPE),
+    'a dimension more': (lambda t: t[None], SHAPE),
+    'one number': (lambda t: t.new_zeros([1] * t.ndim), SHAPE),
+    'huge': (lambda t: torch.zeros(1).expand([2 ** (48 // t.ndim)] * t.ndim), 'has the shape .* memory for a part'),
+    'sparse': (lambda t: t.to_sparse(), 'has the shape .* memory for a part'),
+    'complex': (lambda t: t.to(torch.complex64), 'of torch.complex64, not of a floating-point type|types of'),
+    'integers': (lambda t: t.to(torch.int64), 'of torch.int64, not of a floating-point type|types of'),
+    'not a number': (lambda t: t.index_fill(0, torch.tensor(0), math.nan), VALUES),
+    'infinite': (lambda t: t.index_fill(0, torch.tensor(0), math.inf), VALUES),
+}
+ODD_KEYS = {
+    'fast_itpn_tiny': (
+        'pos_embed', 'blocks.1.reduction.weight', 'patch_embed.proj.weight', 'blocks.5.attn.q_proj.weight'),
+    'itpn_tiny': (
+        'absolute_pos_embed', 'blocks.5.attn.qkv.weight', 'blocks.5.norm1.weight',
+        'blocks.5.attn.relative_position_bias_table'),
+}
+
+
+@pytest.mark.parametrize('odd', list(ODD))
+def test_odd_tensors_are_refused_in_one_sentence(odd, tmp_path):
+    change, said = ODD[odd]
+    for name, keys in ODD_KEYS.items():
+        model = small_model(name)
+        official = native_to_official(model.state_dict())
+        for key in keys:
+            weights = {**official, key: change(official[key])}
+            for door in (functools.partial(checkpoint_filter_fn, model=model), model.load_state_dict):
+                with pytest.raises(ValueError, match=said) as error:
+                    door(weights)
+                assert '\n' not in str(error.value)
+        torch.save(weights, tmp_path / 'w.pt')
+        facts = inspect(tmp_path / 'w.pt', name)  # which looks at shapes alone
+        assert said != SHAPE or facts['problem'] or not facts['models'][0]['fits']
+        with pytest.raises(ValueError):
+            convert(tmp_path / 'w.pt', tmp_path / 'out', name)
+
+
+def test_keys_and_metadata_of_any_kind_are_taken(tmp_path):
+    model = small_model('fast_itpn_tiny')
+    weights = {0: torch.ones(2), b'x': torch.ones(3), (1, ('a',)): {2: torch.ones(4)}, **model.state_dict()}
+    assert checkpoint_filter_fn(weights, model).keys() == model.state_dict().keys()
+    torch.save({(0, 'net'): weights, 7: {}, b'8': None}, tmp_path / 'w.pt')
+    overlay = dict(file=str(tmp_path / 'w.pt'), num_classes=5)
+    loaded = timm.create_model('fast_itpn_tiny', pretrained=True, pretrained_cfg_overlay=overlay, **SMALL)
+    assert torch.equal(loaded.head.fc.weight, model.head.fc.weight)
+    assert inspect(tmp_path / 'w.pt')['layout'] == 'native'
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'w.safetensors', {'source_sha256': 'x'})
+    revert(tmp_path / 'w.safetensors', tmp_path / 'official.pt')
+    with pytest.raises(ValueError, match='is of Fast-iTPN .*, but the model is of iTPN .*: name another with'):
+        convert(tmp_path / 'w.safetensors', tmp_path / 'out', 'itpn_tiny')
+
+
+def test_native_weights_that_are_loaded_as_they_are_get_a_warning(caplog):
+    """`load_state_dict` may be given anything on purpose."""
+    model = small_model('fast_itpn_tiny')
+    for odd in ('complex', 'integers', 'not a number', 'infinite'):
+        weights = {'model.' + key: value for key, value in model.state_dict().items()}
+        weights['model.head.fc.bias'] = ODD[odd][0](weights['model.head.fc.bias'])
+        caplog.clear()
+        with warnings.catch_warnings(action='ignore'):  # of torch, about complex numbers
+            torch.nn.ModuleDict(dict(model=model)).load_state_dict(weights)
+        assert re.search(f'cannot be right: head.fc.bias .*{ODD[odd][1]}', caplog.text)
+        model.reset_classifier(5)
 
 
 def test_missing_classifier_is_an_error_when_it_is_kept(native, tmp_path):

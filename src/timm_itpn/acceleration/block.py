@@ -1,5 +1,5 @@
 """The block of stage 3 with token gathering and migration, for training and for inference."""
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..layers.blocks import AttentionBlock
 from ..layers.fused import FusedAttentionBlock
-from .gathering import attention_bias, global_heads, window_heads, window_mean
+from .gathering import attention_bias, window_heads, window_mean
 from .migration import select, similarity, take
 
 __all__ = ['MigrationBlock', 'Windows']
@@ -31,7 +31,7 @@ class Migration(nn.Module):
     """What the block does with its tokens; the class it is mixed with brings the layers: project, attend, feed.
 
     Attributes:
-        windowed: Attention is in windows; False = among all tokens.
+        windowed: Attention is in windows; False = among all tokens. The stage decides.
     """
     windowed: bool
 
@@ -80,7 +80,7 @@ class Migration(nn.Module):
             if gathering is not None:  # gathering tokens have no position
                 keys = F.pad(positions, (0, positions.shape[1]), value=float(height * width))
         else:
-            heads = global_heads(qkv)
+            heads = window_heads(qkv.flatten(1, 2)[:, None])
             queries = keys = positions.flatten(1, 2)[:, None]
         bias = attention_bias(positions, height * width, gathering, padded, self.windowed)
         if self.rel_pos_bias is not None:
@@ -92,16 +92,7 @@ class Migration(nn.Module):
 
 
 class MigrationBlock(Migration, AttentionBlock):
-    """`AttentionBlock` with token gathering and migration; it has the same parameters.
-
-    Args:
-        args: As for `AttentionBlock`.
-        kwargs: As for `AttentionBlock`.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.windowed = False  # the stage decides
+    """`AttentionBlock` with token gathering and migration; it has the same arguments and parameters."""
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 
 from ..ops.attention import Heads
 
-__all__ = ['attention_bias', 'gathering_bias', 'global_heads', 'window_heads', 'window_mean']
+__all__ = ['attention_bias', 'gathering_bias', 'window_heads', 'window_mean']
 
 
 def window_mean(x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,7 +42,7 @@ def gathering_bias(num_tokens: torch.Tensor) -> torch.Tensor:
 
 
 def window_heads(qkv: torch.Tensor, gathering: torch.Tensor | None = None) -> Heads:
-    """Queries, keys and values of attention in windows.
+    """Queries, keys and values of attention in windows; among all tokens it is that in one window.
 
     Args:
         qkv: (B, W, K, 3, num_heads, head_dim).
@@ -60,19 +60,6 @@ def window_heads(qkv: torch.Tensor, gathering: torch.Tensor | None = None) -> He
     return q.flatten(0, 1).transpose(1, 2), k, v
 
 
-def global_heads(qkv: torch.Tensor) -> Heads:
-    """Queries, keys and values of attention among all tokens that have not left.
-
-    Args:
-        qkv: (B, W, K, 3, num_heads, head_dim).
-
-    Returns:
-        q, k and v, each (B, num_heads, W * K, head_dim).
-    """
-    q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
-
-
 def attention_bias(
         positions: torch.Tensor,
         num_tokens: int,
@@ -80,7 +67,7 @@ def attention_bias(
         padded: bool,
         windowed: bool,
 ) -> torch.Tensor | None:
-    """What is added to the logits of the keys of `window_heads` or `global_heads`.
+    """What is added to the logits of the keys of `window_heads`.
 
     Args:
         positions: (1 or B, W, K), `num_tokens` where padded.

@@ -66,7 +66,7 @@ def parse_schedule(
     if acceleration is not None:
         schedule = ACCELERATIONS[acceleration](depth)
     if gather_window is not None:
-        if not _is_number(gather_window, int) or gather_window < 0:
+        if type(gather_window) is not int or gather_window < 0:
             raise ValueError(f'gather_window {gather_window!r} is not usable: give the side of a window in tokens')
         schedule = schedule._replace(gather_window=gather_window)
     if gather_blocks is not None:
@@ -78,10 +78,6 @@ def parse_schedule(
         schedule = schedule._replace(migrate=_amounts(migrate, depth))
     gathers = schedule.gather_window > 0 and any(schedule.windowed)
     return schedule if gathers or any(schedule.migrate) else None
-
-
-def _is_number(value: object, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _block(index: int | str, depth: int, name: str) -> int:
@@ -104,7 +100,7 @@ def _amounts(migrate: Mapping[Any, Amount], depth: int) -> tuple[float, ...]:
         block = _block(key, depth, 'migrate')
         if block in amounts:
             raise ValueError(f'migrate names block {block} twice')
-        usable = _is_number(amount, int) and amount >= 0 or _is_number(amount, float) and 0 <= amount < 1
+        usable = type(amount) is int and amount >= 0 or isinstance(amount, float) and 0 <= amount < 1
         if not usable:
             raise ValueError(
                 f'migrate asks for {amount!r} at block {block}: give a number (int) or a share below 1 (float)')

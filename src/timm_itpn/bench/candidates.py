@@ -77,6 +77,7 @@ def build(case: Case, asked: Candidates, device: str) -> list[Candidate]:
     Raises:
         ValueError: A candidate cannot be built, or not for this case.
     """
+    against = _build_against(asked.against, case.img_size) if asked.against else None
     ours = build_ours(case)
     plain = {OURS: (ours, Kind.SAME_FUNCTION)}
     for name in asked.accelerations:
@@ -88,8 +89,8 @@ def build(case: Case, asked: Candidates, device: str) -> list[Candidate]:
         others[BASELINE] = _build_baseline(ours, case), Kind.SAME_FUNCTION
     for name in asked.peers:
         others[name] = _build_peer(name, case.img_size), Kind.OTHER
-    if asked.against:
-        others[asked.against] = _build_against(asked.against, case.img_size), Kind.OTHER
+    if against is not None:
+        others[asked.against] = against, Kind.OTHER
     if asked.objective:
         others[f'{OURS} pre-training ({asked.objective})'] = PretrainingStep(case, asked.objective), Kind.OTHER
     dtype = getattr(torch, DTYPES[case.dtype][0])

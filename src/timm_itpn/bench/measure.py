@@ -1,6 +1,7 @@
 """Measure one case: all candidates in turn, and one row for each."""
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -59,11 +60,13 @@ def measure(case: Case, asked: Candidates, rounds: Rounds, device: str) -> list[
     gflop = {c.name: count_flops(c.plain, images, train) / case.batch / 1e9 for c in candidates}
     outputs = _compare_outputs(candidates, case, images)
     peaks_mib = {}
+    start = time.perf_counter()
     for c in candidates:
         _say(f'  {c.name}: peak memory')
         peaks_mib[c.name] = _peak_memory_mib(c, calls[c.name], device)
+    expected_s = (time.perf_counter() - start) * (repeats + warmup)
 
-    _say(f'  {repeats} rounds of {", ".join(calls)}')
+    _say(f'  {repeats} rounds of {", ".join(calls)}: about {max(1, expected_s):.0f} s')
     products = count_products(candidates[0].model, images)
     ceiling_calls = product_calls(products, _compute_dtype(case), device)
     times = alternate({**calls, **ceiling_calls}, repeats, warmup, _timer(case, device))

@@ -6,15 +6,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..checks import read_text
 from ..files import replaced
 from .cases import Case
 from .machine import Machine
 
-__all__ = ['Row', 'json_line', 'markdown', 'markdown_of_case', 'measured', 'number', 'read', 'record', 'table']
+__all__ = [
+    'SPEEDUPS', 'Row', 'json_line', 'markdown', 'markdown_of_case', 'measured', 'number', 'read', 'record', 'table']
 
 T = TypeVar('T')
 
 _MEASURED = Path(__file__).with_name('measured.jsonl')
+SPEEDUPS = 'vs ours, vs baseline: the time of that one divided by the time of this one; above 1x, this one is faster'
 _HEADER = (
     'candidate', 'ms/image', 'images/s', 'vs ours', 'vs baseline', 'TFLOP/s', 'of ceiling', 'peak MiB', 'IQR',
     'kernels')
@@ -57,7 +60,7 @@ class Row:
 
 def markdown(rows: Iterable[Row]) -> str:
     """Rows in Markdown: a table for each case, the machine above the cases that were measured on it."""
-    lines = []
+    lines = [SPEEDUPS]
     for machine, of_machine in groupby(sorted(rows, key=lambda row: str(row.machine)), key=lambda row: row.machine):
         lines.append(f'## {machine}')
         lines += [markdown_of_case(list(group)) for _, group in groupby(of_machine, key=lambda row: row.case)]
@@ -116,8 +119,9 @@ def read(path: Path, make: Callable[..., T]) -> list[T]:
     Raises:
         ValueError: It is not a file of such rows.
     """
+    text = read_text(path)
     try:
-        return [make(**json.loads(line)) for line in path.read_text(encoding='utf-8').splitlines()]
+        return [make(**json.loads(line)) for line in text.splitlines()]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is not a file of measured rows, one JSON object per line: {error!r}') from error
 

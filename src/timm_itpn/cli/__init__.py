@@ -1,11 +1,15 @@
 """The console command `timm-itpn`; one file per command.
 
-Results go to stdout, progress to stderr. Exit status: 0 done, 1 it could not be done, 2 the command line
-cannot be read, 130 interrupted.
+Results go to stdout, progress to stderr. Exit status: 0 done, 1 it could not be done, 2 the command line cannot be
+read, 130 interrupted, 141 nobody reads the output any more. Whatever goes wrong in a command becomes one line here.
 """
-import argparse
+import os
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from .. import __version__
 from ..pretrain.arguments import ConfigurableParser
@@ -14,6 +18,16 @@ from . import list as list_command  # list would hide Python's
 from .table import printable
 
 COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, recipe, show)
+
+
+_SAID = (AssertionError, ImportError, OSError, RuntimeError, ValueError)  # whose text is meant for people
+
+
+class _Parser(ConfigurableParser):
+    """Says what it cannot read in one line, without all that could be written."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {printable(message)}; see {self.prog} --help\n')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,17 +39,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog='timm-itpn', description='iTPN and Fast-iTPN models for timm.')
+    parser = _Parser(prog='timm-itpn', description='iTPN and Fast-iTPN models for timm.')
     parser.add_argument('--version', action='version', version=f'timm-itpn {__version__}')
-    subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=ConfigurableParser)
+    subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=_Parser)
     for command in COMMANDS:
         command.add_parser(subparsers)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f'timm-itpn: {printable(str(error))}', file=sys.stderr)  # it may name keys of a file
-        return 1
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'timm-itpn: its models')  # commands fail for the same reason, and say it
+            args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # such as that to `head`
+        return 141
+    except Exception as error:
+        print(f'timm-itpn: {_sentence(error)}', file=sys.stderr)
+        return 1
+    finally:
+        _give_up_output()
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """An error in one line; it may name keys of a file, so it is escaped."""
+    text = ' '.join(str(error).split())
+    if not isinstance(error, _SAID) or not text:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f'{Path(last.filename).name}, line {last.lineno}'
+        text = f'{": ".join(filter(None, (type(error).__name__, text)))} (in {where})'
+    return printable(text)
+
+
+def _give_up_output() -> None:
+    """Let go of output that cannot be written, or Python complains about it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

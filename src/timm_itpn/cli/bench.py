@@ -10,7 +10,7 @@ from .. import figures
 
 # these import no torch
 from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Candidates, Case, Rounds, parse_size
-from ..bench.rows import Row, json_line, markdown, markdown_of_case, measured, read, record
+from ..bench.rows import SPEEDUPS, Row, json_line, markdown, markdown_of_case, measured, read, record
 from ..bench.suites import SUITES
 from ..checks import check_output
 from ..pretrain import OBJECTIVE_NAMES
@@ -80,7 +80,12 @@ def run(args: argparse.Namespace) -> None:
     if args.measured:
         print(f'# Measured speed\n\nWritten by `timm-itpn bench --measured`.\n\n{markdown(measured())}')
         return
-    _check_outputs(args)
+    if args.plot:  # now, not when everything is measured
+        figures.check(args.plot, '--plot', overwrite=True)
+    if args.record:
+        check_output(args.record, '--record', overwrite=True)
+        if args.record.exists():
+            read(args.record, Row.of_json)
     work, device = _suite(args) if args.suite else (list(_asked_for(args)), args.device or 'cpu')
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which counts memory, prints to stderr
 
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
         if args.record:
             record(args.record, of_case)
     if not args.json:
-        print(rows[0].machine)
+        print(f'{SPEEDUPS}\n{rows[0].machine}')
     if args.plot:
         from ..bench.chart import draw
 
@@ -115,19 +120,12 @@ def run(args: argparse.Namespace) -> None:
         raise RuntimeError(f'outputs differ from ours: {", ".join(wrong)}; allowed are {TOLERANCES}')
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
-    """Raise now for what would fail only after everything is measured."""
-    if args.plot:
-        figures.check(args.plot, '--plot', overwrite=True)
-    if args.record:
-        check_output(args.record, '--record', overwrite=True)
-        if args.record.exists():
-            read(args.record, Row.of_json)
-
-
 def _suite(args: argparse.Namespace) -> tuple[list[Work], str]:
     """Cases and device of --suite."""
-    given = [f'--{name.replace("_", "-")}' for name in _SUITE_REPLACES if getattr(args, name)]
+    values = {name: getattr(args, name) for name in _SUITE_REPLACES}
+    given = [
+        f'--{name.replace("_", "-")}' for name, value in values.items()
+        if value is not False and value not in (None, '', ())]
     if given:
         raise ValueError(f'a suite is fixed: leave out {", ".join(given)}')
     return SUITES[args.suite], 'cuda' if args.suite == 'gpu' else 'cpu'
@@ -148,5 +146,5 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Work]:
     sizes = [parse_size(text) for text in args.size or ['224']]
     for mode, size, dtype in itertools.product(args.mode or ['forward'], sizes, args.dtype or ['float32']):
         for batch in args.batch or [1 if mode == 'latency' else 8]:
-            model = args.model or 'fast_itpn_base'
+            model = 'fast_itpn_base' if args.model is None else args.model
             yield Case(model, size, batch, dtype, mode, args.pyramid), candidates, rounds

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import PREFIX_HELP, height_width
+from .table import printable
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 
@@ -27,6 +28,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         '--img-size', type=int, nargs='+', metavar=('H', 'W'),
         help='height and width, or the side of a square, that a position embedding is for (default: a square)')
+    group = parser.add_argument_group(
+        'images', "how the model takes images (default: what the checkpoint says, then the model's own)")
+    group.add_argument('--crop-pct', type=float, metavar='SHARE', help='side of the crop, as a share of the image')
+    group.add_argument('--mean', type=float, nargs='+', metavar='X', help='mean of the pixels, of each channel')
+    group.add_argument('--std', type=float, nargs='+', metavar='X', help='their standard deviation')
+    group.add_argument('--interpolation', metavar='NAME', help='bicubic, bilinear, ...')
+    group.add_argument('--crop-mode', metavar='NAME', help='center, squash or border')
+    group.add_argument('--class-map', type=Path, metavar='FILE.txt', help='names of the classes, one per line')
     parser.add_argument(
         '--verify', action='store_true',
         help='read what was written again and compare every tensor, and of a folder the outputs for a fixed image')
@@ -37,12 +46,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.reverse and args.model:
-        raise ValueError('--model has no meaning with --reverse: leave it out')
     import torch
 
     from ..tools.convert import convert, revert
+    from ..tools.settings import DATA
 
+    of_folder = {key: value for key, value in vars(args).items() if key in ('model', 'class_map', *DATA) and value}
+    if args.reverse and of_folder:
+        names = ', '.join(f'--{key.replace("_", "-")}' for key in of_folder)
+        raise ValueError(f'{names} has no meaning with --reverse: leave it out')
     dtype = getattr(torch, args.dtype) if args.dtype else None
     img_size = height_width(args.img_size)
     options: dict[str, Any] = dict(
@@ -50,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
     if args.reverse:
         report = revert(args.checkpoint, args.output, **options)
     else:
-        report = convert(args.checkpoint, args.output, args.model, **options)
+        data = {key: value for key, value in vars(args).items() if key in DATA and value is not None}
+        report = convert(args.checkpoint, args.output, args.model, data=data, class_map=args.class_map, **options)
     print(json.dumps(report, indent=2) if args.json else report['output'])
     if not args.json:
         print(summary(report), file=sys.stderr)
@@ -65,7 +78,10 @@ def summary(report: dict[str, Any]) -> str:
     lines.append(f'parts: {", ".join(f"{part} {number:,}" for part, number in report["parts"].items())}')
     if report.get('guessed'):
         lines.append(f'taken for {report["model"]} by its contents; name another with --model')
-    if 'global_pool' in report:
-        lines.append(f'pooling: {report["global_pool"]}')
+    for where, values in report.get('settings', {}).items():
+        if values:
+            lines.append(f'from {where}: {", ".join(f"{key} {value}" for key, value in values.items())}')
+    if report.get('class_map'):
+        lines.append(f'names of the classes are in {report["class_map"]}: add them with --class-map')
     lines.append('verified' if report['verified'] else 'not verified: do that with --verify')
-    return '\n'.join(lines)
+    return '\n'.join(map(printable, lines))  # there are names from the file in it

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_device, require
+from ..files import created
 
 NUM_CLASSES = 10
+NUM_TRAINING = 1437  # images; the others are held out
 NUM_IMAGES = 24  # in the picture
 
 History = list[tuple[float, float]]  # of each epoch: training loss, held-out top-1 accuracy in percent
@@ -20,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--model', default='fast_itpn_tiny', help='any model of this package')
     parser.add_argument('--pretrained', action='store_true', help='start from the published weights')
     parser.add_argument('--img-size', type=int, default=32, help='side of the images in pixels, a multiple of 16')
-    parser.add_argument('--epochs', type=int, default=9, help='passes over the 1,437 training images')
+    parser.add_argument('--epochs', type=int, default=9, help=f'passes over the {NUM_TRAINING:,} training images')
     parser.add_argument('--batch-size', type=int, default=64, help='images per update')
     parser.add_argument('--lr', type=float, default=5e-4, help='peak learning rate')
     parser.add_argument('--device', default='cpu', help='PyTorch device')
@@ -30,10 +32,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require('the demo', 'demo', 'sklearn', 'matplotlib', 'tqdm')
-    if args.output.exists():
-        raise ValueError(f'{args.output} exists already: remove it, or name another with --output')
-    if args.epochs < 1:
-        raise ValueError(f'--epochs is {args.epochs}, but must be at least 1')
+    for name, most in (('epochs', sys.maxsize), ('batch_size', NUM_TRAINING)):
+        if not 1 <= getattr(args, name) <= most:
+            raise ValueError(f'--{name.replace("_", "-")} {getattr(args, name)}: give a number from 1 to {most}')
     check_device(args.device)
 
     import timm
@@ -41,28 +42,38 @@ def run(args: argparse.Namespace) -> None:
     from timm.data import create_dataset, create_loader, resolve_data_config
     from timm.utils import random_seed
 
-    random_seed(args.seed)
-    model = timm.create_model(
-        args.model, pretrained=args.pretrained, img_size=args.img_size, num_classes=NUM_CLASSES, drop_path_rate=0.1)
-    model.to(args.device)
-    data = args.output / 'data'
-    write_digits(data)
-    config = resolve_data_config({'input_size': (3, args.img_size, args.img_size), 'crop_pct': 1.0}, model=model)
-    vars(args).update(config, num_classes=NUM_CLASSES)  # saved with the checkpoint
-    options: dict[str, Any] = dict(
-        config, batch_size=args.batch_size, num_workers=0, persistent_workers=False, use_prefetcher=False,
-        device=torch.device(args.device))
-    train_set, val_set = (create_dataset('', root=str(data), split=split) for split in ('train', 'val'))
-    train_loader = create_loader(
-        train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **options)
+    from ..models import check_name
 
-    history, predictions = train(model, train_loader, create_loader(val_set, **options), args)
-    draw(args.output / 'demo.png', val_set.reader.samples, predictions, history)
-    files = dict(checkpoint='last.pth.tar', picture='demo.png', data='data')
-    result = {
-        'top1': history[-1][1], 'images': len(val_set),
-        **{key: str(args.output / name) for key, name in files.items()}}
-    (args.output / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
+    check_name(args.model)
+    with created(args.output, '--output') as folder:
+        random_seed(args.seed)
+        size = args.img_size
+        model = timm.create_model(
+            args.model, pretrained=args.pretrained, img_size=size, num_classes=NUM_CLASSES, drop_path_rate=0.1)
+        model.to(args.device)
+        data = folder / 'data'
+        write_digits(data)
+        config = resolve_data_config({'input_size': (3, size, size), 'crop_pct': 1.0}, model=model)
+        options: dict[str, Any] = dict(
+            config, batch_size=args.batch_size, num_workers=0, persistent_workers=False, use_prefetcher=False,
+            device=torch.device(args.device))
+        train_set, val_set = (create_dataset('', root=str(data), split=split) for split in ('train', 'val'))
+        train_loader = create_loader(
+            train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **options)
+
+        history, predictions = train(model, train_loader, create_loader(val_set, **options), args)
+        draw(folder / 'demo.png', val_set.reader.samples, predictions, history)
+        # as those of timm's `train.py`, in plain values: timm loads checkpoints without running pickled code
+        told = {key: str(value) if key == 'output' else value for key, value in vars(args).items() if key != 'run'}
+        torch.save({
+            'epoch': args.epochs - 1, 'arch': args.model, 'state_dict': model.state_dict(), 'version': 2,
+            'args': argparse.Namespace(**told, **config, num_classes=NUM_CLASSES), 'metric': history[-1][1],
+        }, folder / 'last.pth.tar')
+        files = dict(checkpoint='last.pth.tar', picture='demo.png', data='data')
+        result = {
+            'top1': history[-1][1], 'images': len(val_set),
+            **{key: str(args.output / name) for key, name in files.items()}}
+        (folder / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
     print(json.dumps(result))
 
 
@@ -85,7 +96,7 @@ def write_digits(folder: Path) -> None:
 
 
 def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespace) -> tuple[History, list[int]]:
-    """Train with AdamW and a cosine schedule per update, saving a checkpoint after each epoch.
+    """Train with AdamW and a cosine schedule per update.
 
     Returns:
         The history, and the class that is predicted at last for each held-out image.
@@ -94,17 +105,13 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
-    from timm.utils import AverageMeter, CheckpointSaver, dispatch_clip_grad
+    from timm.utils import AverageMeter, dispatch_clip_grad
     from tqdm import tqdm
 
     optimizer = create_optimizer_v2(model, opt='adamw', lr=args.lr, weight_decay=0.05)
     scheduler, _ = create_scheduler_v2(
         optimizer, num_epochs=args.epochs, warmup_epochs=1, warmup_lr=1e-6, step_on_epochs=False,
         updates_per_epoch=len(train_loader))
-    # as plain values: timm loads checkpoints without running pickled code
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != 'run'}
-    saver = CheckpointSaver(
-        model, optimizer, args=argparse.Namespace(**plain), checkpoint_dir=str(args.output), max_history=1)
     loss_fn = LabelSmoothingCrossEntropy(0.1)
     history: History = []
     with tqdm(total=args.epochs * len(train_loader), unit='update', mininterval=1, file=sys.stderr) as progress:
@@ -127,7 +134,6 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
                     epoch=epoch, loss=f'{losses.avg:.3f}', top1=history[-1][1] if history else '-')
             predictions, top1 = validate(model, val_loader, args.device)
             history.append((losses.avg, top1))
-            saver.save_checkpoint(epoch, metric=top1)
     return history, predictions
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import figures
-from ..checks import check_device
+from ..checks import check_device, check_regular_file
 from .arguments import height_width
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     output = args.output or Path(f'{args.image.stem}_{"tokens" if args.tokens else "show"}.png')
-    figures.check(output, '--output', args.force, 'overwrite it with --force')
+    figures.check(output, '--output', overwrite=args.force, remedy='overwrite it with --force')
     image = read_image(args.image)
     height, width = height_width(args.img_size) or own_size(*image.size)
     check_device(args.device)
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
         else:
             figure = draw_features(shown, feature_maps(model, pixels), caption)
     figures.save(figure, output)
+    if weights.startswith('random'):
+        print(f'{args.model} has {weights}: load trained ones with --pretrained or --checkpoint', file=sys.stderr)
     print(output)
 
 
@@ -78,6 +80,7 @@ def read_image(path: Path) -> 'Image':
     """An image file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
+    check_regular_file(path)
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -108,9 +111,7 @@ def build(args: argparse.Namespace, img_size: tuple[int, int]) -> tuple[Any, str
     weights = 'published weights' if loads else f'random weights (seed {args.seed})'
     if args.checkpoint:
         weights, overlay['file'] = f'weights of {args.checkpoint.name}', str(args.checkpoint)
-    if not loads:
-        print(f'{args.model} has {weights}: load trained ones with --pretrained or --checkpoint', file=sys.stderr)
-    elif args.pyramid_init == 'random':
+    if loads and args.pyramid_init == 'random':
         weights += ', pyramid random if it has none'
     random_seed(args.seed)
     model = timm.create_model(

@@ -1,5 +1,6 @@
 """Residual blocks of the stages and of the feature pyramid."""
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,12 +113,9 @@ class AttentionBlock(nn.Module):
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        mlp_norm = norm_layer if scale_mlp else None
-        hidden_dim = int(dim * mlp_ratio)
-        if swiglu_mlp:
-            self.mlp = SwiGLU(dim, hidden_dim, norm_layer=mlp_norm, drop=(0., proj_drop), **dd)
-        else:
-            self.mlp = Mlp(dim, hidden_dim, act_layer=act_layer, norm_layer=mlp_norm, drop=(0., proj_drop), **dd)
+        mlp_layer: Any = SwiGLU if swiglu_mlp else partial(Mlp, act_layer=act_layer)
+        self.mlp = mlp_layer(
+            dim, int(dim * mlp_ratio), norm_layer=norm_layer if scale_mlp else None, drop=(0., proj_drop), **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 

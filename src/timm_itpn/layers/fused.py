@@ -4,18 +4,20 @@
 of the attention scores; layer scale goes into the linear layer before it; activations and residual sums are done by
 `ops.linear`. Sums are in another order than before, so results are equal to float error, not to the bit.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 from timm.layers import GELU, LayerScale
 
-from ..ops.attention import Heads, attention_weights, fused_attention
+from ..ops.attention import Heads, attention_weights, fused_attention, is_transformed
 from ..ops.linear import IMPLEMENTATIONS, choose_linear, reference
 from .attention import QkvBias
 from .linear import LINEAR_LAYERS
 from .mlp import SwiGLU
 from .run import is_eager
 
-__all__ = ['FusedAttentionBlock', 'FusedGatedMlp', 'FusedLinear', 'FusedMlp', 'InferenceOnly']
+__all__ = ['FusedAttentionBlock', 'FusedLinear', 'FusedMlp', 'InferenceOnly']
 
 
 class InferenceOnly(nn.Module):
@@ -31,6 +33,14 @@ class InferenceOnly(nn.Module):
         return super().train(mode)
 
 
+class Packed(NamedTuple):
+    """A weight in the form that an implementation wants, and what tells that the weight has changed since."""
+    weight: torch.Tensor
+    version: tuple[int, int]  # where its data is, and how often it was changed in place
+    implementation: str
+    form: torch.Tensor
+
+
 class FusedLinear(InferenceOnly):
     """Linear layer, then an activation or a residual sum. (..., in_features) -> (..., out_features).
 
@@ -41,7 +51,7 @@ class FusedLinear(InferenceOnly):
         implementation: Key of `ops.linear.IMPLEMENTATIONS`, 'auto' for the first that can run where the weight is.
     """
 
-    __jit_ignored_attributes__ = ['_forward', '_packed']
+    __jit_ignored_attributes__ = ['_packed']
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, act: str = 'none', implementation: str = 'auto'):
         super().__init__()
@@ -49,86 +59,66 @@ class FusedLinear(InferenceOnly):
         self.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         self.act = act
         self.asked = implementation
+        self._packed: Packed | None = None
         self._pack()
 
-    def _pack(self) -> None:
-        self.implementation = choose_linear(self.asked, self.weight)
-        self._forward = IMPLEMENTATIONS[self.implementation].forward
-        self._packed = IMPLEMENTATIONS[self.implementation].pack(self.weight)
-
-    def _apply(self, fn, recurse: bool = True) -> nn.Module:
-        super()._apply(fn, recurse)
-        self._pack()
-        return self
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._pack()
+    @torch.jit.unused
+    def _pack(self) -> Packed:
+        """Pack the weight, unless that was done since it was last replaced, moved or changed."""
+        weight, packed = self.weight, self._packed
+        version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if packed is None or packed.weight is not weight or packed.version != version:
+            name = choose_linear(self.asked, weight)
+            self._packed = packed = Packed(weight, version, name, IMPLEMENTATIONS[name].pack(weight))
+        return packed
 
     def __getstate__(self):
         return {**self.__dict__, '_packed': None}  # it has no storage that could be copied
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._pack()
-
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
-        return f'{in_features}, {out_features}, act={self.act}, implementation={self.implementation}'
+        implementation = choose_linear(self.asked, self.weight)
+        return f'{in_features}, {out_features}, act={self.act}, implementation={implementation}'
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if is_eager(x) and not torch.is_autocast_enabled('cpu'):
-                if torch.is_grad_enabled() and x.requires_grad:
+                if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
                     raise RuntimeError(
                         'A fused model has no gradients: call it under torch.no_grad(), or use the original.')
-                return self._forward(x, self._packed, self.bias, self.act, residual)
+                if not is_transformed():
+                    packed = self._pack()
+                    forward = IMPLEMENTATIONS[packed.implementation].forward
+                    return forward(x, packed.form, self.bias, self.act, residual)
         return reference.forward(x, self.weight, self.bias, self.act, residual)
 
 
 class FusedMlp(InferenceOnly):
-    """Norm, first layer, activation, perhaps a norm, second layer and residual sum. (..., dim) -> (..., dim).
+    """Norm, first layer, activation or gate, perhaps a norm, second layer and residual sum. (..., dim) -> (..., dim).
 
     Args:
         norm: Norm before the MLP.
-        mlp: timm's `Mlp`.
+        mlp: timm's `Mlp`, or `SwiGLU`.
         ls: Layer scale after it, or Identity.
     """
 
     def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
         super().__init__()
-        act = name_of(mlp.act)
-        self.norm1, *weights = fold_norm(norm, *weights_of(mlp.fc1))
+        gated = isinstance(mlp, SwiGLU)
+        act = 'silu' if gated else name_of(mlp.act)
+        self.norm1, *weights = fold_norm(norm, *weights_of(mlp.fc1_g if gated else mlp.fc1))
         self.fc1 = FusedLinear(*weights, act=act or 'none')
         self.act = nn.Identity() if act else mlp.act
-        self.norm2, *weights = fold_norm(mlp.norm, *weights_of(mlp.fc2))
-        self.fc2 = FusedLinear(*fold_scale(ls, *weights))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.norm2(self.act(self.fc1(self.norm1(x)))), x)
-
-
-class FusedGatedMlp(InferenceOnly):
-    """As `FusedMlp`, with a gate. (..., dim) -> (..., dim).
-
-    Args:
-        norm: Norm before the MLP.
-        mlp: `SwiGLU`.
-        ls: Layer scale after it, or Identity.
-    """
-
-    def __init__(self, norm: nn.Module, mlp: nn.Module, ls: nn.Module):
-        super().__init__()
-        self.norm1, *weights = fold_norm(norm, *weights_of(mlp.fc1_g))
-        self.gate = FusedLinear(*weights, act='silu')
-        _, *weights = fold_norm(norm, *weights_of(mlp.fc1_x))
-        self.value = FusedLinear(*weights)
+        self.value = FusedLinear(*fold_norm(norm, *weights_of(mlp.fc1_x))[1:]) if gated else None
         self.norm2, *weights = fold_norm(mlp.norm, *weights_of(mlp.fc2))
         self.fc2 = FusedLinear(*fold_scale(ls, *weights))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm1(x)
-        return self.fc2(self.norm2(self.gate(y) * self.value(y)), x)
+        hidden = self.act(self.fc1(y))
+        if self.value is not None:
+            hidden = hidden * self.value(y)
+        return self.fc2(self.norm2(hidden), x)
 
 
 class FusedAttentionBlock(InferenceOnly):
@@ -152,8 +142,7 @@ class FusedAttentionBlock(InferenceOnly):
         scale[:dim] = (dim // attn.num_heads) ** -0.5  # of the scores, in q
         self.qkv = FusedLinear(scale[:, None] * weight, scale * bias)
         self.proj = FusedLinear(*fold_scale(block.ls1, *weights_of(attn.proj)))
-        fused_mlp = FusedGatedMlp if isinstance(block.mlp, SwiGLU) else FusedMlp
-        self.mlp = fused_mlp(block.norm2, block.mlp, block.ls2)
+        self.mlp = FusedMlp(block.norm2, block.mlp, block.ls2)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (..., dim) -> queries, keys and values (..., 3, num_heads, head_dim)."""
@@ -194,7 +183,7 @@ def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     Raises:
         ValueError: It is of another class, an adapter say, whose weight is not all that it does.
     """
-    if type(layer) not in LINEAR_LAYERS:
+    if type(layer) not in (*LINEAR_LAYERS, FusedLinear):
         raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
     return layer.weight, layer.bias
 

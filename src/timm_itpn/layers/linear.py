@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from ..ops.attention import is_transformed
 from ..ops.linear import onednn
 
 __all__ = ['LINEAR_LAYERS', 'OneDnnLinear', 'use_onednn', 'why_not_onednn']
@@ -68,7 +69,7 @@ class OneDnnLinear(nn.Linear):
         if not torch.jit.is_scripting():
             if self._is_for_onednn(x):
                 product = OneDnnProduct.forward  # .apply() takes 20 us
-                if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+                if torch.is_grad_enabled() or is_transformed():
                     product = OneDnnProduct.apply
                 y = product(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (..., C) -> (M, C) -> (M, D)
                 return y.reshape(*x.shape[:-1], y.shape[-1])

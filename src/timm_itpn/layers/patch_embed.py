@@ -132,17 +132,23 @@ class ConvPatchMerge(nn.Module):
         return self
 
 
-class LinearPatchMerge(nn.Module):
+class LinearPatch(nn.Module):
+    """What merge and split by a Linear layer have in common."""
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """Move scale and shift of the norm into the Linear layer."""
+        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
+        self.reduction = FusedLinear(*weights)
+        return self
+
+
+class LinearPatchMerge(LinearPatch):
     """Merge 2 x 2 neighbours: LayerNorm over all four, then a Linear layer without bias.
 
     (B, H, W, C) -> (B, H/2, W/2, D). The neighbours stand in the order (0, 0), (1, 0), (0, 1), (1, 1), as (row,
     column). timm's Swin has the same layer, but pads for odd sides, which is one more copy of the map.
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        norm_layer: Normalisation of the four positions together.
-        dd: Device and dtype of the parameters.
+    Arguments as for `ConvPatchMerge`, but the norm is of the four positions together.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
@@ -156,22 +162,10 @@ class LinearPatchMerge(nn.Module):
         x = self.norm(x.reshape(B, H // 2, W // 2, 4 * C))
         return self.reduction(x)
 
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Move scale and shift of the norm into the Linear layer."""
-        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
-        self.reduction = FusedLinear(*weights)
-        return self
-
 
 class ConvPatchSplit(nn.Module):
     """Split each position in 2 x 2: LayerNorm, then a transposed convolution. (B, H, W, C) -> (B, 2H, 2W, D).
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        norm_layer: Normalisation of each input position.
-        dd: Device and dtype of the parameters.
+    Arguments as for `ConvPatchMerge`.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
@@ -194,16 +188,11 @@ class ConvPatchSplit(nn.Module):
         return split
 
 
-class LinearPatchSplit(nn.Module):
+class LinearPatchSplit(LinearPatch):
     """Split each position in 2 x 2: LayerNorm, then a Linear layer without bias. (B, H, W, C) -> (B, 2H, 2W, D).
 
     Its output is read as (row, column, channel) = (2, 2, D).
-
-    Args:
-        dim: Input channels.
-        out_dim: Output channels.
-        norm_layer: Normalisation of each input position.
-        dd: Device and dtype of the parameters.
+    Arguments as for `ConvPatchMerge`.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
@@ -217,10 +206,3 @@ class LinearPatchSplit(nn.Module):
         D = x.shape[-1] // 4
         x = x.reshape(B, H, W, 2, 2, D).transpose(2, 3)
         return x.reshape(B, 2 * H, 2 * W, D)  # (B, H, 2, W, 2, D) -> (B, 2H, 2W, D)
-
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Move scale and shift of the norm into the Linear layer."""
-        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
-        self.reduction = FusedLinear(*weights)
-        return self

@@ -5,7 +5,7 @@ block, as timm's module has it, would be 3.2 GB for 24 blocks at 1024 pixels.
 """
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import is_exporting, register_notrace_module
 from torch.types import Device
 
+from ..ops.attention import is_transformed
 from .sizes import same_grid
 
 __all__ = ['RelPosBias', 'resample_table']
@@ -87,21 +88,18 @@ def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
         The bias (1, num_heads, N, N + padding), N = height * width; rows are padded to multiples of 8, or CUDA's
         memory-efficient attention would copy it to align them.
     """
-    index = _offsets(height, width, table.device)
-    bias = table.t().contiguous().index_select(1, index.flatten())
-    return bias.reshape(1, -1, height * width, index.shape[1])
-
-
-def _offsets(height: int, width: int, device: torch.device) -> torch.Tensor:
-    """Rows of the table for all pairs of tokens, (N, N + padding), int32."""
-    y = torch.arange(height, device=device, dtype=torch.int32)
-    x = torch.arange(width, device=device, dtype=torch.int32)
+    y = torch.arange(height, device=table.device, dtype=torch.int32)
+    x = torch.arange(width, device=table.device, dtype=torch.int32)
     rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
     columns = x[:, None] - x + width - 1  # (width, width)
     index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
-    if is_exporting():  # the remainder would hold the program to some sizes
-        return index
-    return F.pad(index, (0, -(height * width) % 8))
+    if not is_exporting():  # the remainder would hold the program to some sizes
+        index = F.pad(index, (0, -(height * width) % 8))
+    if not torch.jit.is_scripting():
+        if is_transformed():
+            index = index.long()  # the only type that vmap of torch 2.6 takes
+    bias = table.t().contiguous().index_select(1, index.flatten())
+    return bias.reshape(1, -1, height * width, index.shape[1])
 
 
 def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
@@ -140,13 +138,6 @@ _gradient_op.register_fake(
     lambda grad, _h, _w, height, width: grad.new_empty((2 * height - 1) * (2 * width - 1), grad.shape[1]))
 
 
-class _Kept(NamedTuple):
-    """A bias that was made, and of what."""
-    grid_size: tuple[int, int]
-    table: torch.Tensor
-    bias: torch.Tensor
-
-
 @register_notrace_module
 class RelPosBias(nn.Module):
     """Bias for the attention scores of one block; it is added for query i, key j by their offset on the grid.
@@ -178,7 +169,7 @@ class RelPosBias(nn.Module):
         num_offsets = (2 * window_size[0] - 1) * (2 * window_size[1] - 1)
         self.relative_position_bias_table = nn.Parameter(
             torch.empty(num_offsets, num_heads, device=device, dtype=dtype))
-        self._cache: _Kept | None = None
+        self._cache: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None  # of what grid and table, bias
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -266,14 +257,12 @@ class RelPosBias(nn.Module):
     @torch.jit.unused
     def _kept(self, height: int, width: int) -> torch.Tensor:
         table = self.relative_position_bias_table
-        kept = self._cache
-        if (
-                kept is not None and kept.grid_size == (height, width) and kept.table.dtype == table.dtype
-                and torch.equal(kept.table, table)
-        ):
-            return kept.bias
+        if self._cache is not None:
+            grid_size, old, bias = self._cache
+            if grid_size == (height, width) and old.dtype == table.dtype and torch.equal(old, table):
+                return bias
         bias = self._compute(height, width)
-        self._cache = _Kept((height, width), table.detach().clone(), bias) if bias.numel() <= MAX_CACHED else None
+        self._cache = ((height, width), table.detach().clone(), bias) if bias.numel() <= MAX_CACHED else None
         return bias
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 import timm
 from timm.models import is_model_in_modules
 
-from .itpn import ITPN
+from timm_itpn_autoload import check_timm
+
+check_timm(timm.__version__)
+
+from .itpn import ITPN  # noqa: E402  an older timm has not all that it imports
 
 __all__ = ['ITPN', 'MODULES', 'check_name']
 

@@ -18,10 +18,9 @@ class DetectionBackbone(nn.Module):
 
     Args:
         model_name: Name of a model with pyramid, such as 'fast_itpn_tiny_fpn'.
-        dynamic_img_size: Take images of any size. False, with `img_size`, saves resampling the position embeddings in
-            detectors of one image size (torchvision's `fixed_size`).
         pyramid_pool: How strides 32 and 64 are made of 16; the authors' detectors pool by average.
-        kwargs: For `timm.create_model`, such as `pretrained`, `out_indices`, `img_size` or `drop_path_rate`.
+        kwargs: For `timm.create_model`, such as `pretrained`, `out_indices`, `drop_path_rate`, or `img_size` for images
+            of one size only (torchvision's `fixed_size`).
 
     Attributes:
         body: timm's feature extractor.
@@ -31,12 +30,11 @@ class DetectionBackbone(nn.Module):
         ValueError: The levels have unequal numbers of channels.
     """
 
-    def __init__(self, model_name: str, dynamic_img_size: bool = True, pyramid_pool: str = 'avg', **kwargs: Any):
+    def __init__(self, model_name: str, pyramid_pool: str = 'avg', **kwargs: Any):
         super().__init__()
         # feature_cls: the other feature classes of timm give maps that are channels last
         body: Any = create_model(
-            model_name, features_only=True, feature_cls='getter', dynamic_img_size=dynamic_img_size,
-            pyramid_pool=pyramid_pool, **kwargs)
+            model_name, features_only=True, feature_cls='getter', pyramid_pool=pyramid_pool, **kwargs)
         channels = body.feature_info.channels()
         if len(set(channels)) > 1:
             raise ValueError(
@@ -46,5 +44,5 @@ class DetectionBackbone(nn.Module):
         self.out_channels = channels[0]
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Maps from fine to coarse, (B, in_chans, H, W) -> name: (B, out_channels, H / stride, W / stride)."""
+        """Maps from fine to coarse: (B, in_chans, H, W) -> named (B, out_channels, ceil(H/stride), ceil(W/stride))."""
         return OrderedDict((str(i), level) for i, level in enumerate(self.body(x)))

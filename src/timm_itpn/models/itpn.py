@@ -375,7 +375,7 @@ class ITPN(nn.Module):
             strict: bool = True,
             assign: bool = False,
     ) -> Any:
-        """As PyTorch's, for native and official layouts, for whole pre-training files, and for other image sizes.
+        """As PyTorch's, for native and official layouts, for whole pre-training files; official ones of any image size.
 
         Args:
             state_dict: Weights, or a checkpoint that holds them.

@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, with_weights
+from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, why_no_weights, with_weights
 from ..weights.fetch import fetch
-from ..weights.layout import current_names, layout_of, official_to_native
+from ..weights.layout import is_fused, layout_of, to_current
 
 __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
 
@@ -44,7 +44,8 @@ def prepare_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool) 
     Raises:
         ValueError: `strict`, and weights in official layout do not fit.
     """
-    if layout_of(state_dict) == 'native' or set(state_dict) <= set(model.state_dict()):
+    target = model.state_dict()
+    if layout_of(state_dict) == 'native' or is_fused(target) or set(state_dict) <= set(target):
         return state_dict
     if not strict:
         return _unwrapped(state_dict)
@@ -63,13 +64,16 @@ def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     left out, as is a pyramid that the model has no place for. All other keys stay, for PyTorch to report.
     """
     weights = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-    layout = layout_of(weights)
-    if layout == 'official':
-        converted = fit_to_model(official_to_native(weights, strict=False), model, strict=False)
-    elif layout == 'native':
-        converted = leave_out(current_names(weights), model.state_dict())
-    else:
+    layout, target = layout_of(weights), model.state_dict()
+    if not layout or is_fused(target) and set(weights) <= set(target):
         return
+    if is_fused(target):
+        raise ValueError('The model is a fused copy: load these weights into a plain model, and fuse that.')
+    converted = to_current(weights, strict=False)
+    converted = fit_to_model(converted, model, strict=False) if layout == 'official' else leave_out(converted, target)
+    loaded = {key: converted[key] for key in target if isinstance(converted.get(key), torch.Tensor)}
+    if wrong := why_no_weights(loaded):
+        _logger.warning(f'The weights that are loaded cannot be right: {wrong}.')
     for key in weights:
         del state_dict[prefix + key]
     state_dict.update({prefix + key: value for key, value in converted.items()})

@@ -9,39 +9,27 @@
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, use_fused_attn
+from torch.autograd import forward_ad
 
-__all__ = ['IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'why_not']
+from .choose import choose
+
+__all__ = ['IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed']
 
 IMPLEMENTATIONS = ('sdpa', 'reference')
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
 MANY_TOKENS = 2048
 
 
-def why_not(name: str) -> str | None:
-    """Reason why an implementation cannot run here, None if it can."""
-    if name == 'sdpa' and not use_fused_attn():
-        return 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
-    return None
-
-
 def choose_attention(name: str = 'auto') -> str:
-    """Return the name of the implementation to use.
+    """As `choose` does, among `IMPLEMENTATIONS`."""
+    reason = None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
+    return choose('attn_impl', name, {'sdpa': reason, 'reference': None})
 
-    Args:
-        name: One of `IMPLEMENTATIONS`, or 'auto' for the first of them that can run.
 
-    Raises:
-        ValueError: `name` is unknown.
-        RuntimeError: The implementation asked for cannot run; the message gives the reason.
-    """
-    if name == 'auto':
-        return next(n for n in IMPLEMENTATIONS if why_not(n) is None)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f'attn_impl {name!r} is unknown, use one of: auto, {", ".join(IMPLEMENTATIONS)}')
-    reason = why_not(name)
-    if reason is not None:
-        raise RuntimeError(f'attention {name!r} cannot run: {reason}')
-    return name
+def is_transformed() -> bool:
+    """True in eager transforms of `torch.func` and forward-mode differentiation: tensors may be stand-ins."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
@@ -69,8 +57,13 @@ def fused_attention(
 ) -> torch.Tensor:
     """Attention in one kernel, without an (N, M) tensor; (B, num_heads, N, head_dim).
 
-    PyTorch itself falls back to plain maths for attention dropout on the CPU.
+    PyTorch itself falls back to plain maths for attention dropout and for a bias that needs a gradient, on the CPU.
+    Under transforms of `torch.func` it cannot see that the bias needs one, and its kernels have neither forward-mode
+    nor second derivatives: there it is plain maths, which has them all.
     """
+    if not torch.jit.is_scripting():
+        if is_transformed():
+            return F.dropout(attention_weights(q, k, bias, scale).type_as(v), dropout_p) @ v
     k, v = _contiguous_heads(k), _contiguous_heads(v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p, scale=scale)
 

@@ -4,18 +4,23 @@ Nothing here imports torch, so that `--help` is quick.
 """
 import argparse
 import ast
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..checks import check_regular_file
 from . import MASKING_NAMES, OBJECTIVE_NAMES
 
-__all__ = ['FREE', 'ConfigurableParser', 'add_arguments']
+__all__ = ['CHANGEABLE', 'FREE', 'ConfigurableParser', 'add_arguments']
 
 # may differ when a run is resumed: they do not change what is computed
 FREE = ('run', 'config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
-        'figure_interval', 'log_tensorboard', 'data_dir')
+        'figure_interval', 'log_tensorboard', 'data_dir', 'changed_data', 'device')
+# may, too, and the run says so
+CHANGEABLE = ('lr', 'lr_base', 'lr_base_size', 'min_lr', 'warmup_lr', 'clip_grad', 'amp', 'amp_dtype', 'teacher_path',
+              'grad_checkpointing', 'torchcompile', 'deterministic', 'fsdp')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset', default='', metavar='NAME', help="timm's name: hfds/..., wds/..., '' for a folder")
     group.add_argument('--train-split', default='train', metavar='NAME', help='split of the data set')
     group.add_argument('--train-num-samples', type=int, metavar='N', help='number of images, for streams (wds)')
-    group.add_argument('--img-size', type=int, default=224, metavar='N', help="side of the student's images, pixels")
+    group.add_argument('--img-size', type=positive, default=224, metavar='N', help="side of student's images, pixels")
     group.add_argument('--scale', type=float, nargs=2, default=[0.2, 1.0], help="crop, share of the image's area")
     group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], help='crop, width by height')
     group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
@@ -38,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model', default='fast_itpn_base', help='any model of this package')
     pairs: dict[str, Any] = dict(nargs='*', action=_KeyValues, default={}, metavar='KEY=VALUE')
     group.add_argument('--model-kwargs', help="the model's arguments", **pairs)
-    group.add_argument('--objective', default='clip', choices=OBJECTIVE_NAMES, help='what is learned')
+    group.add_argument('--objective', choices=OBJECTIVE_NAMES,
+                       help='what is learned; default: clip with --teacher, pixel without')
     group.add_argument('--objective-kwargs', help="the objective's arguments", **pairs)
     group.add_argument('--masking', choices=MASKING_NAMES, help="which tokens are masked; default: the objective's")
     group.add_argument('--mask-ratio', type=float, help="share of masked tokens; default: the objective's")
@@ -48,8 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--drop-path', type=float, default=0.1, help='stochastic depth rate of the last block')
 
     group = parser.add_argument_group('optimization')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='images per process and step')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='steps per update')
+    group.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='of a process, per step')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, metavar='N', help='steps per update')
     group.add_argument('--opt', default='adamw', help="timm's name of the optimizer")
     group.add_argument('--opt-eps', type=float, help="epsilon, default: the optimizer's")
     group.add_argument('--opt-betas', type=float, nargs='+', help="betas, default: the optimizer's")
@@ -59,15 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--lr-base', type=float, default=1.875e-4, help='learning rate for --lr-base-size images')
     group.add_argument('--lr-base-size', type=int, default=256, help='images per update that --lr-base is for')
     group.add_argument('--sched', default='cosine', help="timm's name of the schedule; steps are updates")
-    group.add_argument('--epochs', type=int, default=1600)
-    group.add_argument('--warmup-epochs', type=int, default=10)
+    group.add_argument('--epochs', type=positive, default=1600)
+    group.add_argument('--warmup-epochs', type=int, help='default: a tenth of the epochs, at most 10')
     group.add_argument('--warmup-lr', type=float, default=0.)
     group.add_argument('--min-lr', type=float, default=1e-5)
     group.add_argument('--model-ema', action='store_true', help='average the weights of the student')
     group.add_argument('--model-ema-decay', type=float, default=0.9999)
 
     group = parser.add_argument_group('device')
-    group.add_argument('--device', default='cuda', help='PyTorch device')
+    group.add_argument('--device', help='PyTorch device; default: cuda where there is one, else cpu')
     group.add_argument('--amp', action='store_true', help='autocast')
     group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
     group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
@@ -79,12 +85,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('output')
     group.add_argument('--output', type=Path, default=Path('output/pretrain'), metavar='DIR')
     group.add_argument('--resume', metavar='auto|FILE', help='go on from the last checkpoint, or from FILE')
-    group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
+    group.add_argument('--changed-data', action='store_true', help='go on though the images are others than before')
+    group.add_argument('--checkpoint-hist', type=positive, metavar='N',
+                       help='checkpoints to keep; default: 2, at the end 1')
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
                        help='updates between checkpoints; 0: only after epochs')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between lines of the log')
+    group.add_argument('--log-interval', type=positive, default=50, metavar='N', help='updates per line of the log')
     group.add_argument('--figure-interval', type=int, default=0, metavar='N', help='epochs between pictures, 0: none')
     group.add_argument('--log-tensorboard', action='store_true', help='also write for TensorBoard')
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
 
 class _KeyValues(argparse.Action):
@@ -110,18 +125,30 @@ class ConfigurableParser(argparse.ArgumentParser):
         known, rest = super().parse_known_args(args, namespace)
         if getattr(known, 'config', None) is None:
             return known, rest
-        self.set_defaults(**self._read_config(known.config, known))
-        return super().parse_known_args(args, namespace)
+        first = self._read_config(known.config, known)
+        return super().parse_known_args([*first, *(sys.argv[1:] if args is None else args)], namespace)
 
-    def _read_config(self, path: Path, known: argparse.Namespace) -> dict[str, Any]:
-        """Settings of a YAML file; exits if it cannot be read, or has a name that is not known."""
+    def _read_config(self, path: Path, known: argparse.Namespace) -> list[str]:
+        """Settings of a YAML file as on a command line; exits if it cannot be read, or has a name that is not known."""
         try:
+            check_regular_file(path)
             settings = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
-            self.error(f'{path} cannot be read: {error}')
+            self.error(f'{path} cannot be read: {" ".join(str(error).split())}')
         if not isinstance(settings, dict):
             self.error(f'{path} does not hold settings: write one `name: value` per line.')
-        unknown = [key for key in settings if key not in known]
+        unknown = [str(key) for key in settings if key not in known]
         if unknown:
-            self.error(f'{path} has settings that do not exist: {", ".join(map(str, unknown))}.')
-        return settings
+            self.error(f'{path} has settings that do not exist: {", ".join(unknown)}.')
+        options = []
+        for key, value in settings.items():
+            option = f'--{key.replace("_", "-")}'
+            if isinstance(value, dict):
+                options += [option, *(f'{name}={given!r}' for name, given in value.items())]
+            elif isinstance(value, list):
+                options += [option, *map(str, value)]
+            elif value is not None and value is not False:
+                options.append(option if value is True else f'{option}={value}')
+            elif value != self.get_default(key):
+                self.error(f'{path}: {key} cannot be {value}.')
+        return options

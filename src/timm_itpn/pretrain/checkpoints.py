@@ -1,14 +1,25 @@
 """Checkpoints of a run: written whole or not at all, the last few kept, read without running pickled code."""
+import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import torch
 
+from ..checks import check_regular_file
 from ..files import replaced
+from ..weights.integrity import why_no_weight_file
+from ..weights.read import read_contents
 
-__all__ = ['Checkpoints', 'load', 'random_state', 'set_random_state']
+__all__ = ['REMEDY', 'Checkpoints', 'load', 'not_finite', 'random_state', 'save', 'set_random_state']
 
+LOCK_TIMEOUT_S = 10  # readers of a process that was killed end within 5 s, and hold its lock until then
+PARTS = ('.checkpoint-', '.pretrained.', '.epoch-', '.log.jsonl.', '.summary.csv.', '.not_finite-')  # of `replaced`
+REMEDY = 'Lower --lr, or use --amp-dtype bfloat16, and go on with --resume auto, or from an earlier checkpoint.'
 State = dict[str, Any]
 
 
@@ -21,55 +32,128 @@ class Checkpoints(NamedTuple):
         """All that are there, the oldest first."""
         return sorted(self.folder.glob(f'checkpoint-{8 * "[0-9]"}.pt'))
 
-    def last(self) -> Path | None:
-        """The last one, None if there is none."""
-        return next(reversed(self.paths()), None)
+    def to_resume(self, resume: str | None) -> list[Path]:
+        """Those that a run may go on from, the best first; none to start.
+
+        Args:
+            resume: 'auto', a file, or None to start.
+
+        Raises:
+            ValueError: The folder holds a run that would be overwritten.
+        """
+        paths = self.paths()[::-1]
+        named = [] if resume in (None, 'auto') else [Path(str(resume))]
+        if paths and (resume is None or named and named[0].resolve().parent != self.folder.resolve()):
+            raise ValueError(f'{self.folder} holds a run: go on with --resume auto, or name another folder with '
+                             '--output.')
+        if not paths and (self.folder / 'pretrained.safetensors').exists():
+            raise ValueError(f'{self.folder} holds the weights of a run: name another folder with --output.')
+        return named or paths
+
+    def newest(self, resume: str | None) -> tuple[Path, State] | None:
+        """The checkpoint that a run goes on from, with its contents: the newest that is whole; None to start.
+
+        Raises:
+            RuntimeError: None is whole.
+        """
+        paths = self.to_resume(resume)
+        for path in paths:
+            try:
+                return path, load(path)
+            except (OSError, RuntimeError, ValueError) as error:
+                if path == paths[-1]:
+                    raise
+                print(f'{error}; going on from the one before.', file=sys.stderr)
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and keep other runs out of it; what a killed process left half-written is removed.
+
+        Raises:
+            RuntimeError: Another run is at work in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(self.folder / '.lock', LOCK_TIMEOUT_S):
+                for part in self.folder.glob('.*.????????'):
+                    if part.name.startswith(PARTS) and part.is_dir():
+                        shutil.rmtree(part)
+                yield
+        except filelock.Timeout as error:
+            raise RuntimeError(f'Another run is at work in {self.folder}: wait for its end, or name another folder '
+                               'with --output.') from error
 
     def save(self, state: State, num_updates: int) -> None:
         """Write a checkpoint, then remove the oldest ones.
 
         Raises:
-            RuntimeError: It cannot be written; the earlier ones are still there.
+            OSError: It cannot be written; the earlier ones are still there.
+            RuntimeError: A weight is not finite; the same.
         """
-        path = self.folder / f'checkpoint-{num_updates:08d}.pt'
-        try:
-            with replaced(path) as part:
-                torch.save(state, part)
-        except (OSError, RuntimeError) as error:
-            last = self.last()
-            kept = f'the last complete checkpoint is {last.name}' if last else 'there is no checkpoint yet'
-            raise RuntimeError(
-                f'{path} could not be written ({str(error).splitlines()[0]}); {kept}. Free space there, then go on '
-                'with --resume auto.') from error
-        for old in self.paths()[:-self.keep]:
+        if bad := not_finite(state):
+            raise RuntimeError(f'{bad} is not finite after update {num_updates}, which is not saved. {REMEDY}')
+        save(state, self.folder / f'checkpoint-{num_updates:08d}.pt')
+        self.prune(self.keep)
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest checkpoints."""
+        for old in self.paths()[:-keep]:
             old.unlink()
 
-    def sweep(self) -> None:
-        """Remove checkpoints that a killed process left half-written."""
-        for folder in self.folder.glob('.checkpoint-*.pt.*'):
-            shutil.rmtree(folder)
+    def set_aside(self, resumed: Path) -> None:
+        """Rename the checkpoints after the one that the run goes on from, so that no other run does."""
+        for path in self.paths():
+            if path.name > resumed.name:
+                os.replace(path, f'{path}.unused')
+                print(f'{path} is not used any more: it is {path.name}.unused now', file=sys.stderr)
+
+
+def save(tree: Any, path: Path) -> None:
+    """`torch.save`, whole or not at all."""
+    with replaced(path) as part, part.open('wb') as file:  # into an open file: else torch hides why it cannot write
+        torch.save(tree, file)
 
 
 def load(path: Path) -> State:
-    """Read a checkpoint.
+    """Read a checkpoint whose checksums are right.
 
     Raises:
-        RuntimeError: There is no such file, or it is not a checkpoint.
+        RuntimeError: There is no such file, it is damaged, or not a checkpoint.
     """
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        check_regular_file(path)
+        reason = why_no_weight_file(path)
+        state = {} if reason else read_contents(path).tree
     except FileNotFoundError as error:
         raise RuntimeError(f'{path} does not exist: name a checkpoint with --resume, or use --resume auto.') from error
-    except Exception as error:  # of torch, pickle and zipfile, for whatever a file may hold
-        raise RuntimeError(f'{path} is not a checkpoint of a run: {str(error).splitlines()[0]}') from error
+    if not reason and (not isinstance(state, dict) or 'processes' not in state):
+        reason = 'not a checkpoint of a run'
+    if reason or (bad := not_finite(state)):
+        raise RuntimeError(f'{path} is {reason or f"damaged ({bad} is not finite)"}: name another with --resume.')
+    for _, tensor in _tensors(state):
+        tensor.data = tensor.clone()  # it was mapped from the file, which may be removed
+    return state
+
+
+def not_finite(tree: Any) -> str:
+    """Name of a tensor with a NaN or an infinity in dicts and lists, '' if there is none."""
+    return next((name for name, tensor in _tensors(tree) if not tensor.isfinite().all()), '')
+
+
+def _tensors(tree: Any, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in dicts and lists, with their place."""
+    if isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(child, f'{name}.{key}' if name else str(key))
 
 
 def random_state() -> State:
     """State of the generators that a model draws from; samples do not depend on them."""
-    state = {'torch': torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
+    cuda = {'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {'torch': torch.get_rng_state(), **cuda}
 
 
 def set_random_state(state: State) -> None:

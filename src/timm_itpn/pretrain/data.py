@@ -3,23 +3,31 @@
 Everything random in a sample follows from seed, epoch and index, so it does not matter which worker of which process
 makes it, nor how often the run was interrupted.
 """
-import logging
-import re
+import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
-from timm.data import create_dataset, str_to_interp_mode
+from PIL import Image
+from timm.data import create_dataset, get_img_extensions, is_img_extension, str_to_interp_mode
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-__all__ = ['Batches', 'SampleMaker', 'Samples', 'StreamedSamples', 'View', 'open_dataset']
+from ..checks import check_regular_file
 
-Sample = dict[str, torch.Tensor]
+__all__ = ['Batches', 'SampleMaker', 'Samples', 'StreamedSamples', 'View', 'fingerprint', 'open_dataset', 'to_rgb']
+
+Sample = dict[str, Any]
+NUM_OTHERS = 40  # random images that are tried in place of one; if half of all are whole, one of so many is
+NUM_SIZES = 1000  # files whose sizes tell data apart
+TRAIN = ('train', 'training')  # names of a folder, one as good as the other
 
 
 class View(NamedTuple):
@@ -41,16 +49,16 @@ class SampleMaker(NamedTuple):
     hflip: float = 0.5  # probability of a horizontal flip
     interpolation: str = 'bicubic'  # as timm names it
 
-    def __call__(self, image: Any, skipped: int, *number: int) -> Sample:
+    def __call__(self, image: Any, unreadable: str, *number: int) -> Sample:
         """Make a sample.
 
         Args:
             image: PIL image.
-            skipped: Files that could not be read before this one.
+            unreadable: Names of the files that were tried before this one, '\\0' between them.
             number: Of the sample; the same number gives the same crop and mask.
 
         Returns:
-            'images' (3, H, W), for a teacher 'teacher_images', 'masked' (h, w), and 'skipped'.
+            'images' (3, H, W), for a teacher 'teacher_images', 'masked' (h, w), and 'unreadable'.
         """
         generator = torch.default_generator  # the one that RandomResizedCrop draws from
         with torch.random.fork_rng(devices=[]):  # and, in this process, the model too
@@ -59,28 +67,63 @@ class SampleMaker(NamedTuple):
             flip = bool(torch.rand(()) < self.hflip)
             masked = self.masking(self.grid_size, self.num_masked, generator)
         images = [self._see(view, image, box, flip) for view in self.views]
-        return {**dict(zip(('images', 'teacher_images'), images)), 'masked': masked, 'skipped': torch.tensor(skipped)}
+        return {**dict(zip(('images', 'teacher_images'), images)), 'masked': masked, 'unreadable': unreadable}
 
     def _see(self, view: View, image: Any, box: tuple[int, int, int, int], flip: bool) -> torch.Tensor:
         image = TF.resized_crop(image, *box, list(view.size), str_to_interp_mode(self.interpolation))
         return TF.normalize(TF.to_tensor(TF.hflip(image) if flip else image), list(view.mean), list(view.std))
 
 
-class Samples(Dataset):
-    """Samples, in an epoch, of a dataset of timm that has indices."""
+def to_rgb(image: Any) -> Any:
+    """A PIL image in RGB, of 8 bits per channel: the upper ones of 16, and without transparency.
 
-    def __init__(self, dataset: Any, make: SampleMaker):
-        self.dataset = dataset
+    Raises:
+        ValueError: Nothing tells which of its values is white.
+    """
+    if image.mode == 'F':
+        raise ValueError('floats')
+    if image.mode.startswith('I'):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2 ** 16:
+            raise ValueError('more than 16 bits')
+        if image.mode != 'I' or values.max() >= 2 ** 8:  # I has 32 bits, of which files use 8 or 16
+            values = values >> 8
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.mode in ('P', 'PA'):
+        image = image.convert('RGBA')  # as Pillow asks for, where the palette has transparency
+    return image.convert('RGB')
+
+
+class Samples(Dataset):
+    """Samples, in an epoch, of data that have indices; a random other image takes the place of one that is unreadable.
+
+    Args:
+        source: Gives a PIL image, or the open file of one, first of each item.
+        make: Makes the samples.
+    """
+
+    def __init__(self, source: Any, make: SampleMaker):
+        self.source = source
         self.make = make
         self.epoch = 0
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        with _skipped_samples() as skipped:
-            image, _ = self.dataset[index]
-        return self.make(image, len(skipped), self.epoch, index)
+        others = np.random.default_rng((self.make.seed, self.epoch, index)).integers(len(self), size=NUM_OTHERS)
+        unreadable = []
+        for at in (index, *others.tolist()):
+            try:
+                found = self.source[at][0]
+                image = to_rgb(found if isinstance(found, Image.Image) else Image.open(found))
+                break
+            except Exception as error:  # whatever a file makes one of Pillow's many readers do
+                name = getattr(self.source, 'filename', 'image {}'.format)(at)
+                unreadable.append(f'{name} ({type(error).__name__})')
+        else:
+            image = Image.new('RGB', (1, 1))  # as many names as these end the run
+        return self.make(image, '\0'.join(unreadable), self.epoch, index)
 
 
 class StreamedSamples(IterableDataset):
@@ -101,24 +144,7 @@ class StreamedSamples(IterableDataset):
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         for count, (image, _) in enumerate(self.dataset):
-            yield self.make(image, 0, self.epoch, self.rank, 0 if worker is None else worker.id, count)
-
-
-@contextmanager
-def _skipped_samples() -> Iterator[list[str]]:
-    """What timm's dataset says of the files that it skips because they cannot be read; only its log tells of them."""
-    messages: list[str] = []
-
-    def note(record: logging.LogRecord) -> bool:
-        messages.extend(re.findall('^Skipped sample.*', record.getMessage()))
-        return True
-
-    logger = logging.getLogger('timm.data.dataset')
-    logger.addFilter(note)
-    try:
-        yield messages
-    finally:
-        logger.removeFilter(note)
+            yield self.make(to_rgb(image), '', self.epoch, self.rank, 0 if worker is None else worker.id, count)
 
 
 class Batches:
@@ -140,15 +166,8 @@ class Batches:
     """
 
     def __init__(
-            self,
-            dataset: Any,
-            make: SampleMaker,
-            batch_size: int,
-            workers: int = 0,
-            rank: int = 0,
-            world_size: int = 1,
-            pin_memory: bool = False,
-    ):
+            self, dataset: Any, make: SampleMaker, batch_size: int, workers: int = 0, rank: int = 0,
+            world_size: int = 1, pin_memory: bool = False):
         self.resumable = not hasattr(dataset, 'set_loader_cfg')
         if self.resumable:
             self.samples: Samples | StreamedSamples = Samples(dataset, make)
@@ -169,7 +188,7 @@ class Batches:
         if self.resumable:
             self.order.set_epoch(epoch)
             order = list(self.order)[first * self.batch_size:]
-        else:
+        elif isinstance(self.samples, StreamedSamples):
             self.samples.dataset.set_epoch(epoch)
         generator = torch.Generator()  # else every epoch draws a seed from the generator that the model draws from
         return DataLoader(
@@ -177,8 +196,46 @@ class Batches:
             pin_memory=self.pin_memory, generator=generator)
 
 
+class Folder(ReaderImageFolder):
+    """As timm's reader, without classes, and with each folder once however many links lead to it."""
+
+    def __init__(self, root: Path):
+        self.root = str(root)
+        self.samples: list[tuple[str, int]] = []
+        seen = set()
+        for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda e: print(e, file=sys.stderr)):
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            self.samples += [(os.path.join(folder, name), -1) for name in files
+                             if is_img_extension(os.path.splitext(name)[1].lower())]
+            folders.sort()
+        self.samples.sort()
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        check_regular_file(Path(self.samples[index][0]))
+        return super().__getitem__(index)
+
+
+def fingerprint(dataset: Any) -> str:
+    """What tells data apart: the number of images, and of folders and tar files their names and sizes.
+
+    Args:
+        dataset: From `open_dataset`.
+    """
+    known: list[Any] = []
+    if isinstance(dataset, Folder):
+        paths = [path.removeprefix(dataset.root) for path, _ in dataset.samples]
+        some = [dataset.root + path for path in paths[::len(paths) // NUM_SIZES + 1]]
+        known = [paths, [os.path.getsize(path) for path in some if os.path.isfile(path)]]
+    elif isinstance(dataset, ReaderImageInTar):
+        known = [(info.name, info.size) for info, _, _ in dataset.samples]
+    return f'{len(dataset)} images ({zlib.crc32(repr(known).encode()):08x})'
+
+
 def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any:
-    """A dataset of timm, of PIL images.
+    """Images of a folder, of a tar file or of a dataset of timm.
 
     Args:
         name: As for timm's `create_dataset`: '' for a folder or tar file, 'hfds/...', 'wds/...' and others.
@@ -186,13 +243,29 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
         split: Of it.
         kwargs: For `create_dataset`.
 
+    Returns:
+        A `Folder`, one of timm's readers or a dataset of torchvision, which have indices; or an iterable dataset.
+
     Raises:
-        ValueError: There is no such folder, or no image in it.
+        ValueError: There is no such folder, no image in it, or the data cannot be used.
     """
     if not name and (root is None or not root.exists()):
-        raise ValueError(f'--data-dir {root} does not exist: give the folder that holds the images.')
+        where = f' {root}' if root else ''
+        raise ValueError(f'There is no --data-dir{where}: name the folder or tar file that holds the images.')
     try:
-        dataset = create_dataset(name, root=str(root) if root else None, split=split, is_training=True, **kwargs)
-    except RuntimeError as error:  # timm's, where a folder has no images
-        raise ValueError(f'--data-dir {root} cannot be used: {error}') from error
+        if name:
+            dataset: Any = create_dataset(
+                name, root=str(root) if root else None, split=split, is_training=True, input_img_mode='', **kwargs)
+            dataset = dataset if hasattr(dataset, 'set_loader_cfg') else getattr(dataset, 'reader', dataset)
+        elif (path := Path(str(root))).is_dir():
+            within = dict.fromkeys((split, *(TRAIN if split in TRAIN else ())))
+            dataset = Folder(next((path / name for name in within if (path / name).is_dir()), path))
+        else:
+            check_regular_file(path)
+            dataset = ReaderImageInTar(str(path))
+        if len(dataset) == 0:
+            raise ValueError(f'no name in it ends in {", ".join(get_img_extensions())}')
+    except Exception as error:  # whatever timm, tarfile, torchvision, datasets or webdataset raise
+        raise ValueError(f'{"--dataset " + name if name else f"--data-dir {root}"} cannot be used: '
+                         f'{" ".join(str(error).split()) or type(error).__name__}') from error
     return dataset

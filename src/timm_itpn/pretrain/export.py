@@ -2,12 +2,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ..files import replaced
 from ..weights.layout import ITPN, PRETRAIN, native_to_official
+from .checkpoints import REMEDY, not_finite, save
 from .run import WHOLE, Run
 
 __all__ = ['export', 'native_weights']
@@ -33,10 +33,11 @@ def export(run: Run) -> dict[str, Any]:
     native = {key: value.detach().cpu().contiguous() for key, value in native_weights(state_dict).items()}
     files: dict[str, Path] = {
         'native': run.args.output / 'pretrained.safetensors', 'official': run.args.output / 'pretrained.pth'}
+    if bad := not_finite(native):
+        raise RuntimeError(f'{bad} is not finite after update {run.num_updates}: no weights are written. {REMEDY}')
     with replaced(files['native']) as part:
         save_file(native, part, metadata={'format': 'pt', 'model': run.args.model})
-    with replaced(files['official']) as part:
-        torch.save({'model': {key: value.clone() for key, value in native_to_official(native).items()}}, part)
+    save({'model': {key: value.clone() for key, value in native_to_official(native).items()}}, files['official'])
     return {'num_updates': run.num_updates, 'skipped': run.skipped, **{key: str(path) for key, path in files.items()}}
 
 

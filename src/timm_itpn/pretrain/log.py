@@ -1,12 +1,14 @@
 """Log of a run: a progress bar, lines of JSON, timm's table of epochs, and TensorBoard if asked for."""
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from timm.utils import trim_summary, update_summary
+from timm.utils import update_summary
 from tqdm import tqdm
 
+from ..files import replaced
 from .run import Run
 
 __all__ = ['Log']
@@ -27,12 +29,12 @@ class Log:
         self.writes = run.args.rank == 0
         self.writer: Any | None = None
         self.progress = tqdm(
-            total=run.total_updates, initial=run.num_updates, unit='update', mininterval=1, file=sys.stderr,
+            total=run.total_updates - run.ahead, initial=run.num_updates, unit='update', mininterval=1, file=sys.stderr,
             disable=not self.writes)
         if not self.writes:
             return
-        _trim_lines(self.folder / LINES, run.num_updates)
-        trim_summary(str(self.folder / TABLE), run.epoch)
+        _trim(self.folder / LINES, lambda line: json.loads(line)['num_updates'] <= run.num_updates)
+        _trim(self.folder / TABLE, lambda row: run.epoch > 0 and (row[0] == 'e' or int(row.split(',')[0]) < run.epoch))
         if run.args.log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.writer = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=run.num_updates + 1)
@@ -54,6 +56,9 @@ class Log:
 
     def epoch(self, values: dict[str, float]) -> None:
         """A row of the table, at the end of an epoch."""
+        if self.run.unreadable:
+            tqdm.write(f'epoch {self.run.epoch}: {len(self.run.unreadable)} images were skipped because they cannot be '
+                       f'read, {self.run.first_unreadable()}', file=sys.stderr)
         if self.writes:
             update_summary(self.run.epoch, values, None, str(self.folder / TABLE), lr=self.run.lr)
 
@@ -63,12 +68,16 @@ class Log:
             self.writer.close()
 
 
-def _trim_lines(path: Path, num_updates: int) -> None:
-    """Remove the lines after `num_updates`, and one that was cut off."""
+def _trim(path: Path, keep: Callable[[str], bool]) -> None:
+    """Remove the lines that are not to be kept, and those that were cut off."""
     if not path.exists():
         return
     kept = []
-    for text in path.read_text(encoding='utf-8').splitlines(keepends=True):
-        if text.endswith('\n') and json.loads(text)['num_updates'] <= num_updates:
-            kept.append(text)
-    path.write_text(''.join(kept), encoding='utf-8')
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
+        try:
+            if text.endswith('\n') and keep(text):
+                kept.append(text)
+        except (LookupError, TypeError, ValueError):  # a machine that stopped leaves anything at the end of a file
+            pass
+    with replaced(path) as part:
+        part.write_text(''.join(kept), encoding='utf-8')

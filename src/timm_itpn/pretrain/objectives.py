@@ -1,4 +1,6 @@
 """The objectives by name, and how one is created with its student."""
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -10,10 +12,20 @@ from .clip import Clip, ClipDistill
 from .pixel import Mfm, Pixel
 from .student import Student, initialise
 
-__all__ = ['OBJECTIVES', 'create_objective', 'create_student']
+__all__ = ['OBJECTIVES', 'create_objective', 'create_student', 'creating']
 
 OBJECTIVES: dict[str, type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
 assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
+
+
+@contextmanager
+def creating(what: str) -> Iterator[None]:
+    """Whatever unsuitable arguments make a constructor raise is a ValueError with a sentence."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        why = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{what} cannot be created: {type(error).__name__} {why}') from error
 
 
 def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> Student:
@@ -26,24 +38,21 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> S
         kwargs: For the model.
 
     Raises:
-        ValueError: There is no such model.
+        ValueError: There is no such model, or an argument is not usable.
     """
     check_name(name)
     family: Any = timm.create_model(name, device='meta').family
     needs = OBJECTIVES[objective].STUDENT.get(family, {})
-    student: Any = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
+    with creating(f'The student {name}'):
+        student: Any = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
     if student.pyramid is not None:
         student.prune_intermediate_layers([0, 1, 2])  # the head; the pyramid stays
     return student
 
 
 def create_objective(
-        name: str,
-        student: Student,
-        mask_ratio: float | None = None,
-        teacher_dim: int | None = None,
-        **kwargs: Any,
-) -> Objective:
+        name: str, student: Student, mask_ratio: float | None = None, teacher_dim: int | None = None,
+        **kwargs: Any) -> Objective:
     """Create an objective with new weights, the student's too.
 
     Args:
@@ -71,7 +80,5 @@ def create_objective(
     if cls.TEACHER:
         kwargs['teacher_dim'] = teacher_dim
     initialise(student)
-    try:
+    with creating(f'The objective {name}'):
         return cls(student, num_masked, **kwargs)
-    except TypeError as error:
-        raise ValueError(f'The objective {name} cannot be created: {error}') from error

@@ -1,5 +1,6 @@
 """A training run: task, batches, optimizer and schedule, their state, and one step."""
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,13 +21,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ..layers.blocks import AttentionBlock, MlpBlock
-from .checkpoints import random_state, set_random_state
-from .data import Batches
+from .arguments import CHANGEABLE
+from .checkpoints import REMEDY, random_state, save, set_random_state
+from .data import NUM_OTHERS, Batches
 from .task import PretrainTask
 
 __all__ = ['WHOLE', 'Batch', 'Run']
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # every process has to ask, the first gets the state
+MAX_UNREADABLE = 0.5  # share of the images of an epoch
 Batch = dict[str, torch.Tensor]
 
 
@@ -43,7 +46,9 @@ class Run:
         epoch: The current one, from 0.
         batch: Batches of that epoch that are done.
         num_updates: Updates of the weights so far.
-        skipped: Files so far that could not be read.
+        sums: Of the losses of the epoch's updates.
+        unreadable: Files of the epoch, for which others were taken; a dict to be quick.
+        skipped: How many there were in all epochs.
 
     Raises:
         ValueError: An argument is not usable.
@@ -61,6 +66,7 @@ class Run:
             raise ValueError(
                 f'{batches.num_images} images are fewer than one update takes: {args.batch_size} (--batch-size) x '
                 f'{args.grad_accum_steps} (--grad-accum-steps) x {args.world_size} (processes).')
+        self.batches_per_epoch = self.updates_per_epoch * args.grad_accum_steps
         self.total_updates = args.epochs * self.updates_per_epoch
         self.ema = ModelEmaV3(self.objective.backbone, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=task.amp_dtype == torch.float16)
@@ -71,8 +77,10 @@ class Run:
         elif args.distributed:
             task.prepare_distributed([task.device] if task.device.type == 'cuda' else None)
         self._create_optimizer()
-        self.epoch = self.batch = self.num_updates = self.skipped = 0
+        self.num_updates = self.skipped = 0
+        self.ahead = 0  # updates by which the schedule is, since the number of images changed
         self.losses: list[dict[str, torch.Tensor]] = []  # of the batches of an update that is not complete
+        self.start_epoch(0)
 
     def _shard(self) -> None:
         if not self.args.distributed:
@@ -100,59 +108,105 @@ class Run:
     def lr(self) -> float:
         return max(group['lr'] for group in self.optimizer.param_groups)
 
+    def start_epoch(self, epoch: int) -> None:
+        """Go on to the first batch of an epoch."""
+        self.epoch, self.batch = epoch, 0
+        self.sums: dict[str, float] = {}
+        self.unreadable: dict[str, None] = {}
+
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on; every process has to call it."""
-        states: list[Any] = [random_state()]
+        own = {'random': random_state(), 'sums': self.sums, 'unreadable': self.unreadable, 'skipped': self.skipped}
+        processes: list[Any] = [own]
         if self.args.distributed:
-            states = [None] * self.args.world_size
-            dist.all_gather_object(states, random_state())
+            processes = [None] * self.args.world_size
+            dist.all_gather_object(processes, own)
         objective, optimizer = get_state_dict(self.objective, self.optimizer, options=WHOLE)
         return {
             'settings': self.settings,
             'epoch': self.epoch,
             'batch': self.batch,
             'num_updates': self.num_updates,
-            'skipped': self.skipped,
+            'ahead': self.ahead,
             'objective': objective,
             'optimizer': optimizer,
             'scaler': self.scaler.state_dict(),
             'ema': None if self.ema is None else get_model_state_dict(self.ema.module, options=WHOLE),
-            'random_states': states,
+            'processes': processes,
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Go on from the checkpoint that was read from `path`.
 
         Raises:
-            ValueError: It is of a run with other settings; they are listed.
+            ValueError: It is of a run with other settings or other images; they are listed.
         """
         was, now = state['settings'], self.settings
-        changed = [f'--{key.replace("_", "-")} was {was.get(key)!r}, now {now.get(key)!r}'
-                   for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+        changed = {key: f'--{key.replace("_", "-")} was {was.get(key)!r}, now {now.get(key)!r}'
+                   for key in sorted({*was, *now}) if was.get(key) != now.get(key)}
+        data = changed.pop('data', None)
+        told = [changed.pop(key) for key in CHANGEABLE if key in changed]
         if changed:
-            raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed)}. Use those, or start anew.')
+            raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed.values())}. Use those, or '
+                             'start anew.')
+        if data and not self.args.changed_data:
+            raise ValueError(f'{path} is of a run with other data: {data.removeprefix("--data ")}. Name those with '
+                             '--data-dir, or begin the epoch again with these by --changed-data.')
+        if told and self.args.rank == 0:
+            print(f'going on with other settings: {"; ".join(told)}', file=sys.stderr)
         set_state_dict(
             self.objective, self.optimizer, model_state_dict=state['objective'], optim_state_dict=state['optimizer'],
             options=WHOLE)
-        self.scaler.load_state_dict(state['scaler'])
+        if state['scaler']:  # --amp-dtype was float16 then, too
+            self.scaler.load_state_dict(state['scaler'])
         if self.ema is not None:
             set_model_state_dict(self.ema.module, state['ema'], options=WHOLE)
-        self.epoch, self.batch = state['epoch'], state['batch']
-        self.num_updates, self.skipped = state['num_updates'], state['skipped']
-        self.scheduler.step_update(self.num_updates)
-        set_random_state(state['random_states'][self.args.rank])
+        self.epoch, self.batch, self.num_updates = state['epoch'], state['batch'], state['num_updates']
+        own = state['processes'][self.args.rank]
+        self.sums, self.unreadable, self.skipped = own['sums'], own['unreadable'], own['skipped']
+        self.ahead = state['ahead']
+        if data:
+            self.ahead = self.epoch * self.updates_per_epoch - self.num_updates
+            self.start_epoch(self.epoch)
+        self.scheduler.step_update(self.num_updates + self.ahead)
+        set_random_state(own['random'])
+
+    @property
+    def ends_epoch(self) -> bool:
+        return self.batch == self.batches_per_epoch
 
     def rest_of_epoch(self) -> Iterator[Batch]:
-        """The batches of the epoch that are not done yet, on the device."""
-        last = self.updates_per_epoch * self.args.grad_accum_steps
-        for _, batch in zip(range(self.batch, last), self.batches.epoch(self.epoch, self.batch)):
-            self.skipped += int(batch.pop('skipped').sum())
+        """The batches of the epoch that are not done yet, on the device.
+
+        Raises:
+            RuntimeError: There are too few batches, or too many files cannot be read.
+        """
+        left = range(self.batch, self.batches_per_epoch)
+        for _, batch in zip(left, self.batches.epoch(self.epoch, self.batch)):
+            self._count([text.split('\0') for text in batch.pop('unreadable') if text])
             yield {key: value.to(self.task.device, non_blocking=True) for key, value in batch.items()}
+        if not self.ends_epoch:
+            raise RuntimeError(f'The data end after {self.batch} of {self.batches_per_epoch} batches: lower '
+                               '--train-num-samples.')
+
+    def _count(self, unreadable: list[list[str]]) -> None:
+        """Note the files of a batch that could not be read, a list for each sample."""
+        new = {name: None for names in unreadable for name in names if name not in self.unreadable}
+        self.unreadable.update(new)
+        self.skipped += len(new)
+        most = MAX_UNREADABLE * self.batches.num_images / self.args.world_size
+        if len(self.unreadable) > most or any(len(names) > NUM_OTHERS for names in unreadable):
+            raise RuntimeError(f'More than half of the images of an epoch cannot be read, {self.first_unreadable()}: '
+                               'mend them, or name others with --data-dir.')
+
+    def first_unreadable(self) -> str:
+        """Names of some files of the epoch that cannot be read."""
+        return ', '.join([*self.unreadable][:5]) + (', ...' if len(self.unreadable) > 5 else '')
 
     def is_recovery_point(self) -> bool:
         """A checkpoint is due within the epoch, and one from there can be resumed."""
-        interval, ends = self.args.recovery_interval, self.num_updates % self.updates_per_epoch == 0
-        return bool(interval) and self.num_updates % interval == 0 and not ends and self.batches.resumable
+        interval = self.args.recovery_interval
+        return bool(interval) and self.num_updates % interval == 0 and not self.ends_epoch and self.batches.resumable
 
     def step(self, batch: Batch) -> dict[str, float] | None:
         """Compute the gradients of one batch, and update the weights if it is the last one of an update.
@@ -170,10 +224,10 @@ class Run:
             losses = self.task(batch)
             if not torch.isfinite(losses['loss']):
                 path = self.args.output / f'not_finite-{self.args.rank}.pt'
-                torch.save({'num_updates': self.num_updates, **batch}, path)
+                save({'num_updates': self.num_updates, **batch}, path)
                 raise RuntimeError(
                     f'The loss is {losses["loss"].item()} in epoch {self.epoch}, update {self.num_updates + 1}; the '
-                    f'batch is in {path}. Lower --lr, or use --amp-dtype bfloat16, and go on with --resume auto.')
+                    f'batch is in {path}. {REMEDY}')
             self.scaler.scale(losses['loss'] / self.args.grad_accum_steps).backward()
         self.losses.append({key: value.detach() for key, value in losses.items()})
         self.batch += 1
@@ -182,6 +236,7 @@ class Run:
         self._update()
         means = {key: torch.stack([losses[key] for losses in self.losses]).mean().item() for key in losses}
         self.losses = []
+        self.sums = {key: self.sums.get(key, 0.) + value for key, value in means.items()}
         return means
 
     def _update(self) -> None:
@@ -192,7 +247,7 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.num_updates += 1
-        self.scheduler.step_update(self.num_updates)
-        self.objective.after_update(self.num_updates / self.total_updates)
+        self.scheduler.step_update(self.num_updates + self.ahead)
+        self.objective.after_update((self.num_updates + self.ahead) / self.total_updates)
         if self.ema is not None:
             self.ema.update(self.objective.backbone)

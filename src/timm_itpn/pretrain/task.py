@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .base import Losses, Objective
 from .data import View
-from .objectives import create_objective, create_student
+from .objectives import create_objective, create_student, creating
 from .teacher import Teacher, create_teacher
 
 __all__ = ['PretrainTask', 'create_task']
@@ -29,12 +29,8 @@ class PretrainTask(TrainingTask):
     """
 
     def __init__(
-            self,
-            objective: Objective,
-            teacher: Teacher | None,
-            device: torch.device,
-            amp_dtype: torch.dtype | None = None,
-    ):
+            self, objective: Objective, teacher: Teacher | None, device: torch.device,
+            amp_dtype: torch.dtype | None = None):
         super().__init__(device=device, verbose=False)
         self.objective = objective.to(device)
         self.trainable_module: nn.Module = objective
@@ -72,16 +68,16 @@ def create_task(args: argparse.Namespace, device: torch.device) -> PretrainTask:
         device: Where the task is.
 
     Raises:
-        RuntimeError: Weights of the teacher cannot be had.
-        ValueError: An argument is not usable.
+        ValueError: An argument is not usable, or weights of the teacher cannot be had.
     """
     student = create_student(
         args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
     student.set_grad_checkpointing(args.grad_checkpointing)
     teacher: Teacher | None = None
     if args.teacher is not None:
-        teacher = create_teacher(
-            args.teacher, student.patch_embed.grid_size, args.teacher_img_size, args.teacher_path or '')
+        with creating(f'The teacher {args.teacher}'):
+            teacher = create_teacher(
+                args.teacher, student.patch_embed.grid_size, args.teacher_img_size, args.teacher_path or '')
     objective = create_objective(
         args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim, **args.objective_kwargs)
     return PretrainTask(objective, teacher, device, getattr(torch, args.amp_dtype) if args.amp else None)

@@ -1,4 +1,5 @@
 """The teacher: a frozen timm model whose tokens are predicted."""
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -6,6 +7,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
+
+from ..checks import check_regular_file
+from ..weights.integrity import why_no_weight_file
+from .checkpoints import not_finite
 
 __all__ = ['Teacher', 'create_teacher']
 
@@ -61,11 +66,7 @@ class Teacher(nn.Module):
 
 
 def create_teacher(
-        name: str,
-        grid_size: tuple[int, int],
-        img_size: int | None = None,
-        checkpoint_path: str = '',
-) -> Teacher:
+        name: str, grid_size: tuple[int, int], img_size: int | None = None, checkpoint_path: str = '') -> Teacher:
     """Create a teacher of any timm name whose tokens have the student's grid.
 
     Args:
@@ -75,12 +76,18 @@ def create_teacher(
         checkpoint_path: File of its weights, '' for the published ones.
 
     Raises:
-        ValueError: Its grid is another; the message names the size to use.
+        ValueError: Its grid is another; the message names the size to use. Or its weights are damaged.
     """
+    if checkpoint_path:
+        check_regular_file(Path(checkpoint_path))
+        if reason := why_no_weight_file(checkpoint_path):
+            raise ValueError(f'--teacher-path {checkpoint_path} is {reason}: name the weights of {name}')
     stride = _stride(timm.create_model(name, device='meta'))
     size = to_2tuple(img_size) if img_size else (grid_size[0] * stride, grid_size[1] * stride)
     overlay = dict(file=checkpoint_path) if checkpoint_path else None
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size)
+    if bad := not_finite(dict(model.named_parameters())):
+        raise ValueError(f'The weights of the teacher {name} are not finite, {bad} for one: name others')
     return Teacher(model, grid_size)
 
 

@@ -1,14 +1,17 @@
 """A weight file of any layout, or a converted folder, opened to be converted: what it holds, what it says of itself."""
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import is_model_in_modules
 
+from ..models import MODULES
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
-from ..weights.integrity import sha256_of, why_no_weight_file
+from ..weights.integrity import check_published, sha256_of
 from ..weights.layout import layout_of
 from ..weights.read import read_contents
+from ..weights.sources import plain_name
+from .settings import Settings, from_config, from_training
 
 __all__ = ['CONFIG', 'WEIGHTS', 'Checkpoint', 'open_checkpoint']
 
@@ -23,13 +26,17 @@ class Checkpoint(NamedTuple):
     others: list[str]  # names of other state dicts in the file
     state_dict: StateDict  # in the file's layout and the type asked for
     native: StateDict  # the same in native layout
-    name: str  # model that a converted file says it is of, '' for other files
+    name: str  # model that the file says it is of: a converted one, or one of timm's `train.py`; '' if it does not say
     # what a converted file says it was made of: 'file' and 'sha256'; None for other files
     origin: dict[str, str] | None
-    # height and width that were asked for, or that the folder's config names, None without either
-    img_size: tuple[int, int] | None
-    # pooling that the folder's config, or the arguments of timm's `train.py`, name; None if none do
-    global_pool: str | None
+    said: Settings  # what the folder's config, or the arguments of timm's `train.py`, say beside the weights
+    asked_size: tuple[int, int] | None  # height and width that were asked for
+
+    def img_size(self, num_tokens: int) -> tuple[int, int] | None:
+        """Height and width for the position embedding: what was asked for, or what the file says if that fits."""
+        height, width = self.said.img_size or (0, 0)
+        fits = (height // 16) * (width // 16) == num_tokens
+        return self.asked_size or ((height, width) if fits else None)
 
     @property
     def published(self) -> bool:
@@ -61,19 +68,12 @@ def open_checkpoint(
         prefix: Which of several networks to take, see `weights.checkpoint.unwrap`.
 
     Raises:
-        RuntimeError: It is damaged.
-        ValueError: It cannot be read, or holds no weights of a model of this package, no averaged ones, several
-            networks, or values too large for `dtype`.
+        ValueError: It cannot be read, is damaged, or holds no weights of a model of this package, no averaged ones,
+            several networks, or values too large for `dtype`.
     """
-    config: dict[str, Any] = {}
-    if path.is_dir():
-        if (path / CONFIG).is_file():
-            config = json.loads((path / CONFIG).read_text(encoding='utf-8'))
-        path = path / WEIGHTS
+    path = path / WEIGHTS if path.is_dir() else path
     contents = read_contents(path)
-    wrong = why_no_weight_file(path)
-    if wrong:
-        raise RuntimeError(f'{path} ({path.stat().st_size} bytes) is {wrong}: get it again from where it came.')
+    check_published(path)
     tree, metadata = contents.tree, contents.metadata
     state_dict, wrapper = unwrap(tree, AVERAGED if ema else PLAIN + AVERAGED, prefix)
     if ema and not set(wrapper.split('.')) & set(AVERAGED):
@@ -82,14 +82,18 @@ def open_checkpoint(
     native = to_native(state_dict)
     found = [key for key in AVERAGED + PLAIN if isinstance(tree.get(key), dict)]
     others = [key for key in found if key != wrapper.partition('.')[0]]
-    origin = {'file': metadata['source'], 'sha256': metadata['source_sha256']} if 'source_sha256' in metadata else None
-    input_size = config.get('pretrained_cfg', {}).get('input_size')
+    origin = {name: metadata.get(key, '') for name, key in (('file', 'source'), ('sha256', 'source_sha256'))}
+    config = path.with_name(CONFIG)
+    has_config = path.name == WEIGHTS and config.is_file()
+    said = from_config(config) if has_config else from_training(tree.get('args'))
+    layout, trained_as = layout_of(state_dict), plain_name(said.model.partition('.')[0])
+    is_ours = layout == 'native' and is_model_in_modules(trained_as, MODULES)
     return Checkpoint(
-        path, layout_of(state_dict), wrapper, others, state_dict, native,
-        name=metadata.get('model', ''),
-        origin=origin,
-        img_size=img_size or (tuple(input_size[-2:]) if input_size else None),
-        global_pool=config.get('global_pool') or getattr(tree.get('args'), 'gp', None),
+        path, layout, wrapper, others, state_dict, native,
+        name=metadata.get('model', '') or (trained_as if is_ours else ''),
+        origin=origin if all(origin.values()) else None,
+        said=said,
+        asked_size=img_size,
     )
 
 

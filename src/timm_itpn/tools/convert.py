@@ -7,19 +7,15 @@ once it is on the Hub, with `hf-hub:`.
 import datetime
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .. import __version__
-from ..files import replaced
+from ..files import created
 from ..models._timm import save_config_for_hf
 from ..weights.checkpoint import StateDict, fit_to_model
 from ..weights.describe import describe
@@ -28,6 +24,7 @@ from ..weights.layout import native_to_official
 from .card import model_card
 from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from .match import choose_model, matching_models, model_args, why_not_published
+from .settings import DATA, SIZE_ARGS, check_data, class_names
 
 __all__ = ['convert', 'revert']
 
@@ -40,6 +37,8 @@ def convert(
         output: Path,
         name: str | None = None,
         verify: bool = False,
+        data: dict[str, Any] | None = None,
+        class_map: Path | None = None,
         **opening: Any,
 ) -> dict[str, Any]:
     """Write a timm Hub folder from a checkpoint.
@@ -50,6 +49,8 @@ def convert(
         name: Model `arch.tag` for published weights, `arch` for others, with or without `_fpn`; None to tell from the
             file.
         verify: Read the folder again and compare every tensor, and what the model computes.
+        data: How images are prepared, by the names in `settings.DATA`, in place of what the checkpoint says.
+        class_map: Text file with the names of the classes, one per line.
         opening: `dtype`, `ema`, `img_size` and `prefix` of `open_checkpoint`.
 
     Returns:
@@ -57,11 +58,11 @@ def convert(
 
     Raises:
         RuntimeError: The file is damaged, or what was written is not the same.
-        ValueError: It cannot be read, does not fit the model, or `output` exists.
+        ValueError: It cannot be read, does not fit the model, has settings that cannot be, or `output` exists.
     """
-    with _new(output) as part:
+    with created(output, '-o') as part:
         part.mkdir()
-        report, digests, outputs = _write(part, open_checkpoint(path, **opening), name, verify)
+        report, digests, outputs = _write(part, open_checkpoint(path, **opening), name, verify, data or {}, class_map)
         if verify:
             native = open_checkpoint(part).native
             _compare(native_to_official(native) if report['source']['layout'] == 'official' else native, digests)
@@ -74,6 +75,8 @@ def _write(
         checkpoint: Checkpoint,
         name: str | None,
         verify: bool,
+        data: dict[str, Any],
+        class_map: Path | None,
 ) -> tuple[dict[str, Any], Digests, list[torch.Tensor]]:
     """Fill a folder; return what was read and written, and if asked to verify what to compare with.
 
@@ -82,21 +85,28 @@ def _write(
     native = checkpoint.native
     weights = describe(native)
     guessed = name is None
-    name = name or checkpoint.name or choose_model(weights, checkpoint.published)
-    args = model_args(name, native, weights, checkpoint.img_size)
+    if name is None:
+        name = checkpoint.name or choose_model(weights, checkpoint.published)
+    said = checkpoint.said
+    own_size = dict(embed_dim=weights.embed_dim, depths=weights.depths) if said.model_args.keys() & SIZE_ARGS else {}
+    args = model_args(name, native, weights, checkpoint.img_size(weights.num_tokens), {**said.model_args, **own_size})
+    check_data(data, weights.in_chans, 'the command line')
+    check_data({key: said.data[key] for key in said.data.keys() - data.keys()}, weights.in_chans, said.source)
     if '.' in name:
         wrong = why_not_published(name, weights) if checkpoint.published else 'it is in native layout'
         if wrong:
             raise ValueError(
                 f'{checkpoint.path} is not the published file of {name}: {wrong}. For weights of your own, name the '
                 f'model without tag: --model {name.partition(".")[0]}.')
-    if checkpoint.global_pool:
-        args['global_pool'] = checkpoint.global_pool
+    labels = said.labels if class_map is None else {'label_names': class_names(class_map, weights.num_classes)}
+    images = {**said.data, **data}
+    if said.input_size and args.get('dynamic_img_size'):
+        images['input_size'] = (weights.in_chans, *said.input_size)
     source = checkpoint.report()
     report = dict(
         model=name,
-        guessed=guessed,
-        global_pool=checkpoint.global_pool or 'avg',
+        guessed=name != checkpoint.name and guessed,
+        global_pool=args.get('global_pool', 'avg'),
         source=source,
         dtypes=_dtypes(native),
         parts=weights.parts,
@@ -106,9 +116,13 @@ def _write(
     )
     origin = checkpoint.origin or source
     metadata = {'format': 'pt', 'model': name, 'source': origin['file'], 'source_sha256': origin['sha256']}
-    with _writing(folder.parent.parent):
-        save_file({key: value.contiguous() for key, value in native.items()}, folder / WEIGHTS, metadata=metadata)
-    _write_config(name, args, folder / CONFIG)
+    save_file({key: value.contiguous() for key, value in native.items()}, folder / WEIGHTS, metadata=metadata)
+    written = _write_config(name, args, folder / CONFIG, images, labels)
+    report['settings'] = {
+        'the command line': data,
+        said.source: {key: value for key, value in {**said.model_args, **images}.items() if key not in data},
+        "the model's defaults": {key: written[key] for key in DATA if key not in images}}
+    report['class_map'] = said.class_map if not labels else ''
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors leaves it to its owner alone
     (folder / CARD).write_text(model_card(report, weights.pretraining), encoding='utf-8')
     if not verify:
@@ -158,36 +172,19 @@ def _compare_outputs(written: list[torch.Tensor], expected: list[torch.Tensor]) 
         raise RuntimeError('What was written gives other outputs than the checkpoint: it was not kept.')
 
 
-@contextmanager
-def _new(output: Path) -> Iterator[Path]:
-    """A path to write to; it becomes `output` if no error occurs."""
-    if os.path.lexists(output):
-        raise ValueError(f'{output} exists already: name another with -o, or remove it.')
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(output) as part:
-        yield part
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the writers of weights raise on a full disk into one sentence."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise RuntimeError(
-            f'The weights could not be written to {folder.absolute()} ({str(error).splitlines()[0]}): free space there '
-            'or write elsewhere with -o.') from error
-
-
 def _dtypes(state_dict: StateDict) -> list[str]:
     return sorted({str(value.dtype).removeprefix('torch.') for value in state_dict.values()})
 
 
-def _write_config(name: str, args: dict[str, Any], path: Path) -> None:
-    save_config_for_hf(timm.create_model(name, device='meta', **args), str(path))
+def _write_config(
+        name: str, args: dict[str, Any], path: Path, images: dict[str, Any], labels: dict[str, Any]) -> dict[str, Any]:
+    """Write timm's config; return what it says of images."""
+    model = timm.create_model(name, device='meta', **args)
+    save_config_for_hf(model, str(path), labels, data_config=images)
     config = json.loads(path.read_text(encoding='utf-8'))
     config['model_args'].pop('num_classes')  # it stands beside them too; transformers 5.23 fails on having it twice
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    return config['pretrained_cfg']
 
 
 def revert(path: Path, output: Path, verify: bool = False, **opening: Any) -> dict[str, Any]:
@@ -207,7 +204,7 @@ def revert(path: Path, output: Path, verify: bool = False, **opening: Any) -> di
         ValueError: It cannot be read, is in official layout already, has unknown keys or lacks some, or `output`
             exists.
     """
-    with _new(output) as part:
+    with created(output, '-o') as part:
         report, digests = _write_official(part, open_checkpoint(path, **opening))
         if verify:
             _compare(open_checkpoint(part).native, digests)
@@ -222,12 +219,11 @@ def _write_official(output: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any
     weights = describe(native)
     names = [checkpoint.name] if checkpoint.name else matching_models(weights, published=False)
     if names:  # if it is of a registered model, it must have all of it
-        model_args(names[0], native, weights, checkpoint.img_size)
+        model_args(names[0], native, weights, checkpoint.img_size(weights.num_tokens))
     official = native_to_official(native)
     for key, value in official.items():
         if value.nbytes < value.untyped_storage().nbytes():  # a part of a tensor would be saved with the whole
             official[key] = value.clone()
-    with _writing(output.parent.parent):
-        torch.save({'model': official}, output)
+    torch.save({'model': official}, output)
     report = dict(source=checkpoint.report(), dtypes=_dtypes(official), parts=weights.parts)
     return report, _digests(native)

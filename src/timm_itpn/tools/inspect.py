@@ -26,7 +26,6 @@ __all__ = ['inspect']
 
 MAX_KEYS = 8
 MAX_TEXT = 200
-UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)  # what tensors of any shape may lead to
 
 
 def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> d
     Raises:
         ValueError: It cannot be read, or is not a weight file; or there is no model of that name.
     """
-    if name:
+    if name is not None:
         check_name(name)
     path = path / WEIGHTS if path.is_dir() else path
     contents = read_contents(path, meta=True)
@@ -136,8 +135,8 @@ def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict
         is_square = math.isqrt(weights.num_tokens) ** 2 == weights.num_tokens
         compared = weights if is_square else weights._replace(num_tokens=1)  # the grid of no published file
         names = matching_models(compared, published=layout == 'official' or '.' in converted_as)
-    except UNFIT as error:
-        found['problem'] = _reason(error)
+    except ValueError as error:
+        found['problem'] = str(error)
         return found
     network = weights._asdict()
     return dict(
@@ -149,17 +148,12 @@ def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict
     )
 
 
-def _reason(error: Exception) -> str:
-    is_said = isinstance(error, ValueError)
-    return str(error) if is_said else f'The shapes of its tensors fit no model ({type(error).__name__}).'
-
-
 def _fit(name: str, native: dict[str, torch.Tensor], weights: Description) -> dict[str, Any]:
     """Whether a model holds the weights, and what it needs to be told for that."""
     try:
         args = model_args(name, native, weights, None)
-    except UNFIT as error:
-        return dict(name=name, fits=False, args={}, problem=_reason(error))
+    except ValueError as error:
+        return dict(name=name, fits=False, args={}, problem=str(error))
     args.pop('pretrained_cfg_overlay', None)
     if args['num_classes'] == timm.create_model(name, device='meta').num_classes:
         args.pop('num_classes')

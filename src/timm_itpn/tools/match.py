@@ -73,8 +73,9 @@ def model_args(
         native: dict[str, torch.Tensor],
         weights: Description,
         img_size: tuple[int, int] | None,
+        told: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Arguments of the model that holds the weights.
+    """Arguments of the model that holds the weights; those in `told` are not told from the weights.
 
     Raises:
         ValueError: It cannot hold them; the message says what differs.
@@ -90,20 +91,22 @@ def model_args(
     if name.partition('.')[0].endswith('_fpn') and not weights.pyramid_dim:
         raise ValueError(
             f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
-    args = dict(num_classes=weights.num_classes, **_args(name, weights, img_size), **_cfg_args(name))
+    args = dict(told or {}, num_classes=weights.num_classes, **_args(name, weights, img_size, told), **_cfg_args(name))
     model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
-    target = model.state_dict()
-    for key, value in fit_to_model(native, model).items():
-        if value.shape != target[key].shape:
-            raise ValueError(
-                f'{key} is {tuple(value.shape)} in the checkpoint, but {tuple(target[key].shape)} in {name}: the '
-                'checkpoint is damaged, or of another model.')
+    fit_to_model(native, model)
     return args
 
 
-def _args(name: str, weights: Description, img_size: tuple[int, int] | None = None) -> dict[str, Any]:
+def _args(
+        name: str,
+        weights: Description,
+        img_size: tuple[int, int] | None = None,
+        told: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """What a model needs to be told, beside its number of classes, to hold the weights."""
     default, default_size = _default(name, weights.pyramid_dim > 0)
+    if (file := weights.network) != (own := default.network) and 'depths' not in (told or {}):  # else it is made so
+        raise ValueError(f'The checkpoint is of {file}, but the model is of {own}: name another with --model.')
     pixels = img_size or tuple(16 * side for side in weights.grid_size)
     args: dict[str, Any] = {} if pixels == default_size else dict(img_size=pixels)
     for key in ('in_chans', 'pyramid_dim', 'pyramid_depth'):

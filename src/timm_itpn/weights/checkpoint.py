@@ -11,6 +11,7 @@ from timm.layers import to_2tuple
 from ..layers.pos_embed import resample_pos_embed
 from ..layers.rel_pos_bias import resample_table
 from .describe import describe, part_of
+from .integrity import check_published
 from .layout import (
     CLASSIFIER,
     CLASSIFIER_NORM,
@@ -18,15 +19,17 @@ from .layout import (
     PRETRAIN,
     PYRAMID,
     TABLE,
-    current_names,
     find_prefixes,
     layout_of,
     native_pyramid_depth,
-    official_to_native,
+    to_current,
 )
 from .read import read_contents
 
-__all__ = ['AVERAGED', 'PLAIN', 'StateDict', 'fit_to_model', 'leave_out', 'to_native', 'unwrap', 'with_weights']
+__all__ = [
+    'AVERAGED', 'PLAIN', 'StateDict', 'fit_to_model', 'leave_out', 'to_native', 'unwrap', 'why_no_weights',
+    'with_weights',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -146,10 +149,7 @@ def to_native(checkpoint: dict[str, Any], prefix: str | None = None) -> StateDic
     state_dict, _ = unwrap(checkpoint, prefix=prefix)
     layout = layout_of(state_dict)
     if layout == 'official' or layout and POS_EMBED in state_dict:
-        native = current_names(state_dict) if layout == 'native' else official_to_native(state_dict)
-        if POS_EMBED in native and native[POS_EMBED].ndim != 3:
-            raise ValueError(f'The position embedding has {native[POS_EMBED].ndim} dimensions, not 3.')
-        return native
+        return to_current(state_dict)
     found = f'its keys are: {_listed(list(state_dict))}' if state_dict else 'it holds no tensors'
     raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT: {found}.')
 
@@ -158,11 +158,12 @@ def with_weights(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
     """An overlay of timm's pretrained cfg with the weights of its file: timm refuses files that hold more than tensors.
 
     Raises:
-        ValueError: The file cannot be read, or holds no weights.
+        ValueError: The file cannot be read, holds no weights, or is not the published one of its name.
     """
     if not overlay or not overlay.get('file') or overlay.get('state_dict'):
         return overlay
     state_dict, _ = unwrap(read_contents(Path(overlay['file'])).tree)
+    check_published(Path(overlay['file']))
     if not state_dict:
         raise ValueError(f'{overlay["file"]} holds no tensors.')
     return {**overlay, 'state_dict': state_dict}
@@ -179,8 +180,8 @@ def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> Stat
         strict: False = only resample, and leave out what the model never has; the rest is for the caller to check.
 
     Raises:
-        ValueError: `strict`, and the weights are of another family or size, a key is unknown, or one is missing; the
-            message lists them.
+        ValueError: `strict`, and the weights are of another family or size, a key is unknown, or one is missing, the
+            message lists them; or a tensor is of another shape, not of a floating-point type, or not finite.
     """
     target = model.state_dict()
     if strict and (file := describe(state_dict).network) != (own := describe(target).network):
@@ -198,7 +199,32 @@ def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> Stat
     missing = [key for key in target if key not in state_dict and key not in CLASSIFIER]
     if unknown or missing:
         raise ValueError(_mismatch(unknown, missing, target))
+    for key, value in state_dict.items():
+        if key in target and _fixed_shape(key, value) != _fixed_shape(key, target[key]):
+            raise ValueError(
+                f'{key} is {tuple(value.shape)} in the checkpoint, but {tuple(target[key].shape)} in the model: the '
+                'checkpoint is damaged, or of another model.')
+    if wrong := why_no_weights(state_dict):
+        raise ValueError(f'{wrong}: the checkpoint is damaged, or of a training that went wrong.')
     return state_dict
+
+
+def _fixed_shape(key: str, value: torch.Tensor) -> list[int]:
+    """The shape without the dimension that timm adapts: classes of the classifier, image channels of the stem."""
+    dim = {**dict.fromkeys(CLASSIFIER, 0), 'patch_embed.proj.weight': 1}.get(key)
+    return [length for i, length in enumerate(value.shape) if i != dim]
+
+
+def why_no_weights(state_dict: StateDict) -> str:
+    """Why tensors cannot be weights, as a sentence without its end; '' if they can. Those without data do."""
+    for key, value in state_dict.items():
+        if not value.is_floating_point():
+            return f'{key} is of {value.dtype}, not of a floating-point type'
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta and value.itemsize > 1:
+            # the sum is fast, and enough unless it overflows
+            if not value.sum(dtype=torch.float32).isfinite() and not value.isfinite().all():
+                return f'{key} has values that are infinite or not a number'
+    return ''
 
 
 def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
@@ -292,6 +318,12 @@ def _source_grid(num_tokens: int, model: Any) -> tuple[int, int]:
     grids += [model.patch_embed.grid_size, (math.isqrt(num_tokens), math.isqrt(num_tokens))]
     for height, width in grids:
         if height * width == num_tokens:
+            own = model.patch_embed.grid_size
+            if own[0] * own[1] == num_tokens and own != (height, width):
+                _logger.warning(
+                    f'The position embedding is taken for {height} x {width} tokens, not {own[0]} x {own[1]} as in the '
+                    'model: if that is wrong, pass pretrained_cfg_overlay=dict(input_size=(3, height, width)) with the '
+                    'size of the images that it was trained on.')
             return height, width
     raise ValueError(
         f'The position embedding has {num_tokens} tokens, which is not a square grid: give the image size that it was '

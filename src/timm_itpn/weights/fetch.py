@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import LocalEntryNotFoundError, are_progress_bars_disabled
 from torch.hub import get_dir
 
 from .. import __version__
-from .integrity import sha256_of, why_no_weight_file
+from .integrity import why_no_weight_file, why_not_expected
 from .sources import drive_url, file_name, plain_name, source_of
 
 __all__ = ['cached', 'fetch']
@@ -85,16 +85,16 @@ def _candidates(name: str, cache_dir: Folder) -> list[_Candidate]:
             raise RuntimeError(f'TIMM_ITPN_WEIGHTS={folder} is not a folder: correct or unset it.')
         find = partial(_in_folder, Path(folder), name)
         candidates.append(_Candidate(f'TIMM_ITPN_WEIGHTS={folder}', find, find))
-    on_hub: list[tuple[str, str, str | None]] = [(f'{owner}/{plain_name(name)}', HUB_FILE, None)] if owner else []
+    on_hub = [(f'{owner}/{plain_name(name)}', HUB_FILE)] if owner else []
     if source and source.hub_repo:
-        on_hub.append((source.hub_repo, source.hub_path, source.sha256))
-    for repo, path, sha256 in on_hub:
-        get = partial(_from_hub, repo, path, sha256, cache_dir)
+        on_hub.append((source.hub_repo, source.hub_path))
+    for repo, path in on_hub:
+        get = partial(_from_hub, repo, path, cache_dir)
         candidates.append(_Candidate(f'Hub {repo}', get, partial(_held_by_hub, repo, path, cache_dir)))
     if source:
         # where timm keeps what it downloads by URL
         target = (Path(cache_dir) if cache_dir else Path(get_dir()) / 'checkpoints') / file_name(name)
-        get = partial(_from_drive, source.drive_id, drive_url(source), target, source.sha256)
+        get = partial(_from_drive, source.drive_id, drive_url(source), target)
         candidates.append(_Candidate('Google Drive', get, lambda: target if target.exists() else None))
     return candidates
 
@@ -112,7 +112,7 @@ def _held_by_hub(repo: str, path: str, cache_dir: Folder) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _from_hub(repo: str, path: str, sha256: str | None, cache_dir: Folder) -> Path:
+def _from_hub(repo: str, path: str, cache_dir: Folder) -> Path:
     before = _held_by_hub(repo, path, cache_dir)
     for force in (False, True):  # damage may be in the cache: by a process that died, or by pieces put together wrongly
         try:
@@ -123,7 +123,7 @@ def _from_hub(repo: str, path: str, sha256: str | None, cache_dir: Folder) -> Pa
             reason = 'HF_HUB_OFFLINE=1 forbids downloads' if constants.HF_HUB_OFFLINE else _in_a_line(error)
             raise RuntimeError(f'{path} could not be downloaded ({reason}).') from error
         damage = why_no_weight_file(file)
-        wrong = damage or _why_not_expected(file, sha256)
+        wrong = damage or why_not_expected(file)
         if not wrong:
             return file
         if constants.HF_HUB_OFFLINE:
@@ -138,15 +138,10 @@ def _from_hub(repo: str, path: str, sha256: str | None, cache_dir: Folder) -> Pa
     raise RuntimeError(f'{path} is {wrong}; it was not kept.')
 
 
-def _why_not_expected(file: Path, sha256: str | None) -> str:
-    found = sha256_of(file) if sha256 else None
-    return '' if found == sha256 else f'another file than expected: its SHA-256 is {found}, not {sha256}'
-
-
-def _from_drive(file_id: str, url: str, target: Path, sha256: str | None) -> Path:
+def _from_drive(file_id: str, url: str, target: Path) -> Path:
     try:
         if not target.is_file():
-            _download_from_drive(file_id, target, sha256)
+            _download_from_drive(file_id, target)
     except (OSError, RuntimeError) as error:  # OSError: of the disk, and all of requests
         raise RuntimeError(
             f'{target.name} could not be downloaded ({_in_a_line(error)}): run it again, or get it from {url} with a '
@@ -155,7 +150,7 @@ def _from_drive(file_id: str, url: str, target: Path, sha256: str | None) -> Pat
     return target
 
 
-def _download_from_drive(file_id: str, target: Path, sha256: str | None) -> None:
+def _download_from_drive(file_id: str, target: Path) -> None:
     """Download with gdown, which goes on where an earlier download broke off; `target` exists only checked."""
     if constants.HF_HUB_OFFLINE:
         raise RuntimeError('HF_HUB_OFFLINE=1 forbids downloads')
@@ -178,7 +173,7 @@ def _download_from_drive(file_id: str, target: Path, sha256: str | None) -> None
                 for part in target.parent.glob(f'{glob.escape(unchecked.name)}*.part'):
                     part.unlink()
             raise RuntimeError(str(error)) from error
-        wrong = why_no_weight_file(unchecked) or _why_not_expected(unchecked, sha256)
+        wrong = why_no_weight_file(unchecked) or why_not_expected(unchecked, target.name)
         if wrong:
             unchecked.unlink()
             raise RuntimeError(f'what came is {wrong}, and was not kept')
@@ -187,5 +182,7 @@ def _download_from_drive(file_id: str, target: Path, sha256: str | None) -> None
 
 def _in_a_line(error: Exception) -> str:
     """What a client or a server said, fit for a terminal."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # the Hub's client says "check your connection" of a 403 or 429 too
     text = ' '.join(str(error).split()) or type(error).__name__
     return ''.join(c if c.isprintable() else ' ' for c in text).rstrip('.')

@@ -1,21 +1,32 @@
-"""Whether a file is a whole weight file, and which one."""
+"""Whether a file is a whole weight file, and the one that its name says."""
+import functools
 import hashlib
-import zipfile
+import os
 from pathlib import Path
 
-from .read import DAMAGED, UnreadableError, read_contents
+from ..checks import check_regular_file
+from .read import UnreadableError, read_contents
+from .sources import SOURCES, file_name
 
-__all__ = ['sha256_of', 'why_no_weight_file']
+__all__ = ['check_published', 'sha256_of', 'why_no_weight_file', 'why_not_expected']
 
 CHUNK_BYTES = 1 << 20
 
 
 def sha256_of(path: str | Path) -> str:
-    """SHA-256 of a file, in hex.
+    """SHA-256 of a file, in hex; a process computes it once, and again if the file has changed.
 
     Raises:
         OSError: It cannot be read.
+        ValueError: It is a folder, a pipe or a device.
     """
+    check_regular_file(Path(path))
+    found = os.stat(path)
+    return _sha256(os.path.abspath(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+@functools.cache
+def _sha256(path: str, *_: int) -> str:
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -23,24 +34,31 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def why_not_expected(path: Path, name: str = '') -> str:
+    """Why a file is not the published one of its name, or of `name`, as a phrase that ends 'the file is ...'.
+
+    '' if it is, or if there is none of this name with a known SHA-256.
+    """
+    published = (source for key, source in SOURCES.items() if file_name(key) == (name or path.name))
+    known = next((source.sha256 for source in published if source.sha256), None)
+    found = sha256_of(path) if known else None
+    return '' if found == known else f'not the published file of this name (its SHA-256 is {found}, not {known})'
+
+
+def check_published(path: Path) -> None:
+    """Raise ValueError if a file has the name of a published one, but not its SHA-256, where that is known."""
+    if why := why_not_expected(path):
+        raise UnreadableError(path, why, ': get it again, or give it another name if it is your own')
+
+
 def why_no_weight_file(path: str | Path) -> str:
     """Why a file is not a whole weight file, as a phrase that ends 'the file is ...'; '' if it is one.
-
-    Files of `torch.save` (zip) must have the right checksum in every entry, so those written after
-    `torch.serialization.set_crc32_options(False)` count as damaged. Safetensors files, and those of `torch.save` from
-    before torch 1.6, have no checksums: of them only the structure is checked.
 
     Raises:
         OSError: It cannot be opened.
     """
     try:
-        if read_contents(Path(path), meta=True).format != 'zip pickle':
-            return ''
+        read_contents(Path(path))
     except UnreadableError as error:
         return error.reason
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError):  # of damaged headers
-        return DAMAGED
-    return f'{DAMAGED} (wrong checksum of {bad})' if bad else ''
+    return ''

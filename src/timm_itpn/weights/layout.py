@@ -14,8 +14,8 @@ from einops import rearrange
 
 __all__ = [
     'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE', 'Layout',
-    'current_names', 'find_prefixes', 'key_table', 'layout_of', 'native_depths', 'native_layout',
-    'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
+    'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths', 'native_layout',
+    'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part', 'to_current',
 ]
 
 PYRAMID = 'pyramid.'
@@ -184,6 +184,7 @@ def find_prefixes(keys: Iterable[str]) -> list[str]:
 
 def layout_of(keys: Collection[str]) -> str:
     """Layout of keys: 'native', 'official' (one flat list of blocks with two merges among them), or '' for neither."""
+    keys = [key for key in keys if isinstance(key, str)]
     if any(key.startswith('stages.') for key in keys):
         return 'native'
     return 'official' if len(_merges(keys)) == 2 else ''
@@ -210,8 +211,21 @@ def pretraining_part(key: str, layout: Layout) -> str:
     return next((part for start, part in layout.pretraining.items() if key.startswith(start)), '')
 
 
+def is_fused(keys: Iterable[str]) -> bool:
+    """Whether native keys are those of a copy that `timm_itpn.fuse` made."""
+    return any(re.fullmatch(rf'stages\.2\.blocks\.{NUMBER}\.qkv\.weight', key) for key in keys)
+
+
 def current_names(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Native weights under the names of this version: before 0.1, Fast-iTPN had gate and value in one layer."""
+    """Native weights under the names of this version: before 0.1, Fast-iTPN had gate and value in one layer.
+
+    Raises:
+        ValueError: They are of a fused copy.
+    """
+    if is_fused(state_dict):
+        raise ValueError(
+            'These weights are of a fused copy (timm_itpn.fuse), which fit fused models only: save the state dict of '
+            'the model that it was made from, and use that.')
     if native_layout(state_dict) is not FAST_ITPN:
         return state_dict
     current: dict[str, Any] = {}
@@ -251,8 +265,8 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
             missing = ', '.join(sorted(set(sources) - set(present)))
             raise ValueError(f'The checkpoint is incomplete: it has {", ".join(present)}, but not {missing}.')
         tensors = [state_dict[source] for source in sources]
-        if any(tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
-            raise ValueError(f'The shapes of {", ".join(sources)} differ: they are not of one model.')
+        if len(tensors) > 1 and (not tensors[0].ndim or len({(t.shape[1:], t.dtype) for t in tensors}) > 1):
+            raise ValueError(f'The shapes or types of {", ".join(sources)} differ: they are not of one model.')
         native[key] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         if re.fullmatch(layout.conv1x1, key) and native[key].shape[2:] == (1, 1):
             native[key] = rearrange(native[key], 'o i 1 1 -> o i')
@@ -264,6 +278,37 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
     left.difference_update(unknown)
     native.update({f'{PRETRAIN}{key}': value for key, value in state_dict.items() if key in left})
     return {**native, **{key: state_dict[key] for key in unknown}}
+
+
+def to_current(state_dict: dict[str, Any], strict: bool = True) -> dict[str, torch.Tensor]:
+    """Weights in either layout under the native names of this version, in shapes that code for weights may rely on.
+
+    Raises:
+        ValueError: A tensor is empty, has another number of dimensions than its kind, or less memory than values; or
+            as by `official_to_native`.
+    """
+    for key, value in state_dict.items():  # first of all: the next line may join what takes no memory yet
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
+            if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise ValueError(f'{key} has the shape {list(value.shape)}, but memory for a part of that only.')
+    native = state_dict if layout_of(state_dict) == 'native' else official_to_native(state_dict, strict)
+    for key, value in native.items():
+        num_dims = _num_dims(key, native_layout(native))
+        if num_dims and isinstance(value, torch.Tensor) and (value.ndim != num_dims or 0 in value.shape):
+            raise ValueError(f'{key} has the shape {list(value.shape)}, but needs {num_dims} dimensions, none empty.')
+    return current_names(native)
+
+
+def _num_dims(key: str, layout: Layout) -> int:
+    """Number of dimensions of a native tensor, 0 if its key says nothing of them."""
+    if not key.startswith(('patch_embed.', 'stages.', 'pyramid.', 'head.')):
+        return 0
+    if key == POS_EMBED:
+        return 3
+    if key.endswith(('.bias', '_bias', '.gamma')) or re.search(r'norm\d?\.weight$', key):
+        return 1
+    is_conv = key == 'patch_embed.proj.weight' or layout is FAST_ITPN and key.endswith('reduction.weight')
+    return 4 if is_conv else 2 if key.endswith(('.weight', TABLE)) else 0
 
 
 def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

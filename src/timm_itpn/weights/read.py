@@ -2,7 +2,7 @@
 
 Weights need nothing but tensors and plain containers. Those are rebuilt; an inert stand-in replaces every other class
 and function that a pickle names, so a file with a numpy scalar, an `argparse.Namespace` or somebody's own class is read
-too. The data of tensors is mapped into memory, not read.
+too. The data of tensors is mapped into memory, and compared with its checksum where the file has one.
 """
 import io
 import mmap
@@ -11,18 +11,21 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..checks import check_regular_file
+
 __all__ = ['DAMAGED', 'Contents', 'StandIn', 'UnreadableError', 'read_contents', 'stand_in_name']
 
-MAX_PICKLE_BYTES = 2 ** 30  # unpacked; 10,000 tensors take 2 MiB
 MAX_DEPTH = 100  # of dicts and lists in one another, so that callers may recurse
 MAX_VALUES = 4_000_000  # shared ones are counted each time, as a recursion meets them
+MAX_OPERATIONS = 4_000_000  # of a pickle; 10,000 tensors take 500,000
+KEY_OPERATIONS = 400  # what a key counts for that may be slow to hash, or have the hash of others
 ALIGNMENT = 16  # bytes; storages in legacy files begin anywhere
 LEGACY_START = [0x1950a86a20f9469cfc6c, 1001]  # magic number and protocol, one pickle each
 UNREADABLE = (  # what damaged files make the parsers raise
@@ -34,6 +37,7 @@ ZIP_START = b'PK\x03\x04'
 WEB_PAGE_STARTS = (b'<!doctype html', b'<html', b'<head', b'<?xml')
 GIT_LFS_START = b'version https://git-lfs'
 DAMAGED = 'truncated, damaged or not a weight file'
+ADVICE = ': get it again from where it came, or name another'
 
 STORAGES = {f'torch.{name}Storage': dtype for name, dtype in dict(
     Double=torch.float64, Float=torch.float32, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
@@ -109,24 +113,30 @@ def read_contents(path: Path, meta: bool = False) -> Contents:
 
     Raises:
         OSError: It cannot be opened.
+        ValueError: It is a folder, a pipe or a device.
         UnreadableError: It is not a whole weight file, or not one that is read; one sentence says which.
     """
+    check_regular_file(path)
     with path.open('rb') as file:
         head = file.read(HEAD_BYTES)
-        is_zip, is_safetensors = head.startswith(ZIP_START), head[8:9] == b'{'
-        read = _read_zip if is_zip else _read_safetensors if is_safetensors else _read_legacy
         try:
-            contents = read(path, file, meta)
+            if head[8:9] == b'{':
+                contents = _read_safetensors(path, meta)
+            else:
+                stream = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                data = None if meta else torch.frombuffer(stream, dtype=torch.uint8).untyped_storage()
+                is_zip = head.startswith(ZIP_START)
+                contents = _read_zip(file, stream, data) if is_zip else _read_legacy(stream, data)
             _check_tree(contents.tree)
         except _Refused as refused:
-            raise UnreadableError(path, str(refused)) from refused
+            raise UnreadableError(path, *refused.args) from refused
         except UNREADABLE as error:
-            raise UnreadableError(path, _what_instead(head) or DAMAGED, ': get it again from where it came') from error
+            raise UnreadableError(path, _what_instead(head) or DAMAGED, ADVICE) from error
     return contents
 
 
 class _Refused(Exception):
-    """Why a file is not read though it may be whole, as a phrase that ends 'the file is ...'."""
+    """Why a file is not read, as a phrase that ends 'the file is ...', and what to do."""
 
 
 def _what_instead(head: bytes) -> str:
@@ -150,10 +160,31 @@ class _Dict(dict):
         pass
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes nothing but tensors, plain values and stand-ins.
+# where on the stack the keys are that an operation puts into a dict or a set
+KEYS = {
+    pickle.SETITEM[0]: slice(-2, -1), pickle.SETITEMS[0]: slice(None, None, 2), pickle.DICT[0]: slice(None, None, 2),
+    pickle.ADDITEMS[0]: slice(None), pickle.FROZENSET[0]: slice(None)}
+CALLS = pickle.REDUCE + pickle.NEWOBJ + pickle.NEWOBJ_EX + pickle.BUILD  # what is on top of the stack may be copied
+EXTENSIONS = pickle.EXT1 + pickle.EXT2 + pickle.EXT4  # objects of this process
 
-    What `find_class` gives to a pickle cannot be changed by it: builtin types, bound methods, classes of its own.
+
+def _counted(code: int, run: Callable[[Any], None]) -> Callable[[Any], None]:
+    """An operation of a pickle that is counted before it is done."""
+    def counted(unpickler: Any) -> None:
+        unpickler.count(1, unpickler.stack[KEYS.get(code, slice(0))])
+        if code in CALLS:
+            top = unpickler.stack[-1]
+            values = (top, *top) if isinstance(top, tuple) else (top,)
+            unpickler.count(sum(len(value) for value in values if isinstance(value, (dict, list, set, tuple))))
+        run(unpickler)
+    return counted
+
+
+class _Unpickler(pickle._Unpickler):
+    """Makes nothing but tensors, plain values and stand-ins, in a bounded number of operations.
+
+    What `find_class` gives to a pickle cannot be changed by it: builtin types, bound methods, classes of its own. That
+    of C cannot be bounded: it hashes keys of any depth, and takes as much memory as it is told to.
 
     Args:
         file: Has the pickle.
@@ -163,22 +194,35 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, storage: Callable[[str, int], torch.UntypedStorage]) -> None:
         super().__init__(file, encoding='utf-8', errors='replace')  # of strings from Python 2
         self.storage = storage
+        self.storages: dict[str, torch.UntypedStorage] = {}
+        self.num_operations = 0
         self.stand_ins: dict[str, type[StandIn]] = {}
         self.rebuilt: dict[str, Any] = {
             'torch._utils._rebuild_tensor': self.tensor,
             'torch._utils._rebuild_tensor_v2': self.tensor,
-            'torch._utils._rebuild_tensor_v3': self.tensor_with_dtype,
+            'torch._utils._rebuild_tensor_v3': self.tensor,
             'torch._utils._rebuild_parameter': self.first,
             'torch._utils._rebuild_parameter_with_state': self.first,
             'torch._tensor._rebuild_from_type_v2': self.tensor_with_attributes,
-            'torch.Size': tuple,
-            'collections.OrderedDict': type('_Dict', (_Dict,), {}),
+            'torch.Size': self.first,
+            'collections.OrderedDict': self.ordered_dict,
             'collections.defaultdict': self.empty_dict,
-            'builtins.set': set,
-            '__builtin__.set': set,  # up to protocol 2
-            'builtins.frozenset': frozenset,
-            '__builtin__.frozenset': frozenset,
+            'builtins.set': self.set,
+            '__builtin__.set': self.set,  # up to protocol 2
+            'builtins.frozenset': self.frozenset,
+            '__builtin__.frozenset': self.frozenset,
         }
+
+    def count(self, number: int, keys: Iterable[Any] = ()) -> None:
+        """Count operations, and what it takes to hash keys and to compare them."""
+        self.num_operations += number
+        if self.num_operations > MAX_OPERATIONS:
+            raise _Refused(f'not read: what is pickled in it takes more than {MAX_OPERATIONS} operations')
+        for key in keys:
+            if isinstance(key, (tuple, frozenset)):
+                self.count(KEY_OPERATIONS, key)
+            elif isinstance(key, int) and key.bit_length() > 64:  # many could have one hash
+                raise ValueError('an integer that is too long for a key')
 
     def find_class(self, module: str, name: str) -> Any:
         name = f'{module}.{name}'
@@ -187,6 +231,7 @@ class _Unpickler(pickle.Unpickler):
         if name in self.rebuilt:
             return self.rebuilt[name]
         if name not in self.stand_ins:
+            self.count(20)  # a class is large
             self.stand_ins[name] = type(name, (StandIn,), {})
         return self.stand_ins[name]
 
@@ -198,22 +243,39 @@ class _Unpickler(pickle.Unpickler):
             if tag == 'module' or tag == 'storage' and dtype is None:
                 return kind  # the rest of a module is its source code, which legacy files hold
             if tag == 'storage' and dtype and type(key) is str and sizes and type(sizes[0]) is int and sizes[0] >= 0:
-                return _Storage(self.storage(key, sizes[0] * dtype.itemsize), dtype)
+                num_bytes = sizes[0] * dtype.itemsize
+                if key not in self.storages:
+                    self.storages[key] = self.storage(key, num_bytes)
+                if self.storages[key].nbytes() == num_bytes:
+                    return _Storage(self.storages[key], dtype)
         raise ValueError('refers to something outside that is not a storage')
 
     def globals(self) -> tuple[str, ...]:
         return tuple(sorted(set(self.stand_ins).difference(STORAGES, TENSOR_TYPES)))
 
-    def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-        return _tensor(storage, storage.dtype, offset, size, stride)
-
-    def tensor_with_dtype(
-            self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any,
-    ) -> torch.Tensor:
-        return _tensor(storage, dtype, offset, size, stride)
+    def tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> torch.Tensor:
+        if not isinstance(storage, _Storage):
+            raise ValueError('a tensor without a storage')
+        self.count(len(size))
+        dtype = next((value for value in others if isinstance(value, torch.dtype)), storage.dtype)
+        end = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else 0
+        if min((offset, *size, *stride)) < 0 or end * dtype.itemsize > storage.data.nbytes():
+            raise ValueError('a tensor that is not within its storage')
+        return torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, size, stride)
 
     def tensor_with_attributes(self, function: Any, kind: Any, args: Any, *_: Any) -> Any:
         return function(*args)  # something that find_class or a call of it gave
+
+    def ordered_dict(self, items: Any = ()) -> dict[Any, Any]:
+        self.count(0, [key for key, _ in items])
+        return _Dict(items)
+
+    def set(self, items: Any) -> Any:
+        self.count(0, items)
+        return set(items)
+
+    def frozenset(self, items: Any) -> Any:
+        return frozenset(self.set(items))
 
     def empty_dict(self, *_: Any) -> dict[Any, Any]:
         return {}
@@ -221,17 +283,11 @@ class _Unpickler(pickle.Unpickler):
     def first(self, value: Any, *_: Any) -> Any:
         return value
 
-
-def _tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any) -> torch.Tensor:
-    if not isinstance(storage, _Storage):
-        raise ValueError('a tensor without a storage')
-    end = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else 0
-    if min((offset, *size, *stride)) < 0 or end * dtype.itemsize > storage.data.nbytes():
-        raise ValueError('a tensor that is not within its storage')
-    return torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, size, stride)
+    dispatch = {code: _counted(code, run) for code, run in pickle._Unpickler.dispatch.items() if code not in EXTENSIONS}
+    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]  # takes no memory before it has the bytes
 
 
-def _read_safetensors(path: Path, _: BinaryIO, meta: bool) -> Contents:
+def _read_safetensors(path: Path, meta: bool) -> Contents:
     tree = {}
     with safe_open(str(path), framework='pt') as file:
         for key in file.keys():
@@ -244,82 +300,73 @@ def _read_safetensors(path: Path, _: BinaryIO, meta: bool) -> Contents:
         return Contents('safetensors', tree, (), dict(file.metadata() or {}))
 
 
-def _read_zip(path: Path, file: BinaryIO, meta: bool) -> Contents:
+def _read_zip(file: BinaryIO, stream: mmap.mmap, data: torch.UntypedStorage | None) -> Contents:
     with zipfile.ZipFile(file) as archive:
-        roots = [name.removesuffix('data.pkl') for name in archive.namelist() if name.endswith('/data.pkl')]
-        if len(roots) != 1:
-            raise _Refused(f'a zip file with {len(roots)} entries */data.pkl, where torch.save writes one')
+        entries = [entry for entry in archive.infolist() if '/code/' not in entry.filename]  # not those of TorchScript
+    roots = [entry.filename.removesuffix('data.pkl') for entry in entries if entry.filename.endswith('/data.pkl')]
+    if len(roots) != 1:
+        raise _Refused(f'a zip file with {len(roots)} entries */data.pkl, where torch.save writes one')
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise _Refused('not read: it is compressed, which torch.save never does; pack it again without (zip -0)')
+    root, places = roots[0], {entry.filename: _place(stream, entry) for entry in entries}
+    if len(places) < len(entries) or sum(entry.file_size for entry in entries) > len(stream):
+        raise ValueError('entries that overlap')
+    for entry in entries:
+        checked = entry.CRC and (data or entry.filename == f'{root}data.pkl')  # 0: torch was told to write none
+        if checked and zlib.crc32(memoryview(stream)[places[entry.filename]]) != entry.CRC:
+            raise _Refused(f'{DAMAGED} (wrong checksum of {entry.filename})', ADVICE)
+    if f'{root}byteorder' in places and stream[places[f'{root}byteorder']].decode() != sys.byteorder:
+        raise _Refused(f'not of a machine that is {sys.byteorder}-endian like this one')
 
-        def content(name: str) -> bytes:
-            """An entry, whose checksum may be missing."""
-            entry = archive.getinfo(roots[0] + name)
-            if entry.file_size > MAX_PICKLE_BYTES:
-                raise _Refused(f'not read: it holds more than {MAX_PICKLE_BYTES // 2 ** 20} MiB besides tensors')
-            if entry.compress_type != zipfile.ZIP_STORED:
-                return archive.read(entry)
-            file.seek(_start(file, entry))
-            return file.read(entry.file_size)
+    def storage(key: str, num_bytes: int) -> torch.UntypedStorage:
+        place = places[f'{root}data/{key}']
+        if place.stop - place.start < num_bytes:
+            raise ValueError('a storage is cut off')
+        return _storage(data, place.start, num_bytes)
 
-        if f'{roots[0]}byteorder' in archive.namelist() and content('byteorder').decode() != sys.byteorder:
-            raise _Refused(f'not of a machine that is {sys.byteorder}-endian like this one')
-        data = None if meta else _mapped(path)
-
-        def storage(key: str, num_bytes: int) -> torch.UntypedStorage:
-            entry = archive.getinfo(f'{roots[0]}data/{key}')
-            if entry.file_size < num_bytes:
-                raise ValueError('a storage is cut off')
-            if data is None:
-                return torch.UntypedStorage(num_bytes, device='meta')
-            if entry.compress_type != zipfile.ZIP_STORED:
-                return torch.frombuffer(bytearray(archive.read(entry)), dtype=torch.uint8).untyped_storage()
-            start = _start(file, entry)
-            return data[start:start + num_bytes]
-
-        unpickler = _Unpickler(io.BytesIO(content('data.pkl')), storage)
-        return Contents('zip pickle', unpickler.load(), unpickler.globals(), {})
+    unpickler = _Unpickler(io.BytesIO(stream[places[f'{root}data.pkl']]), storage)
+    return Contents('zip pickle', unpickler.load(), unpickler.globals(), {})
 
 
-def _start(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry begin: after its header, its name and its extra field."""
-    file.seek(entry.header_offset + 26)
-    return entry.header_offset + 30 + sum(struct.unpack('<HH', file.read(4)))
+def _place(stream: mmap.mmap, entry: zipfile.ZipInfo) -> slice:
+    """Where the bytes of an entry are: after its header, its name and its extra field."""
+    start = entry.header_offset + 30 + sum(struct.unpack_from('<HH', stream, entry.header_offset + 26))
+    if entry.header_offset < 0 or start + entry.file_size > len(stream):
+        raise ValueError('an entry that is not within the file')
+    return slice(start, start + entry.file_size)
 
 
-def _read_legacy(path: Path, file: BinaryIO, meta: bool) -> Contents:
+def _read_legacy(stream: mmap.mmap, data: torch.UntypedStorage | None) -> Contents:
     """Magic number, protocol, system, object, storage keys, each a pickle; then the storages, each after its size."""
     sizes: dict[str, int] = {}
 
     def on_meta(key: str, num_bytes: int) -> torch.UntypedStorage:
         sizes[key] = num_bytes
-        return torch.UntypedStorage(num_bytes, device='meta')
+        return _storage(None, 0, num_bytes)
 
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:  # whatever length a string claims
-        for expected in LEGACY_START:
-            if _Unpickler(stream, on_meta).load() != expected:
-                raise ValueError('not a file of torch.save')
-        _Unpickler(stream, on_meta).load()
-        start = stream.tell()
-        unpickler = _Unpickler(stream, on_meta)
-        tree = unpickler.load()
-        starts = {}
-        for key in _Unpickler(stream, on_meta).load():
-            starts[key] = stream.tell() + 8  # after the number of values
-            stream.seek(starts[key] + sizes[key])  # ValueError beyond the end
-        if not meta:
-            data = _mapped(path)
-
-            def from_file(key: str, num_bytes: int) -> torch.UntypedStorage:
-                found = data[starts[key]:starts[key] + num_bytes]
-                return found if starts[key] % ALIGNMENT == 0 else found.clone()
-
-            stream.seek(start)
-            tree = _Unpickler(stream, from_file).load()
+    for expected in LEGACY_START:
+        if _Unpickler(stream, on_meta).load() != expected:
+            raise ValueError('not a file of torch.save')
+    _Unpickler(stream, on_meta).load()
+    start = stream.tell()
+    unpickler = _Unpickler(stream, on_meta)
+    tree = unpickler.load()
+    starts = {}
+    for key in _Unpickler(stream, on_meta).load():
+        starts[key] = stream.tell() + 8  # after the number of values
+        stream.seek(starts[key] + sizes[key])  # ValueError beyond the end
+    if data:
+        stream.seek(start)
+        tree = _Unpickler(stream, lambda key, num_bytes: _storage(data, starts[key], num_bytes)).load()
     return Contents('legacy pickle', tree, unpickler.globals(), {})
 
 
-def _mapped(path: Path) -> torch.UntypedStorage:
-    """A file as memory; what is written to it stays in memory."""
-    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).untyped_storage()
+def _storage(data: torch.UntypedStorage | None, start: int, num_bytes: int) -> torch.UntypedStorage:
+    """A part of a file, mapped if its address suits every dtype; on device meta without data."""
+    if data is None:
+        return torch.UntypedStorage(num_bytes, device='meta')
+    part = data[start:start + num_bytes]
+    return part if start % ALIGNMENT == 0 else part.clone()
 
 
 def _check_tree(tree: Any) -> None:

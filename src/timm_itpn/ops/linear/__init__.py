@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from ..choose import choose
 from . import onednn, reference
 
 __all__ = ['ACTIVATIONS', 'IMPLEMENTATIONS', 'choose_linear']
@@ -24,21 +25,5 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {'onednn': onednn, 'reference': referen
 
 
 def choose_linear(name: str, weight: torch.Tensor) -> str:
-    """Return the name of the implementation for a weight.
-
-    Args:
-        name: A key of `IMPLEMENTATIONS`, or 'auto' for the first of them that can run.
-        weight: (out_features, in_features); its device and type decide.
-
-    Raises:
-        ValueError: `name` is unknown.
-        RuntimeError: The implementation asked for cannot run; the message gives the reason.
-    """
-    if name == 'auto':
-        return next(n for n in IMPLEMENTATIONS if IMPLEMENTATIONS[n].why_not(weight) is None)
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f'linear {name!r} is unknown, use one of: auto, {", ".join(IMPLEMENTATIONS)}')
-    reason = IMPLEMENTATIONS[name].why_not(weight)
-    if reason is not None:
-        raise RuntimeError(f'linear {name!r} cannot run: {reason}')
-    return name
+    """As `choose` does, among `IMPLEMENTATIONS`; device and type of a weight (out_features, in_features) decide."""
+    return choose('linear', name, {each: module.why_not(weight) for each, module in IMPLEMENTATIONS.items()})
