@@ -172,6 +172,7 @@ def test_base_models_start_without_the_tables_of_their_file(tmp_path, caplog):
 
 @pytest.mark.parametrize('name, num_classes, message', [
     ('fast_itpn_tiny_fpn', 1, 'num_classes is 1, but it counts the background'),
+    ('resnet50', 2, "there is no model 'resnet50'; there are: fast_itpn_base, "),
     ('fast_itpn_tiny', 2, 'use a model whose name ends in _fpn'),
 ])
 def test_what_cannot_be_is_refused(name, num_classes, message):

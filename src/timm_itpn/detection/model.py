@@ -18,6 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 
+from ..models import check_name
 from ..models.detection import DetectionBackbone
 
 __all__ = ['STRIDES', 'Anchors', 'BoxAndMaskHeads', 'compute_losses', 'mask_rcnn']
@@ -55,11 +56,12 @@ def mask_rcnn(
         kwargs: For torchvision's `MaskRCNN`, such as `min_size`, `max_size`, `box_score_thresh`.
 
     Raises:
-        ValueError: There is no class but the background, or the levels have unequal numbers of channels.
+        ValueError: There is no class but the background, no such model, or its levels have unequal numbers of channels.
     """
     if num_classes < 2:
         raise ValueError(f'num_classes is {num_classes}, but it counts the background: it is at least 2.')
     if isinstance(backbone, str):
+        check_name(backbone)
         backbone = DetectionBackbone(backbone, **{'rel_pos_bias': False, **(backbone_kwargs or {})})
     channels: Any = backbone.out_channels
     model = MaskRCNN(
