@@ -238,7 +238,7 @@ def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
         left += _starting(PYRAMID, state_dict)
     tables = [key for key in state_dict if key.endswith(TABLE) and key not in left]
     if tables and not any(key.endswith(TABLE) for key in target):
-        _logger.info('Left out the relative position bias: the model has none (rel_pos_bias=False).')
+        _logger.warning('Left out the relative position bias: the model has none (rel_pos_bias=False).')
         left += tables
     return {key: value for key, value in state_dict.items() if key not in left}
 
