@@ -60,9 +60,10 @@ def _pretrain(args: argparse.Namespace) -> dict[str, Any]:
     _complete(args)
     checkpoints = Checkpoints(args.output, args.checkpoint_hist or 2)
     checkpoints.to_resume(args.resume)
+    found = None if args.resume in (None, 'auto') else checkpoints.newest(args.resume)
     run = create_run(args)
     with checkpoints.locked() if args.rank == 0 else nullcontext():
-        if (found := checkpoints.newest(args.resume)) is not None:
+        if (found := found or checkpoints.newest(args.resume)) is not None:
             run.load_state_dict(found[1], found[0])
         elif args.resume and args.rank == 0:
             print(f'no checkpoint in {args.output}: starting', file=sys.stderr)
