@@ -12,7 +12,6 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
 from timm_itpn.cli import main
-from timm_itpn.models.itpn import SIZES
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 
@@ -168,11 +167,10 @@ def test_converted_folder_loads(name, tmp_path):
             torch.testing.assert_close(model(image).last_hidden_state, ours.forward_features(image))
 
 
-def test_trainer_and_pipeline_take_a_converted_folder(classifier, photo, tmp_path, monkeypatch):
-    name = 'itpn_tiny' if any('table' in key for key in classifier.state_dict()) else 'fast_itpn_tiny'
-    monkeypatch.setitem(SIZES, name, dict(SIZES[name], **SMALL))  # a folder names a model, not its sizes
-    torch.save(classifier.state_dict(), tmp_path / 'w.pt')
-    assert main(['convert', str(tmp_path / 'w.pt'), '--model', name, '-o', str(tmp_path / 'out')]) == 0
+def test_trainer_and_pipeline_take_a_converted_folder(classifier, photo, tmp_path):
+    args = dict(model=classifier.pretrained_cfg['architecture'], model_kwargs=SMALL)  # as timm's train.py leaves them
+    torch.save({'state_dict': classifier.state_dict(), 'args': args}, tmp_path / 'w.pt')
+    assert main(['convert', str(tmp_path / 'w.pt'), '-o', str(tmp_path / 'out')]) == 0
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / 'out')
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / 'out')
     samples = [dict(pixel_values=processor(photo, return_tensors='pt')['pixel_values'][0], labels=i) for i in range(4)]
