@@ -3,6 +3,7 @@ import json
 import logging
 import os
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -170,6 +171,14 @@ def test_file_that_is_not_json_is_one_sentence(tmp_path, content, message):
 def test_folder_of_other_images_is_refused(path, tmp_path_factory):
     with pytest.raises(ValueError, match='has none of the images of .*: name the folder that they are in'):
         CocoDataset(path, tmp_path_factory.mktemp('other'), eval_transforms())
+
+
+def test_images_of_16_bits_keep_their_greys(path):
+    data = dataset(path)
+    grey = np.arange(64 * 96, dtype=np.uint16).reshape(64, 96) * 10
+    Image.fromarray(grey).save(path.parent / '0001.png')
+    data.transforms = eval_transforms()
+    torch.testing.assert_close(data[0][0][1] * 255, torch.from_numpy(grey >> 8).float())
 
 
 def test_images_that_cannot_be_used_are_named(path):

@@ -144,7 +144,7 @@ def test_values_that_cannot_be_are_refused(args, message):
 ])
 def test_checkpoint_with_such_values_leaves_nothing(args, message, tmp_path):
     write(tmp_path / 'w.pt')
-    checkpoint = torch.load(tmp_path / 'w.pt', weights_only=False)
+    checkpoint = torch.load(tmp_path / 'w.pt', weights_only=False)  # our own, with a Namespace
     vars(checkpoint['args']).update(args)
     torch.save(checkpoint, tmp_path / 'w.pt')
     with pytest.raises(ValueError, match=message):

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..pretrain.data import to_rgb
 from .coco import read_coco
 
 __all__ = ['CocoDataset', 'collate', 'eval_transforms', 'train_transforms']
@@ -87,7 +88,7 @@ class CocoDataset(Dataset):
         path, row = self._path(number), self.coco.imgs[number]
         try:
             with Image.open(path) as file:
-                image = file.convert('RGB')
+                image = to_rgb(file)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
             raise RuntimeError(f'{path} cannot be read as an image: {error}.') from error
         if image.size != (row['width'], row['height']):

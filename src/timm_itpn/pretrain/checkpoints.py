@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import filelock
 import torch
 
-from ..checks import check_regular_file
 from ..files import replaced
-from ..weights.integrity import why_no_weight_file
-from ..weights.read import read_contents
+from ..weights.read import UnreadableError, read_contents
 
 __all__ = ['REMEDY', 'Checkpoints', 'load', 'not_finite', 'random_state', 'save', 'set_random_state']
 
@@ -121,10 +119,11 @@ def load(path: Path) -> State:
     Raises:
         RuntimeError: There is no such file, it is damaged, or not a checkpoint.
     """
+    state, reason = {}, ''
     try:
-        check_regular_file(path)
-        reason = why_no_weight_file(path)
-        state = {} if reason else read_contents(path).tree
+        state = read_contents(path).tree
+    except UnreadableError as error:
+        reason = error.reason
     except FileNotFoundError as error:
         raise RuntimeError(f'{path} does not exist: name a checkpoint with --resume, or use --resume auto.') from error
     if not reason and (not isinstance(state, dict) or 'processes' not in state):

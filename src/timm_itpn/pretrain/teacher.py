@@ -1,5 +1,4 @@
 """The teacher: a frozen timm model whose tokens are predicted."""
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -8,7 +7,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 
-from ..checks import check_regular_file
 from ..weights.integrity import why_no_weight_file
 from .checkpoints import not_finite
 
@@ -79,7 +77,6 @@ def create_teacher(
         ValueError: Its grid is another; the message names the size to use. Or its weights are damaged.
     """
     if checkpoint_path:
-        check_regular_file(Path(checkpoint_path))
         if reason := why_no_weight_file(checkpoint_path):
             raise ValueError(f'--teacher-path {checkpoint_path} is {reason}: name the weights of {name}')
     stride = _stride(timm.create_model(name, device='meta'))

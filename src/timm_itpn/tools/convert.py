@@ -123,7 +123,6 @@ def _write(
         said.source: {key: value for key, value in {**said.model_args, **images}.items() if key not in data},
         "the model's defaults": {key: written[key] for key in DATA if key not in images}}
     report['class_map'] = said.class_map if not labels else ''
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors leaves it to its owner alone
     (folder / CARD).write_text(model_card(report, weights.pretraining), encoding='utf-8')
     if not verify:
         return report, {}, []
