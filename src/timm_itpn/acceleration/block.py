@@ -58,22 +58,14 @@ class Migration(nn.Module):
         if num_leave > 0:
             positions = positions.expand(x.shape[0], -1, -1)
             with torch.no_grad():
-                nearest, partners = self.compare(x, qkv, _real(windows))
+                keys = qkv[:, :, :, 1].flatten(-2)  # tokens are compared by their keys, of all heads together
+                nearest, partners = similarity(keys, _real(windows))
                 stay, leave, partners = select(nearest, partners, positions.shape[2], num_leave)
             left = Left(  # no views: FSDP2 warns of those
                 take(x, leave).clone(), positions.gather(2, leave),
                 take(x, partners).clone(), positions.gather(2, partners))
             x, positions = take(x, stay), positions.gather(2, stay)
         return self.feed(x), positions, left
-
-    def compare(
-            self,
-            x: torch.Tensor,
-            qkv: torch.Tensor,
-            real: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`similarity` of tokens (B, W, K, C): of their keys, all heads together."""
-        return similarity(qkv[:, :, :, 1].flatten(-2), real)
 
     def mix(self, x: torch.Tensor, qkv: torch.Tensor, windows: Windows) -> torch.Tensor:
         """Attention, with its residual sum.

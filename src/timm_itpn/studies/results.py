@@ -1,18 +1,21 @@
 """Rows of the studies, those that come with the package, and their tables."""
 import importlib
-import itertools
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..bench.machine import Machine
+from ..bench.machine import Machine, this_machine
 from ..bench.rows import read, table
 
-__all__ = ['Row', 'load', 'markdown', 'measured', 'report']
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['Key', 'Row', 'draw', 'load', 'markdown', 'measure', 'measured']
+
+Key = tuple[str, str, int]  # arm, measured and seed of a row
 
 _SETTLED = 'Settled, and no longer in the study; the code that made these rows is at commit 418d90c:'
 
@@ -23,16 +26,20 @@ class Row:
     arm: str  # what is compared: a setting, or a start
     measured: str  # when, or after how many labels
     seed: int  # of weights and order
-    top1: float  # canvases whose digit is right, in percent
-    miou: float  # intersection over union of tokens, mean over their classes, in percent
+    scores: dict[str, float]  # by name, in percent; 'speed' is how many times as fast as the first arm
     machine: Machine
+
+    @property
+    def key(self) -> Key:
+        return self.arm, self.measured, self.seed
 
     @classmethod
     def of_json(cls, machine: dict[str, Any], **values: Any) -> 'Row':
         return cls(machine=Machine(**machine), **values)
 
     def __str__(self) -> str:
-        return f'{self.arm}, {self.measured}, seed {self.seed}: top-1 {self.top1:.2f}, mIoU {self.miou:.2f}'
+        scores = ', '.join(f'{name} {value:.2f}' for name, value in self.scores.items())
+        return f'{self.arm}, {self.measured}, seed {self.seed}: {scores}'
 
 
 def load(name: str) -> ModuleType:
@@ -40,20 +47,66 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f'{__package__}.{name}')
 
 
-def report(row: Row) -> Row:
-    """The row, which is also printed to stderr."""
-    print(row, file=sys.stderr, flush=True)
-    return row
+def measure(
+        settings: Mapping[Key, Any],
+        done: Collection[Key],
+        start: Callable[[], Any],
+        make: Callable[[Any, Any], Any],
+        tune: Callable[[Any], None],
+        test: Callable[[Any], dict[str, float]],
+) -> Iterator[Row]:
+    """Rows of networks that have one start, 'as it is' or 'tuned'.
+
+    Args:
+        settings: What `make` takes, for each row.
+        done: Rows that are not wanted; if none is, nothing is trained.
+        start: Trains what all networks start from.
+        make: Makes a network of a setting and the start.
+        tune: Fine-tunes a network.
+        test: Scores of a network.
+    """
+    settings = {key: setting for key, setting in settings.items() if key not in done}
+    state = start() if settings else None
+    for key, setting in settings.items():
+        network = make(setting, state)
+        if key[1] == 'tuned':
+            tune(network)
+        yield Row(*key, test(network), this_machine('cpu'))
+
+
+def draw(rows: Sequence[Row]) -> 'Figure':
+    """A panel for each score after fine-tuning, mean over seeds, against speed, also as it was measured before.
+
+    Raises:
+        ValueError: No arm has both.
+    """
+    from matplotlib.figure import Figure
+
+    speeds = {row.arm: row.scores['speed'] for row in (*measured('acceleration'), *rows) if 'speed' in row.scores}
+    tuned = [row for row in rows if row.measured == 'tuned' and row.arm in speeds]
+    names = list(dict.fromkeys(name for row in tuned for name in row.scores))
+    if not names:
+        raise ValueError('no speed is known of what was tuned: leave out --plot')
+    figure = Figure(figsize=(6 * len(names), 4), layout='constrained')
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
+        for arm in dict.fromkeys(row.arm for row in tuned):
+            point = speeds[arm], statistics.fmean(row.scores[name] for row in tuned if row.arm == arm)
+            axes.scatter(*point, color='tab:grey' if 'stored' in arm else 'tab:blue')
+            axes.annotate(arm, point, fontsize=7, xytext=(3, 3), textcoords='offset points')
+        axes.set(xlabel='times as fast as the first', ylabel=f'{name}, tuned')
+    return figure
 
 
 def measured(name: str) -> list[Row]:
-    """The rows of a study that come with the package."""
-    return read(Path(__file__).with_name(f'{name}.jsonl'), Row.of_json)
+    """The rows of a study that come with the package, if there are any."""
+    path = Path(__file__).with_name(f'{name}.jsonl')
+    return read(path, Row.of_json) if path.exists() else []
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:
     """The tables of a study: means over seeds, in brackets the difference from the first arm with the same seeds."""
     arms = load(name).ARMS
+    rows = sorted(rows, key=lambda row: arms.index(row.arm) if row.arm in arms else len(arms))
     reference = [row for row in rows if row.arm == arms[0]]
     text = f'{rows[0].machine}:\n\n{_table([row for row in rows if row.arm in arms], reference)}'
     settled = [row for row in rows if row.arm not in arms]
@@ -61,16 +114,17 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row], reference: Sequence[Row]) -> str:
-    columns = list(itertools.product(dict.fromkeys(row.measured for row in rows), ('top1', 'miou')))
+    columns = list(dict.fromkeys((row.measured, score) for row in rows for score in row.scores))
     lines = []
     for arm in dict.fromkeys(row.arm for row in rows):
         cells = []
         for kind, score in columns:
-            values = {row.seed: getattr(row, score) for row in rows if (row.arm, row.measured) == (arm, kind)}
-            others = [getattr(row, score) for row in reference if row.measured == kind and row.seed in values]
+            values = {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (arm, kind)}
+            others = [row.scores[score] for row in reference if row.measured == kind and row.seed in values]
             mean = statistics.fmean(values.values()) if values else None
-            versus = f' ({mean - statistics.fmean(others):+.2f})' if mean and others and arm != reference[0].arm else ''
+            versus = ''
+            if mean and others and arm != reference[0].arm and score != 'speed':
+                versus = f' ({mean - statistics.fmean(others):+.2f})'
             cells.append('' if mean is None else f'{mean:.2f}{versus}')
         lines.append([arm, *cells, str(len({row.seed for row in rows if row.arm == arm}))])
-    names = {'top1': 'top-1', 'miou': 'mIoU'}
-    return table(['arm', *(f'{names[score]}, {kind}' for kind, score in columns), 'seeds'], lines)
+    return table(['arm', *(f'{score}, {kind}' for kind, score in columns), 'seeds'], lines)
