@@ -118,7 +118,6 @@ WRITERS = {
     'bench --plot': (*BENCH, '--plot', 'OUT'),
     'bench --record': (*BENCH, '--record', 'OUT'),
     'evidence --record': ('evidence', 'pretraining', '--record', 'OUT'),
-    'evidence --plot': ('evidence', 'pretraining', '--plot', 'OUT'),
 }
 
 
@@ -188,7 +187,6 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--objective'): ('clip', 'nosuch'),
     ('bench', '--plot'): ('x.jpg',),
     ('evidence', '--seeds'): ('1 1', '-1', 'x'),
-    ('evidence', '--plot'): ('x.jpg',),
     ('evidence', 'x'): (),
     ('evidence all', '--seeds'): ('0',),  # without the name of one
     ('bench --suite', '--repeats'): ('0',),

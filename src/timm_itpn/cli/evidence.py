@@ -3,7 +3,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from .. import figures, studies
+from .. import studies
 from ..checks import check_output, require
 
 
@@ -13,7 +13,6 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
     parser.add_argument(
         '--record', type=Path, metavar='FILE.jsonl', help='file for the rows; those that it has are not measured again')
-    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='draw scores against speed, where it is measured')
     parser.add_argument(
         '--measured', action='store_true', help='measure nothing, print the tables that come with the package')
     parser.set_defaults(run=run)
@@ -36,8 +35,6 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f'--seeds {args.seeds}: give different numbers from 0 on')
     if args.record:
         check_output(args.record, '--record', overwrite=True)
-    if args.plot:
-        figures.check(args.plot, '--plot', overwrite=True)
 
     rows = read(args.record, results.Row.of_json) if args.record and args.record.exists() else []
     for row in results.load(args.study).study(args.seeds, {row.key for row in rows}):
@@ -47,6 +44,3 @@ def run(args: argparse.Namespace) -> None:
             with replaced(args.record) as part:
                 part.write_text(''.join(map(json_line, rows)), encoding='utf-8')
     print(results.markdown(args.study, rows))
-    if args.plot:
-        figures.save(results.draw(rows), args.plot)
-        print(args.plot, file=sys.stderr)

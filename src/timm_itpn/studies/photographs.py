@@ -13,6 +13,7 @@ from timm.utils import random_seed
 
 from ..checks import require
 from ..pretrain.pixel import Pixel
+from .acceleration import SETTINGS
 from .canvases import Canvases
 from .pretraining import pretrain
 from .results import Key, Row, measure
@@ -29,13 +30,7 @@ _TRAININGS = {128: Training(740, 32, 1e-3), _SIDE: Training(62, 32, 5e-4)}  # by
 _TUNING = Training(31, 32, 2e-4)
 
 _PRETRAINED = 'off, pre-trained on them'
-_SETTINGS: dict[str, dict[str, Any]] = {
-    'off': {},
-    _PRETRAINED: {},
-    **{name + (', stored' if not carry else ''): dict(acceleration=name, carry=carry)
-       for name in ('light', 'full') for carry in (True, False)},
-}
-ARMS = tuple(_SETTINGS)
+ARMS = (*SETTINGS, _PRETRAINED)
 
 
 def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
@@ -53,10 +48,9 @@ def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
     held_out = torch.arange(len(labels)) % 4 == 0
     train_set, test_set = (Canvases(large[part], labels[part], labels[part]) for part in (~held_out, held_out))
     for seed in seeds:
-        for arms in ([_PRETRAINED], [arm for arm in ARMS if arm != _PRETRAINED]):
+        for arms in (SETTINGS, [_PRETRAINED]):
             yield from measure(
-                {(arm, kind, seed): _SETTINGS[arm] for kind in ('as it is', 'tuned') for arm in arms}, done,
-                partial(_train_off, train_set, seed, arms == [_PRETRAINED]), _model,
+                arms, seed, done, partial(_train_off, train_set, seed, _PRETRAINED in arms), _model,
                 partial(_train, data=train_set, training=_TUNING, seed=seed), partial(_test, data=test_set))
 
 
@@ -70,18 +64,18 @@ def _train_off(data: Canvases, seed: int, pretrained: bool) -> State:
     side, state = min(_TRAININGS), {}
     if pretrained:
         small = data._replace(images=_resized(data.images, side))
-        state = pretrain(Pixel, small, _PRETRAINING, seed, _NUM_MASKED, side, _MODEL, _DECODER)
+        state = pretrain(Pixel, small, _PRETRAINING, seed, _NUM_MASKED, _MODEL, _DECODER)
     random_seed(seed)
-    model = _model(dict(img_size=side), state)
+    model = _model('off', state, img_size=side)
     for side, training in _TRAININGS.items():
         model.set_input_size(side)
         _train(model, data._replace(images=_resized(data.images, side)), training, seed)
     return model.state_dict()
 
 
-def _model(kwargs: dict[str, Any], state: State) -> Any:
+def _model(arm: str, state: State, **kwargs: Any) -> Any:
     """A classifier with the weights of `state`, as far as they are there; all others are new."""
-    model = timm.create_model('fast_itpn_tiny', **{'img_size': _SIDE, **_MODEL, **kwargs})
+    model = timm.create_model('fast_itpn_tiny', **{'img_size': _SIDE, **_MODEL, **SETTINGS.get(arm, {}), **kwargs})
     model.load_state_dict({key: state.get(key, value) for key, value in model.state_dict().items()})
     return model
 

@@ -94,8 +94,7 @@ def _study_seed(seed: int) -> list[Row]:
     rows: list[Row] = []
     for arm, start in _STARTS.items():
         if start.objective is not None and start.objective not in states:
-            states[start.objective] = pretrain(
-                start.objective, unlabelled, _PRETRAINING, seed, _NUM_MASKED, _SIDE, _MODEL, _DECODER)
+            states[start.objective] = pretrain(start.objective, unlabelled, _PRETRAINING, seed)
         for num, train_set in train_sets.items():
             network = _network(start, states[start.objective], seed)
             train(network, train_set, _TUNING, seed)
@@ -114,14 +113,13 @@ def pretrain(
         data: Canvases,
         training: Training,
         seed: int,
-        num_masked: int,
-        side: int,
-        model: dict[str, Any],
-        decoder: dict[str, Any],
+        num_masked: int = _NUM_MASKED,
+        model: dict[str, Any] = _MODEL,
+        decoder: dict[str, Any] = _DECODER,
 ) -> State:
     """State of a student after pre-training, backbone and pyramid."""
     random_seed(seed)
-    student = create_student('fast_itpn_tiny', objective_type.NAME, side, **model)
+    student = create_student('fast_itpn_tiny', objective_type.NAME, data.images.shape[3], **model)
     initialise(student)
     objective = objective_type(student, num_masked, **decoder)
     generator = torch.Generator().manual_seed(seed)

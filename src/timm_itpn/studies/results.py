@@ -1,19 +1,16 @@
 """Rows of the studies, those that come with the package, and their tables."""
 import importlib
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..bench.machine import Machine, this_machine
 from ..bench.rows import read, table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ['Key', 'Row', 'draw', 'load', 'markdown', 'measure', 'measured']
+__all__ = ['Key', 'Row', 'load', 'markdown', 'measure', 'measured']
 
 Key = tuple[str, str, int]  # arm, measured and seed of a row
 
@@ -26,7 +23,7 @@ class Row:
     arm: str  # what is compared: a setting, or a start
     measured: str  # when, or after how many labels
     seed: int  # of weights and order
-    scores: dict[str, float]  # by name, in percent; 'speed' is how many times as fast as the first arm
+    scores: dict[str, float]  # by name, in percent
     machine: Machine
 
     @property
@@ -48,53 +45,17 @@ def load(name: str) -> ModuleType:
 
 
 def measure(
-        settings: Mapping[Key, Any],
-        done: Collection[Key],
-        start: Callable[[], Any],
-        make: Callable[[Any, Any], Any],
-        tune: Callable[[Any], None],
-        test: Callable[[Any], dict[str, float]],
+        arms: Iterable[str], seed: int, done: Collection[Key], start: Callable[[], Any],
+        make: Callable[[str, Any], Any], tune: Callable[[Any], None], test: Callable[[Any], dict[str, float]],
 ) -> Iterator[Row]:
-    """Rows of networks that have one start, 'as it is' or 'tuned'.
-
-    Args:
-        settings: What `make` takes, for each row.
-        done: Rows that are not wanted; if none is, nothing is trained.
-        start: Trains what all networks start from.
-        make: Makes a network of a setting and the start.
-        tune: Fine-tunes a network.
-        test: Scores of a network.
-    """
-    settings = {key: setting for key, setting in settings.items() if key not in done}
-    state = start() if settings else None
-    for key, setting in settings.items():
-        network = make(setting, state)
+    """Rows of networks that `make` makes of arms and of one start, as they are and tuned; what is done is left out."""
+    keys = [key for kind in ('as it is', 'tuned') for arm in arms if (key := (arm, kind, seed)) not in done]
+    state = start() if keys else None
+    for key in keys:
+        network = make(key[0], state)
         if key[1] == 'tuned':
             tune(network)
         yield Row(*key, test(network), this_machine('cpu'))
-
-
-def draw(rows: Sequence[Row]) -> 'Figure':
-    """A panel for each score after fine-tuning, mean over seeds, against speed, also as it was measured before.
-
-    Raises:
-        ValueError: No arm has both.
-    """
-    from matplotlib.figure import Figure
-
-    speeds = {row.arm: row.scores['speed'] for row in (*measured('acceleration'), *rows) if 'speed' in row.scores}
-    tuned = [row for row in rows if row.measured == 'tuned' and row.arm in speeds]
-    names = list(dict.fromkeys(name for row in tuned for name in row.scores))
-    if not names:
-        raise ValueError('no speed is known of what was tuned: leave out --plot')
-    figure = Figure(figsize=(6 * len(names), 4), layout='constrained')
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
-        for arm in dict.fromkeys(row.arm for row in tuned):
-            point = speeds[arm], statistics.fmean(row.scores[name] for row in tuned if row.arm == arm)
-            axes.scatter(*point, color='tab:grey' if 'stored' in arm else 'tab:blue')
-            axes.annotate(arm, point, fontsize=7, xytext=(3, 3), textcoords='offset points')
-        axes.set(xlabel='times as fast as the first', ylabel=f'{name}, tuned')
-    return figure
 
 
 def measured(name: str) -> list[Row]:
@@ -122,9 +83,7 @@ def _table(rows: Sequence[Row], reference: Sequence[Row]) -> str:
             values = {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (arm, kind)}
             others = [row.scores[score] for row in reference if row.measured == kind and row.seed in values]
             mean = statistics.fmean(values.values()) if values else None
-            versus = ''
-            if mean and others and arm != reference[0].arm and score != 'speed':
-                versus = f' ({mean - statistics.fmean(others):+.2f})'
+            versus = f' ({mean - statistics.fmean(others):+.2f})' if mean and others and arm != reference[0].arm else ''
             cells.append('' if mean is None else f'{mean:.2f}{versus}')
         lines.append([arm, *cells, str(len({row.seed for row in rows if row.arm == arm}))])
     return table(['arm', *(f'{score}, {kind}' for kind, score in columns), 'seeds'], lines)
