@@ -115,5 +115,5 @@ def replenish(
 
 def _put(grid: torch.Tensor, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The grid (B, N, C) with tokens (B, W, K, C) at positions (B or 1, W, K)."""
-    B, _, C = grid.shape
-    return grid.scatter(1, positions.flatten(1)[:, :, None].expand(B, -1, C), x.flatten(1, 2))
+    x = x.flatten(1, 2)
+    return grid.scatter(1, positions.flatten(1)[:, :, None].expand(x.shape), x)

@@ -34,12 +34,7 @@ ARMS = (*SETTINGS, _PRETRAINED)
 
 
 def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
-    """Train on small images, then on large ones; measure each setting, fine-tune and measure again.
-
-    Args:
-        seeds: Of weights, order and augmentation; the data are the same for all.
-        done: Rows that are not wanted.
-    """
+    """As `acceleration.study`."""
     require('the experiment', 'photographs', 'elpv_dataset')
     from elpv_dataset.utils import load_dataset
 
@@ -61,15 +56,14 @@ def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
 
 def _train_off(data: Canvases, seed: int, pretrained: bool) -> State:
     """State of a network that is trained without acceleration, on small images first."""
-    side, state = min(_TRAININGS), {}
-    if pretrained:
-        small = data._replace(images=_resized(data.images, side))
-        state = pretrain(Pixel, small, _PRETRAINING, seed, _NUM_MASKED, _MODEL, _DECODER)
+    sets = {side: data._replace(images=_resized(data.images, side)) for side in _TRAININGS}
+    side = min(sets)
+    state = pretrain(Pixel, sets[side], _PRETRAINING, seed, _NUM_MASKED, _MODEL, _DECODER) if pretrained else {}
     random_seed(seed)
     model = _model('off', state, img_size=side)
     for side, training in _TRAININGS.items():
         model.set_input_size(side)
-        _train(model, data._replace(images=_resized(data.images, side)), training, seed)
+        _train(model, sets[side], training, seed)
     return model.state_dict()
 
 
