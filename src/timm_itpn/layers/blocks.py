@@ -131,11 +131,12 @@ class AttentionBlock(nn.Module):
         """Add to the tokens what the MLP makes of them."""
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
-        bias: torch.Tensor | None = None
+    def forward(
+            self, x: torch.Tensor, height: int, width: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, N, dim), of a `height` x `width` grid where there is a relative position bias -> (B, N, dim)."""
         if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(height, width)
+            own = self.rel_pos_bias(height, width)
+            bias = own if bias is None else own + bias
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias)))
         return self.feed(x)
 

@@ -161,11 +161,12 @@ class FusedAttentionBlock(InferenceOnly):
         """Add to the tokens what the MLP makes of them."""
         return self.mlp(x)
 
-    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
-        bias: torch.Tensor | None = None
+    def forward(
+            self, x: torch.Tensor, height: int, width: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, N, dim), of a `height` x `width` grid where there is a relative position bias -> (B, N, dim)."""
         if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(height, width)
+            own = self.rel_pos_bias(height, width)
+            bias = own if bias is None else own + bias
         q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
         return self.feed(self.attend(x, (q, k, v), bias))
 
