@@ -5,6 +5,7 @@ from support.small import FAMILIES, PYRAMIDS, images, small_model
 
 import timm_itpn
 from timm_itpn.layers import run
+from timm_itpn.layers.pos_embed import role_pos_embed
 
 
 @pytest.mark.parametrize('fused', [False, True], ids=['model', 'fused'])
@@ -54,7 +55,8 @@ def test_bias_is_added_to_that_of_relative_positions():
     x, bias = images(2, 16, 128), images(16, 16)
     with torch.no_grad():
         plain, biased = stage.forward_blocks(x, 4, 4), stage.forward_blocks(x, 4, 4, bias=bias)
-        torch.testing.assert_close(stage.forward_blocks(x, 4, 4, bias=torch.full((16, 16), 2.)), plain, rtol=1e-4, atol=1e-4)
+        shifted = stage.forward_blocks(x, 4, 4, bias=torch.full((16, 16), 2.))
+        torch.testing.assert_close(shifted, plain, rtol=1e-4, atol=1e-4)
         assert (biased - plain).abs().max() > 1e-3
         torch.testing.assert_close(fused.forward_blocks(x, 4, 4, bias=bias), biased, rtol=1e-4, atol=1e-4)
 
@@ -65,18 +67,16 @@ def test_bias_is_added_to_that_of_relative_positions():
     ('corners', (3, 3), [[6 * y + 1.5 * x for x in range(3)] for y in range(3)]),
 ])
 def test_positions_are_made_as_trackers_do(method, size, expected):
-    stage = small_model('fast_itpn_tiny').stages[2]
-    ramp = torch.arange(16.)  # 4 * row + column
-    with torch.no_grad():
-        stage.pos_embed.copy_(ramp[None, :, None].expand(1, 16, 128))
-        found = stage.positions(size, method)
-        torch.testing.assert_close(stage.positions((4, 4), method), stage.pos_embed)
-    torch.testing.assert_close(found, torch.tensor(expected).flatten()[None, :, None].expand(found.shape).float())
+    grid = torch.arange(16.).reshape(1, 16, 1)  # 4 * row + column
+    found = role_pos_embed(grid, size, (4, 4), method)
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected).float().flatten())
+    assert torch.equal(role_pos_embed(grid, (4, 4), (4, 4), method), grid)
 
 
 def test_half_pixel_positions_are_those_of_a_model_of_that_size():
-    stage, other = (small_model('fast_itpn_tiny').stages[2] for _ in range(2))
-    other.set_grid_size((3, 5))
-    assert torch.equal(stage.positions((3, 5)), other.pos_embed)
+    stage = small_model('fast_itpn_tiny').stages[2]
+    found = role_pos_embed(stage.pos_embed, (3, 5), (4, 4), 'half_pixel')
+    stage.set_grid_size((3, 5))
+    assert torch.equal(found, stage.pos_embed)
     with pytest.raises(ValueError, match="positions 'nearest' is unknown, use one of .*crop"):
-        stage.positions((3, 5), 'nearest')
+        role_pos_embed(found, (4, 4), (3, 5), 'nearest')

@@ -84,6 +84,8 @@ class AttentionBlock(nn.Module):
         dd: Device and dtype of the parameters.
     """
 
+    score_scale: float | None = None  # what queries still have to be scaled by, None for head_dim ** -0.5
+
     def __init__(
             self,
             dim: int,

@@ -124,6 +124,7 @@ class FusedMlp(InferenceOnly):
 class FusedAttentionBlock(InferenceOnly):
     """`AttentionBlock` for inference. (B, N, dim) -> (B, N, dim)."""
     fused_attn: torch.jit.Final[bool]
+    score_scale = 1.  # it is in the weights
 
     def __init__(self, block: nn.Module):
         super().__init__()

@@ -8,9 +8,10 @@ from timm.layers import LayerNorm, trunc_normal_
 from timm.models import checkpoint
 from torch.types import Device
 
+from ..ops.attention import as_bias
 from .blocks import AttentionBlock, MlpBlock
 from .patch_embed import ConvPatchMerge
-from .pos_embed import resample_pos_embed, role_pos_embed
+from .pos_embed import resample_pos_embed
 from .run import run_blocks
 
 __all__ = ['AttentionStage', 'MlpStage']
@@ -140,10 +141,6 @@ class AttentionStage(nn.Module):
             pos_embed = resample_pos_embed(pos_embed, new_size=[H, W], old_size=self.grid_size)
         return self.pos_drop(x.reshape(B, H * W, C) + pos_embed).reshape(B, H, W, C)
 
-    def positions(self, grid_size: tuple[int, int], method: str = 'half_pixel') -> torch.Tensor:
-        """The position embedding for another grid (height, width), (1, height * width, dim); see `role_pos_embed`."""
-        return role_pos_embed(self.pos_embed, grid_size, self.grid_size, method)
-
     def forward_blocks(
             self,
             x: torch.Tensor,
@@ -164,8 +161,7 @@ class AttentionStage(nn.Module):
             bias: Added to the scores (B, num_heads, N, N), to which it broadcasts; or of bool, False where a query
                 must not see a key. Every query must see one.
         """
-        if bias is not None and bias.dtype == torch.bool:
-            bias = torch.zeros_like(bias, dtype=x.dtype).masked_fill(~bias, float('-inf'))
+        bias = as_bias(bias, x.dtype)
         for i, block in enumerate(self.blocks):
             if i >= start and (stop is None or i < stop):  # TorchScript cannot slice modules
                 if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -19,6 +19,7 @@ from .layout import (
     PRETRAIN,
     PYRAMID,
     TABLE,
+    TRACKING,
     find_prefixes,
     layout_of,
     native_pyramid_depth,
@@ -233,6 +234,9 @@ def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
     if left:
         parts = sorted({part_of(key, state_dict) for key in left})
         _logger.info(f'Left out {len(left)} tensors that only pre-training needs ({", ".join(parts)}).')
+    if own := _starting(TRACKING, state_dict):
+        _logger.info(f"Left out {len(own)} tensors that are a tracker's own: `JointEncoder.load` gives them.")
+        left += own
     if not _starting(PYRAMID, target) and _starting(PYRAMID, state_dict):
         _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
         left += _starting(PYRAMID, state_dict)

@@ -2,7 +2,7 @@
 
 A table maps a native key to the official keys whose tensors, joined along the first axis, make it. Read one way it
 converts an official file, read the other way it writes one. What only pre-training needs keeps its official name, with
-`pretrain.` before it.
+`pretrain.` before it, and so does what is a tracker's own, with `tracking.` (see `tracker.py`).
 """
 import re
 from collections import Counter
@@ -13,13 +13,14 @@ import torch
 from einops import rearrange
 
 __all__ = [
-    'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE', 'Layout',
-    'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths', 'native_layout',
+    'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE', 'TRACKING',
+    'Layout', 'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths', 'native_layout',
     'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part', 'to_current',
 ]
 
 PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
+TRACKING = 'tracking.'
 POS_EMBED = 'stages.2.pos_embed'
 TABLE = '.relative_position_bias_table'
 CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
@@ -322,12 +323,15 @@ def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     """
     layout = native_layout(state_dict)
     table = key_table(layout, native_depths(state_dict), native_pyramid_depth(state_dict))
-    unknown = [key for key in state_dict if key not in table and not key.startswith(PRETRAIN)]
+    unknown = [key for key in state_dict if key not in table and not key.startswith((PRETRAIN, TRACKING))]
     if unknown:
         raise ValueError(f'The checkpoint has keys that are not of a native {layout.family}: {", ".join(unknown)}.')
     official: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
-        if key.startswith(PRETRAIN):
+        if TRACKING + key in state_dict:  # there it is whole
+            continue
+        key = key.removeprefix(TRACKING)
+        if key not in table:
             official[key.removeprefix(PRETRAIN)] = value
             continue
         if re.fullmatch(layout.conv1x1, key):
