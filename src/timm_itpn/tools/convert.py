@@ -21,6 +21,7 @@ from ..weights.checkpoint import StateDict, fit_to_model
 from ..weights.describe import describe
 from ..weights.integrity import sha256_of
 from ..weights.layout import native_to_official
+from ..weights.read import read_contents
 from .card import model_card
 from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from .match import choose_model, matching_models, model_args, why_not_published
@@ -51,7 +52,7 @@ def convert(
         verify: Read the folder again and compare every tensor, and what the model computes.
         data: How images are prepared, by the names in `settings.DATA`, in place of what the checkpoint says.
         class_map: Text file with the names of the classes, one per line.
-        opening: `dtype`, `ema`, `img_size` and `prefix` of `open_checkpoint`.
+        opening: `dtype`, `ema`, `img_size`, `prefix` and `roles` of `open_checkpoint`.
 
     Returns:
         What was read and written, for JSON.
@@ -206,12 +207,12 @@ def revert(path: Path, output: Path, verify: bool = False, **opening: Any) -> di
     with created(output, '-o') as part:
         report, digests = _write_official(part, open_checkpoint(path, **opening))
         if verify:
-            _compare(open_checkpoint(part).native, digests)
+            _compare(read_contents(part).tree['model'], digests)
     return {'output': str(output), **report, 'sha256': sha256_of(output), 'verified': verify}
 
 
 def _write_official(output: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], Digests]:
-    """Write the file; return what it is, and digests of the native tensors."""
+    """Write the file; return what it is, and digests of its tensors."""
     if checkpoint.layout == 'official':
         raise ValueError(f'{checkpoint.path} is in official layout already.')
     native = checkpoint.native
@@ -225,4 +226,4 @@ def _write_official(output: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any
             official[key] = value.clone()
     torch.save({'model': official}, output)
     report = dict(source=checkpoint.report(), dtypes=_dtypes(official), parts=weights.parts)
-    return report, _digests(native)
+    return report, _digests(official)

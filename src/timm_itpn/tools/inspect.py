@@ -5,7 +5,7 @@ be escaped before a terminal gets it.
 """
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..weights.integrity import sha256_of
 from ..weights.layout import FAST_ITPN, ITPN, layout_of
 from ..weights.read import read_contents, stand_in_name
 from ..weights.sources import hash_check, plain_name
+from ..weights.tracker import tracker_to_native
 from .checkpoint_file import WEIGHTS
 from .match import matching_models, model_args
 
@@ -28,13 +29,18 @@ MAX_KEYS = 8
 MAX_TEXT = 200
 
 
-def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> dict[str, Any]:
+Roles = Mapping[str, tuple[int, int]]
+
+
+def inspect(
+        path: Path, name: str | None = None, prefix: str | None = None, roles: Roles | None = None) -> dict[str, Any]:
     """What is in a weight file, for JSON.
 
     Args:
         path: File of any format, or folder that `convert` wrote.
         name: Model to compare it with, None to tell from the file.
         prefix: Which of several networks to look at, such as 'backbone'.
+        roles: Of a tracker's file, see `weights.tracker.tracker_to_native`.
 
     Raises:
         ValueError: It cannot be read, or is not a weight file; or there is no model of that name.
@@ -60,7 +66,7 @@ def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> d
         'num_values': sum(value.numel() for value in tensors.values()),
         'dtypes': dict(Counter(_short(value.dtype) for value in tensors.values()).most_common()),
         'first_keys': list(tensors)[:MAX_KEYS],
-        **_network(tensors, name, contents.metadata.get('model', '')),
+        **_network(tensors, name, contents.metadata.get('model', ''), roles or {}),
     }
     facts['problem'] = problem or facts['problem']
     tree = contents.tree if wrapper else {}
@@ -122,7 +128,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict[str, Any]:
+def _network(state_dict: StateDict, name: str | None, converted_as: str, roles: Roles) -> dict[str, Any]:
     """Layout, network and parts of the weights, and the models that they are compared with."""
     layout = layout_of(state_dict)
     found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem='')
@@ -130,11 +136,11 @@ def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict
         found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no named tensors.'
         return found
     try:
-        native = to_native(state_dict)
+        native = to_native(tracker_to_native(state_dict, roles))
         weights = describe(native)
         is_square = math.isqrt(weights.num_tokens) ** 2 == weights.num_tokens
         compared = weights if is_square else weights._replace(num_tokens=1)  # the grid of no published file
-        names = matching_models(compared, published=layout == 'official' or '.' in converted_as)
+        names = matching_models(compared, published=not roles and layout == 'official' or '.' in converted_as)
     except ValueError as error:
         found['problem'] = str(error)
         return found
@@ -143,15 +149,18 @@ def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict
         found,
         parts=network.pop('parts'),
         network=network,
-        models=[_fit(each, native, weights) for each in dict.fromkeys([*names, *([name] if name else [])])],
+        models=[
+            _fit(each, native, weights, next(iter(roles.values()), None))
+            for each in dict.fromkeys([*names, *([name] if name else [])])],
         notes=_notes(weights, name or (names[0] if names else '')),
     )
 
 
-def _fit(name: str, native: dict[str, torch.Tensor], weights: Description) -> dict[str, Any]:
+def _fit(
+        name: str, native: StateDict, weights: Description, img_size: tuple[int, int] | None) -> dict[str, Any]:
     """Whether a model holds the weights, and what it needs to be told for that."""
     try:
-        args = model_args(name, native, weights, None)
+        args = model_args(name, native, weights, img_size)
     except ValueError as error:
         return dict(name=name, fits=False, args={}, problem=str(error))
     args.pop('pretrained_cfg_overlay', None)

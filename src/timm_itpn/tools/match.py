@@ -85,7 +85,7 @@ def model_args(
     if img_size and (height // 16) * (width // 16) != weights.num_tokens:
         raise ValueError(
             f'The position embedding has {weights.num_tokens} tokens, but {height} x {width} pixels are '
-            f'{height // 16} x {width // 16}: correct --img-size.')
+            f'{height // 16} x {width // 16}: correct --img-size or --role.')
     if weights.num_classes and not all(key in native for key in CLASSIFIER):
         raise ValueError(f'The checkpoint is incomplete: of {" and ".join(CLASSIFIER)} it has one only.')
     if name.partition('.')[0].endswith('_fpn') and not weights.pyramid_dim:

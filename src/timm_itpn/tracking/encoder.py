@@ -234,7 +234,7 @@ class JointEncoder(nn.Module):
         weights = to_encoder(unwrap(contents.tree, prefix=prefix)[0], target, self.role_positions)
         own = {key: weights.pop(key) for key in list(weights) if key not in target}
         if missing := [key for key in target if key not in weights]:
-            raise ValueError(f'{path} lacks {", ".join(missing)}; beside the encoder it has {", ".join(own) or "none"}.')
+            raise ValueError(f'{path} lacks {", ".join(missing)}; it has besides: {", ".join(own) or "nothing"}.')
         if wrong := why_no_weights(weights):
             raise ValueError(f'{path} cannot be loaded: {wrong}.')
         self.load_state_dict(weights)

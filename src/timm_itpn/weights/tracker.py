@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .checkpoint import StateDict, leave_out
-from .layout import POS_EMBED, PRETRAIN, PYRAMID, TRACKING, layout_of, to_current
+from .layout import ALL_POSITIONS, POS_EMBED, PRETRAIN, PYRAMID, TRACKING, layout_of, to_current
 
 __all__ = ['mark_own', 'to_encoder', 'tracker_to_native']
 
@@ -21,18 +21,22 @@ def mark_own(native: StateDict) -> StateDict:
     return {key if key.startswith(NETWORK) else TRACKING + key: value for key, value in native.items()}
 
 
-def tracker_to_native(state_dict: StateDict, num_tokens: Mapping[str, int]) -> StateDict:
-    """Convert the weights of a tracker's encoder.
+def tracker_to_native(state_dict: StateDict, roles: Mapping[str, tuple[int, int]] | None) -> StateDict:
+    """Convert the weights of a tracker's encoder; others come back as they are.
 
     Args:
         state_dict: In official layout.
-        num_tokens: Role -> tokens of an image, in the order in which the position embedding has them.
+        roles: Role -> height and width of an image in pixels, in the order in which the position embedding has the
+            tokens; None or empty = it is not of a tracker.
     """
+    if not roles or layout_of(state_dict) != 'official':
+        return state_dict
     native = mark_own(to_current(state_dict, strict=False))
+    num_tokens = [height * width // 256 for height, width in roles.values()]
     positions = native.get(POS_EMBED)
-    if positions is not None and len(num_tokens) > 1 and positions.shape[1] == sum(num_tokens.values()):
-        native[TRACKING + POS_EMBED] = positions
-        native[POS_EMBED] = positions[:, :next(iter(num_tokens.values()))].clone()  # safetensors take no views
+    if positions is not None and len(roles) > 1 and positions.shape[1] == sum(num_tokens):
+        native[ALL_POSITIONS] = positions
+        native[POS_EMBED] = positions[:, :num_tokens[0]].clone()  # safetensors take no views
     return native
 
 
@@ -48,9 +52,11 @@ def to_encoder(
     if layout_of(state_dict) != 'official' and POS_EMBED not in state_dict:
         return state_dict
     native = to_current(state_dict, strict=False)
-    native = {key.removeprefix(TRACKING): value for key, value in native.items() if TRACKING + key not in native}
-    if POS_EMBED in native:
-        native.update(role_positions(native.pop(POS_EMBED)))
+    positions = native.pop(POS_EMBED, None)
+    positions = native.pop(ALL_POSITIONS, positions)
+    native = {key.removeprefix(TRACKING): value for key, value in native.items()}
+    if positions is not None:
+        native.update(role_positions(positions))
     for norm in NORMS:
         found = {f'norm.{leaf}': native.pop(f'{norm}.{leaf}', None) for leaf in ('weight', 'bias')}
         native.update({key: value for key, value in found.items() if value is not None})
