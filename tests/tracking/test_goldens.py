@@ -16,13 +16,11 @@ ARCHS = {
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def encoder_of(name, path):
+def encoder_of(name, tmp_path):
     """Encoder with the weights of a golden, what the tracker has besides, its images, and check()."""
     arch, positions = ARCHS[name]
     expected = golden.load(f'tracking/{name}')
     inputs = {key: torch.from_numpy(golden.noise(*value)) for key, value in expected['inputs'].items()}
-    if 'text' in inputs:
-        inputs['text'] = golden.tensor(*expected['inputs']['text'])
     state_dict = {key: value for key, value in golden.official_state_dict(expected).items() if key[:5] != 'neck.'}
     roles = {key.partition('.')[0]: value.shape[-1] for key, value in inputs.items() if value.ndim == 4}
     create = dict(num_classes=0, in_chans=6 if name.startswith('sutrack') else 3, dtype=torch.float64)
@@ -30,15 +28,14 @@ def encoder_of(name, path):
         create['rel_pos_bias'] = False
     if name == 'sutrack_tiny_rgb_224':  # made of a pre-training file
         own = {key: state_dict.pop(key) for key in list(state_dict) if '_token' in key or key.startswith('fc_norm')}
+        path = tmp_path / 'pretraining.pt'
         torch.save({'model': state_dict}, path)
         model = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **create)
         encoder = JointEncoder(model, roles, positions)
         encoder.norm.load_state_dict({leaf: own.pop(f'fc_norm.{leaf}') for leaf in ('weight', 'bias')})
-    else:  # a tracker's own file
-        torch.save({'net': {f'encoder.body.{key}': value for key, value in state_dict.items()}, 'epoch': 3}, path)
+    else:
         encoder = JointEncoder(timm.create_model(arch, **create), roles, positions)
-        own = encoder.load(path)
-    path.unlink()
+        own = {key: state_dict[key] for key in encoder.load_state_dict(state_dict, strict=False).unexpected_keys}
     bound = {'dutrack_base_256': 1e-6, 'aqatrack_hivit_base_256': 5e-6}.get(name, 2e-7)
 
     def check(key, found):
@@ -50,13 +47,10 @@ def encoder_of(name, path):
             limit = 5e-6 if 'attention' in key else bound
         assert golden.error(found, expected['outputs'][key]) < limit, key
 
-    for key in ('search', 'template'):  # and both in one
-        if f'pos_embed_{key}' in expected:
-            assert golden.error(encoder.pos_embed[key], expected[f'pos_embed_{key}']) < 2e-7
-    if 'pos_embed' in expected:
-        assert golden.error(torch.cat(list(encoder.pos_embed.values()), dim=1), expected['pos_embed']) < 2e-7
-    if 'stem' in expected:
-        assert golden.error(encoder.patch_embed.proj.weight, expected['stem']) < 2e-7
+    made = {f'pos_embed_{role}': position for role, position in encoder.pos_embed.items()}
+    made.update(pos_embed=torch.cat(list(encoder.pos_embed.values()), dim=1), stem=encoder.patch_embed.proj.weight)
+    for key in made.keys() & expected.keys():
+        assert golden.error(made[key], expected[key]) < 1e-6, key  # of a standard deviation of 0.025: float32
     return encoder.eval(), own, inputs, expected, check
 
 
@@ -70,10 +64,11 @@ def templates(inputs):
     return torch.stack([x for key, x in inputs.items() if key.startswith('template')], dim=1)
 
 
-@pytest.mark.parametrize('name', ['sutrack_tiny_rgb_224', 'sutrack_base_6ch_224'])
+@pytest.mark.parametrize('name', [
+    'sutrack_tiny_rgb_224', pytest.param('sutrack_base_6ch_224', marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_sutrack(name, tmp_path):
-    encoder, own, inputs, expected, check = encoder_of(name, tmp_path / 'tracker.pth.tar')
+    encoder, own, inputs, expected, check = encoder_of(name, tmp_path)
     images = dict(search=inputs['search'], template=templates(inputs))
     if name == 'sutrack_tiny_rgb_224':  # the image twice
         images = {role: torch.cat((x, x), dim=-3) for role, x in images.items()}
@@ -94,7 +89,7 @@ def test_sutrack(name, tmp_path):
 
 @torch.no_grad()
 def test_mcitrack(tmp_path):
-    encoder, own, inputs, expected, check = encoder_of('mcitrack_tiny_224', tmp_path / 'tracker.pth.tar')
+    encoder, own, inputs, expected, check = encoder_of('mcitrack_tiny_224', tmp_path)
     types = soft_types(own, list(expected['boxes'].values()))
     kept = encoder.embed(templates(inputs), 'template', types['template'])
     for frame in (1, 0):
@@ -107,9 +102,10 @@ def test_mcitrack(tmp_path):
     check('without_neck.tokens', encoder.norm(tokens))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_dutrack(tmp_path):
-    encoder, own, inputs, expected, check = encoder_of('dutrack_base_256', tmp_path / 'tracker.pth.tar')
+    encoder, own, inputs, expected, check = encoder_of('dutrack_base_256', tmp_path)
     temporal = own['temporal_token'] + golden.tensor('pos_embed', (1, 196, 512))[:, :1]
     kept = encoder.embed(templates(inputs), 'template')
     for frame in (0, 1):
@@ -123,8 +119,9 @@ def test_dutrack(tmp_path):
         temporal = tokens[:, :3]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_aqatrack(tmp_path):
-    encoder, _, inputs, expected, check = encoder_of('aqatrack_hivit_base_256', tmp_path / 'tracker.pth.tar')
+    encoder, _, inputs, expected, check = encoder_of('aqatrack_hivit_base_256', tmp_path)
     tokens, _ = encoder(dict(template=inputs['template.0'], search=inputs['search']))
     check('tokens', tokens)
