@@ -38,6 +38,7 @@ def test_parts_replace_those_of_a_named_setting():
     full = parse_schedule(12, acceleration='full')
     assert parse_schedule(12, acceleration='full', gather_window=7) == full._replace(gather_window=7)
     assert parse_schedule(12, acceleration='full', migrate={}) == full._replace(migrate=(0.,) * 12)
+    assert parse_schedule(12, acceleration='full', carry=0) == full._replace(carry=False)
     assert parse_schedule(12, acceleration='full', gather_blocks=range(12)).windowed == (True,) * 12
 
 
@@ -56,6 +57,7 @@ def test_parts_replace_those_of_a_named_setting():
     (dict(migrate={0: -1}), 'migrate asks for -1 at block 0'),
     (dict(migrate={0: float('nan')}), 'migrate asks for nan at block 0'),
     (dict(migrate={0: '0.5'}), "migrate asks for '0.5' at block 0"),
+    (dict(carry=0.5), 'carry 0.5 is not usable'),
     (dict(migrate=[0.5]), r'migrate \[0.5\] is not usable'),
 ])
 def test_what_cannot_be_is_refused(kwargs, message):

@@ -91,26 +91,24 @@ def test_windows_without_gathering_see_only_themselves(name, monkeypatch):
 
 @every_family
 @pytest.mark.parametrize('kwargs', EACH)
-def test_tokens_that_left_are_as_they_were(name, kwargs):
-    """Neither the MLP of the block where they left, nor any later block, has changed them."""
-    model = small_model(name, head_init_scale=1., **kwargs)
-    stage = model.stages[2]
-    left = []
-    for block in stage.blocks:
-        block.register_forward_hook(lambda module, args, output: left.append(output[2:]))
+@pytest.mark.parametrize('carry', [False, True])
+def test_tokens_that_left_are_as_they_were_or_carried(name, kwargs, carry):
+    """Neither the MLP of the block where they left, nor any later block, has changed them; or as their partners."""
+    model = small_model(name, head_init_scale=1., carry=carry, **kwargs)
     x = images(2, 3, *model.patch_embed.img_size)
     with torch.no_grad():
-        maps, positions = stage.run(model.stages[:2](model.patch_embed(x)))
+        maps, left = model.stages[2].run(model.stages[:2](model.patch_embed(x)))
+    left = [group for group in left if group is not None]
+    assert len(left) == len(kwargs['migrate'])
     flat = maps.flatten(1, 2)
-    for (tokens, where), listed in zip(left, positions):
-        assert torch.equal(where, listed)
-        if tokens.shape[2] == 0:
-            continue
+    for tokens, positions, partners, partner_positions in left:
         for b in range(2):
-            assert torch.equal(flat[b, where[b].flatten()], tokens[b].flatten(0, 1))
-    gone = torch.cat([where.flatten(1, 2) for tokens, where in left if tokens.shape[2] > 0], dim=1)
+            gained = flat[b, partner_positions[b].flatten()] - partners[b].flatten(0, 1) if carry else 0.
+            assert torch.equal(flat[b, positions[b].flatten()], tokens[b].flatten(0, 1) + gained)
+    gone = torch.cat([group.positions.flatten(1, 2) for group in left], dim=1)
     assert all(len(set(row.tolist())) == len(row) for row in gone)  # nobody leaves twice
     assert (gone < flat.shape[1]).all()  # and no padded position does
+    assert all((group.partner_positions < flat.shape[1]).all() for group in left)
 
 
 @pytest.mark.parametrize('kwargs', EACH)
@@ -119,15 +117,13 @@ def test_the_same_number_leaves_every_window(kwargs):
     stage = model.stages[2]
     x = images(2, 3, *model.patch_embed.img_size)
     with torch.no_grad():
-        _, positions = stage.run(model.stages[:2](model.patch_embed(x)))
-    numbers = [p.shape[2] for p in positions]
-    assert numbers == ([2, 2] if kwargs is ON else [1, 0])
+        _, left = stage.run(model.stages[:2](model.patch_embed(x)))
+    assert [group and group.positions.shape[2] for group in left] == ([2, 2] if kwargs is ON else [1, None])
     H, W = stage.grid_size
-    for p in positions:
-        rows, columns = (p // W) * -(-H // 3) // H, (p % W) * -(-W // 3) // W
-        if kwargs is ON and p.shape[2]:
-            windows = rows * 2 + columns
-            assert (windows == torch.arange(4)[None, :, None]).all()
+    for group in left if kwargs is ON else ():
+        for p in (group.positions, group.partner_positions):
+            rows, columns = (p // W) * -(-H // 3) // H, (p % W) * -(-W // 3) // W
+            assert (rows * 2 + columns == torch.arange(4)[None, :, None]).all()
 
 
 # that it works as models do

@@ -202,6 +202,7 @@ def test_tokens_that_leave_are_drawn(photo, drawn, capsys):
     assert 'fast_itpn_tiny_fpn, acceleration full, random weights' in drawn[0].get_suptitle()
     assert titles(drawn[0]) == [
         '4 windows', 'block 1: 4 leave', 'block 3: 4 leave', 'block 4: 4 leave', '12 of 24 stay']
+    assert [len(axes.get_lines()) for axes in drawn[0].axes] == [8, 12, 12, 12, 8]  # of windows, and to partners
     assert Image.open('flower_tokens.png').format == 'PNG'
 
 
@@ -209,9 +210,11 @@ def test_departures_are_those_of_the_model():
     model = timm.create_model('fast_itpn_tiny', img_size=(64, 96), migrate={0: 2, 3: 1}).eval()
     departed = []
     for block in model.stages[2].blocks:
-        block.register_forward_hook(lambda module, args, output: departed.append(output[3].flatten().tolist()))
-    left, windows = show_figures.departures(model, torch.randn(1, 3, 64, 96))
+        block.register_forward_hook(lambda module, args, output: departed.append(output[2]))
+    left, partners, windows = show_figures.departures(model, torch.randn(1, 3, 64, 96))
     assert windows.tolist() == [[0, 0]]
     blocks = left.flatten()
-    assert [(blocks == i).nonzero().flatten().tolist() for i in (0, 3)] == [sorted(departed[0]), departed[3]]
+    for i in (0, 3):
+        assert torch.equal((blocks == i).nonzero().flatten(), departed[i].positions.flatten().sort().values)
+        assert torch.equal(partners.flatten()[departed[i].positions], departed[i].partner_positions)
     assert (blocks == 12).sum() == 21

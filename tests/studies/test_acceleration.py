@@ -1,5 +1,6 @@
 """The experiment on token gathering and migration, much shortened."""
 import pytest
+import torch
 
 from timm_itpn.studies import acceleration
 from timm_itpn.studies.canvases import draw
@@ -8,14 +9,26 @@ from timm_itpn.studies.two_tasks import Training
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def test_study_measures_the_arms_and_tunes_the_settings(monkeypatch):
+def test_study_measures_what_is_not_done(monkeypatch):
     for name in ('_SMALL_TRAINING', '_TRAINING', '_TUNING'):
         monkeypatch.setattr(acceleration, name, Training(1, 2, 1e-3))
-    swept = ['windows of 4 in the first 2 blocks', '50% stay (windows of 4)']
-    monkeypatch.setattr(acceleration, '_SWEEP', {arm: acceleration._SWEEP[arm] for arm in swept})
     monkeypatch.setattr(acceleration, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
-    measured = [(row.arm, row.measured, row.seed) for row in acceleration.study((0, 3))]
-    settings = ('off', 'light', 'full')
-    forms = (*settings, 'windows in all blocks')
-    expected = [(arm, 'as it is', 0) for arm in (*forms, *swept)] + [(arm, 'tuned', 0) for arm in forms]
-    assert measured == expected + [(arm, kind, 3) for kind in ('as it is', 'tuned') for arm in settings]
+    expected = [
+        (arm, kind, seed) for seed in (3, 4) for kind in ('as it is', 'tuned') for arm in acceleration.ARMS]
+    done = [key for key in expected if key[2] == 3 and key[0] != 'full']
+    assert [row.key for row in acceleration.study((3, 4), done)] == [key for key in expected if key not in done]
+
+
+def test_controls_are_what_they_say(monkeypatch):
+    monkeypatch.setattr(acceleration, '_MODEL', dict(acceleration._MODEL, img_size=128))
+    x, stages, left = torch.randn(1, 16, 16, 32), {}, {}
+    state = acceleration._network('full').state_dict()
+    with torch.no_grad():
+        for arm in ('full', 'full, stored', *acceleration._CONTROLS):
+            stages[arm] = acceleration._network(arm, state).eval().model.stages[2]
+            left[arm] = stages[arm].run(x)[1][0].positions
+        empty = (stages['full, not replenished'](x) == 0).all(dim=3).flatten()
+    assert not stages['full, stored'].carry and stages['full'].carry
+    assert torch.equal(left['full, not replenished'], left['full'])
+    assert not torch.equal(left['full, random tokens leave'], left['full'])
+    assert empty[left['full'].flatten()].all() and not empty.all()

@@ -16,10 +16,10 @@ def test_scores_of_a_network_that_knows_everything():
         def forward(self, images):
             return torch.eye(10)[canvases.labels], torch.eye(12)[canvases.token_labels]
 
-    assert two_tasks.test(Oracle(), canvases) == {'top1': 100., 'miou': 100.}
+    assert two_tasks.test(Oracle(), canvases) == {'top-1': 100., 'mIoU': 100.}
     wrong = Canvases(canvases.images, (canvases.labels + 1) % 10, 1 - canvases.token_labels.clamp(max=1))
     scores = two_tasks.test(Oracle(), wrong)
-    assert scores['top1'] == 0. and scores['miou'] < 5
+    assert scores['top-1'] == 0. and scores['mIoU'] < 5
 
 
 def test_training_sees_all_canvases_before_one_repeats():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..layers.blocks import AttentionBlock
 from ..layers.fused import FusedAttentionBlock
 from .gathering import attention_bias, window_heads, window_mean
-from .migration import select, similarity, take
+from .migration import Left, select, similarity, take
 
 __all__ = ['MigrationBlock', 'Windows']
 
@@ -40,7 +40,7 @@ class Migration(nn.Module):
             x: torch.Tensor,
             windows: Windows,
             num_leave: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Left | None]:
         """Attention, then tokens leave, then the MLP of those that stay.
 
         Args:
@@ -49,20 +49,23 @@ class Migration(nn.Module):
             num_leave: Tokens of each window that leave.
 
         Returns:
-            Tokens and positions as they came, without those that left; these (B, W, num_leave, C), and their positions.
+            Tokens and positions as they came, without those that left; and these, None if no token leaves.
         """
         qkv = self.project(x)
         x = self.mix(x, qkv, windows)
         positions = windows.positions
-        left, left_positions = x[:, :, :0], positions[:, :, :0]
+        left: Left | None = None
         if num_leave > 0:
             positions = positions.expand(x.shape[0], -1, -1)
             with torch.no_grad():
                 keys = qkv[:, :, :, 1].flatten(-2)  # tokens are compared by their keys, of all heads together
-                stay, leave = select(similarity(keys, _real(windows)), positions.shape[2], num_leave)
-            left, left_positions = take(x, leave), positions.gather(2, leave)
+                nearest, partners = similarity(keys, _real(windows))
+                stay, leave, partners = select(nearest, partners, positions.shape[2], num_leave)
+            left = Left(  # no views: FSDP2 warns of those
+                take(x, leave).clone(), positions.gather(2, leave),
+                take(x, partners).clone(), positions.gather(2, partners))
             x, positions = take(x, stay), positions.gather(2, stay)
-        return self.feed(x), positions, left.clone(), left_positions  # not a view: FSDP2 warns of those
+        return self.feed(x), positions, left
 
     def mix(self, x: torch.Tensor, qkv: torch.Tensor, windows: Windows) -> torch.Tensor:
         """Attention, with its residual sum.

@@ -14,6 +14,7 @@ class Schedule(NamedTuple):
     # for each block: how much leaves each window. Below 1 it is a share of the tokens that the smallest window begins
     # with, from 1 on a number of tokens
     migrate: tuple[float, ...]
+    carry: bool = True  # tokens that left come back up to date, with what their partners went through
 
 
 def _light(depth: int) -> Schedule:
@@ -40,6 +41,7 @@ def parse_schedule(
         gather_window: int | None = None,
         gather_blocks: Sequence[int] | None = None,
         migrate: Mapping[Any, Amount] | None = None,
+        carry: bool | None = None,
 ) -> Schedule | None:
     """Make a schedule of the arguments of a model. Each of the last four replaces that part of `acceleration`.
 
@@ -51,6 +53,7 @@ def parse_schedule(
             where there are windows.
         migrate: Block -> how many tokens leave each window there: a number (int), or a share, above 0 and below 1, of
             those that the smallest window begins with. Keys may be strings, as JSON has them.
+        carry: Tokens that left come back up to date: what their partners went through is added; False = as they were.
 
     Returns:
         The schedule; None if nothing is to be done.
@@ -76,6 +79,10 @@ def parse_schedule(
         schedule = schedule._replace(windowed=tuple(i in chosen for i in range(depth)))
     if migrate is not None:
         schedule = schedule._replace(migrate=_amounts(migrate, depth))
+    if carry is not None:
+        if carry not in (True, False):
+            raise ValueError(f'carry {carry!r} is not usable: give True or False')
+        schedule = schedule._replace(carry=bool(carry))
     gathers = schedule.gather_window > 0 and any(schedule.windowed)
     return schedule if gathers or any(schedule.migrate) else None
 

@@ -8,7 +8,7 @@ from timm.models import checkpoint
 from ..layers.stages import AttentionStage
 from .block import MigrationBlock, Windows
 from .gathering import gathering_bias
-from .migration import replenish
+from .migration import Left, replenish
 from .schedule import Schedule, num_leaving
 from .windows import is_padded, partition, smallest_window, window_positions
 
@@ -21,7 +21,7 @@ class MigrationStage(AttentionStage):
 
     Tokens are split into windows, each with a gathering token if there are several. In the blocks that the schedule
     names, attention is in windows, and tokens leave between attention and MLP. After the last block every token is
-    back at its position, those that left as they were when they left.
+    back at its position, those that left brought up to date by their partners, or as they were when they left.
 
     Args:
         args: As for `AttentionStage`.
@@ -36,6 +36,7 @@ class MigrationStage(AttentionStage):
         super().__init__(*args, block_layer=MigrationBlock, **kwargs)
         self.gather_window = schedule.gather_window
         self.migrate = list(schedule.migrate)
+        self.carry = schedule.carry
         for block, windowed in zip(self.blocks, schedule.windowed):
             block.windowed = windowed
         self.check_grid_size(self.grid_size)
@@ -51,16 +52,14 @@ class MigrationStage(AttentionStage):
     def extra_repr(self) -> str:
         migrate = {i: amount for i, amount in enumerate(self.migrate) if amount > 0}
         gather_blocks = [i for i, block in enumerate(self.blocks) if block.windowed]
-        return f'gather_window={self.gather_window}, gather_blocks={gather_blocks}, migrate={migrate}'
+        return (
+            f'gather_window={self.gather_window}, gather_blocks={gather_blocks}, migrate={migrate}, carry={self.carry}')
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)[0]
 
-    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Map (B, 2H, 2W, in_dim) -> map (B, H, W, dim), and for each block the positions of tokens that left there.
-
-        Positions are (B or 1, windows, tokens), row-major; 1 as long as none has left.
-        """
+    def run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[Left | None]]:
+        """Map (B, 2H, 2W, in_dim) -> map (B, H, W, dim), and for each block the tokens that left there, if any did."""
         x = self.embed(x)
         B, H, W, C = x.shape
         N = H * W
@@ -74,19 +73,15 @@ class MigrationStage(AttentionStage):
         gathers = positions.shape[1] > 1
         gathering = gathering_bias(num_tokens) if gathers else None
 
-        left: list[torch.Tensor] = []
-        left_positions: list[torch.Tensor] = []
+        left: list[Left | None] = []
         for i, block in enumerate(self.blocks):
             windows = Windows(positions, gathering, H, W, padded)
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, positions, out, out_positions = checkpoint(block, x, windows, leaving[i])
+                x, positions, out = checkpoint(block, x, windows, leaving[i])
             else:
-                x, positions, out, out_positions = block(x, windows, leaving[i])
+                x, positions, out = block(x, windows, leaving[i])
             left.append(out)
-            left_positions.append(out_positions)
             if leaving[i] > 0 and gathers:
                 num_tokens = num_tokens - leaving[i]
                 gathering = gathering_bias(num_tokens)
-        everywhere = [p.expand(B, -1, -1) for p in left_positions + [positions]]
-        x = replenish(left + [x], everywhere, N)
-        return x.reshape(B, H, W, C), left_positions
+        return replenish(x, positions, left, N, self.carry).reshape(B, H, W, C), left

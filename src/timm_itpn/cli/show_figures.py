@@ -7,6 +7,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..acceleration.migration import Left
 from ..acceleration.stage import MigrationStage
 from ..acceleration.windows import window_positions
 
@@ -78,36 +79,41 @@ def draw_features(image: Tensor, maps: dict[str, Tensor], caption: str) -> Figur
     return figure
 
 
-def departures(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+def departures(model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run a model of this package with token migration on one image (1, 3, H, W).
 
     Returns:
-        int map (h, w), the block of stage 3 at which each token left, its number of blocks for one that stayed; and row
-        and column of the first token of each window (windows, 2).
+        int map (h, w), the block of stage 3 at which each token left, its number of blocks for one that stayed; int map
+        (h, w), the position of its partner, row-major, its own for one that stayed; and row and column of the first
+        token of each window (windows, 2).
 
     Raises:
         ValueError: No token leaves: the model does not migrate.
     """
     stage = model.stages[2]
-    left: list[Tensor] = []
+    left: list[Left | None] = []
     if isinstance(stage, MigrationStage):
         x, left = stage.run(model.stages[1](model.stages[0](model.patch_embed(images))))
-    if not any(positions.numel() for positions in left):
+    if not any(left):
         raise ValueError('no token leaves, so there is nothing to draw: add --acceleration full')
     _, height, width, _ = x.shape
-    block = torch.full((height * width,), len(left))
-    for i, positions in enumerate(left):
-        block[positions.flatten().cpu()] = i
+    block, partners = torch.full((height * width,), len(left)), torch.arange(height * width)
+    for i, group in enumerate(left):
+        if group is not None:
+            positions = group.positions.flatten().cpu()
+            block[positions], partners[positions] = i, group.partner_positions.flatten().cpu()
     first = window_positions(height, width, stage.gather_window, torch.device('cpu'))[:, 0]
-    return block.reshape(height, width), torch.stack((first // width, first % width), dim=1)
+    windows = torch.stack((first // width, first % width), dim=1)
+    return block.reshape(height, width), partners.reshape(height, width), windows
 
 
-def draw_tokens(image: Tensor, left: Tensor, windows: Tensor, caption: str) -> Figure:
-    """Draw the image with its windows, then for each block at which tokens leave: who is left, and who leaves.
+def draw_tokens(image: Tensor, left: Tensor, partners: Tensor, windows: Tensor, caption: str) -> Figure:
+    """Draw the image with its windows, then for each block at which tokens leave: who is left, who leaves, partners.
 
     Args:
         image: Image (H, W, 3) in 0..1.
-        left: When tokens left, and
+        left: When tokens left,
+        partners: their partners, and
         windows: where windows begin, of `departures`.
         caption: Title of the figure.
     """
@@ -122,13 +128,19 @@ def draw_tokens(image: Tensor, left: Tensor, windows: Tensor, caption: str) -> F
     num_stayed = int((left == stayed).sum())
     pictures[f'{num_stayed} of {left.numel()} stay'] = torch.where(per_pixel < stayed, torch.ones(3), image)
 
-    caption += '\nred: tokens that leave, white: tokens that have left'
+    caption += '\nred: tokens that leave, each with a line to its partner; white: tokens that have left'
     figure = _figure(len(pictures), 1, TOKEN_WIDTH, height / width, caption)
-    for panel, (title, picture) in zip(figure.subplots(1, len(pictures)), pictures.items()):
+    panels = figure.subplots(1, len(pictures))
+    for panel, (title, picture) in zip(panels, pictures.items()):
         _panel(panel, picture, title, height, width)
         for row, column in (STRIDE * windows).tolist():
             panel.axhline(row, color='white', linewidth=0.8)
             panel.axvline(column, color='white', linewidth=0.8)
+    for panel, block in zip(panels[1:], blocks):
+        leaving = (left == block).flatten().nonzero()[:, 0]
+        ends = torch.stack((leaving, partners.flatten()[leaving]))
+        rows, columns = (STRIDE * (0.5 + value).numpy() for value in (ends // left.shape[1], ends % left.shape[1]))
+        panel.plot(columns, rows, color='gold', linewidth=0.8)
     return figure
 
 

@@ -128,11 +128,12 @@ class ITPN(nn.Module):
         dynamic_img_size: Take any input whose sides are multiples of 16, resampling position embeddings in forward.
         dynamic_img_pad: Take any input: sides are padded to multiples of 16 by repeating their last pixels, and
             features at stride s have ceil(side / s) positions.
-        acceleration: Token gathering and migration in stage 3: 'light', 'full', or None for none. The next three
+        acceleration: Token gathering and migration in stage 3: 'light', 'full', or None for none. The next four
             replace parts of it; see `acceleration.schedule.parse_schedule`.
         gather_window: Largest side of a window in tokens, 0 for one window.
         gather_blocks: Blocks of stage 3 with attention in windows, None for all where there are windows.
         migrate: Block of stage 3 -> how many tokens (int) or which share (float) of each window leave there.
+        carry: Bring those tokens back up to date; False = as they were when they left.
         pyramid: Put the feature pyramid on the stages; the other `pyramid_` arguments are then in effect.
         pyramid_dim: Channels of its levels.
         pyramid_depth: Blocks in each of the levels at strides 8 and 4.
@@ -178,6 +179,7 @@ class ITPN(nn.Module):
             gather_window: int | None = None,
             gather_blocks: Sequence[int] | None = None,
             migrate: Mapping[int, int | float] | None = None,
+            carry: bool | None = None,
             pyramid: bool = False,
             pyramid_dim: int = 256,
             pyramid_depth: int = 1,
@@ -203,7 +205,7 @@ class ITPN(nn.Module):
         init_values = differs.init_values if init_values is None else init_values
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)
         drop_path: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        schedule = parse_schedule(depths[2], acceleration, gather_window, gather_blocks, migrate)
+        schedule = parse_schedule(depths[2], acceleration, gather_window, gather_blocks, migrate, carry)
         third: Any = AttentionStage if schedule is None else partial(MigrationStage, schedule=schedule)
 
         dynamic_img_size = dynamic_img_size or dynamic_img_pad

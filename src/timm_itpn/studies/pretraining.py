@@ -4,7 +4,7 @@ The tasks are the digit, by the classifier, and the digit at each position of th
 see the same labels in the same order; only their weights at the start differ.
 """
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
@@ -21,12 +21,10 @@ from ..pretrain.objectives import create_student
 from ..pretrain.pixel import Mfm, Pixel
 from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
-from .results import Row, report
-from .two_tasks import Training, TwoTasks, fit, normalised, test, train
+from .results import Key, Row
+from .two_tasks import State, Training, TwoTasks, fit, normalised, test, train
 
-__all__ = ['ARMS', 'study']
-
-State = dict[str, torch.Tensor]
+__all__ = ['ARMS', 'pretrain', 'study']
 
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
 _DECODER: dict[str, Any] = dict(decoder_dim=64, decoder_depth=2, decoder_num_heads=2)
@@ -70,18 +68,19 @@ _STARTS = {
 ARMS = tuple(_STARTS)
 
 
-def study(seeds: Sequence[int]) -> Iterator[Row]:
+def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
     """Pre-train, fine-tune with few labels, and measure; as many seeds at a time as there are cores.
 
     Args:
         seeds: Of weights, order and masks; the data are the same for all.
+        done: Rows that are not wanted; of a seed it is all or none.
 
     Yields:
         A row for each seed, start and number of labels.
     """
     processes = min(len(seeds), os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        for rows in pool.map(_study_seed, seeds):
+        for rows in pool.map(_study_seed, [seed for seed in seeds if seed not in {key[2] for key in done}]):
             yield from rows
 
 
@@ -95,12 +94,11 @@ def _study_seed(seed: int) -> list[Row]:
     rows: list[Row] = []
     for arm, start in _STARTS.items():
         if start.objective is not None and start.objective not in states:
-            states[start.objective] = _pretrain(start.objective, unlabelled, seed)
+            states[start.objective] = pretrain(start.objective, unlabelled, _PRETRAINING, seed)
         for num, train_set in train_sets.items():
             network = _network(start, states[start.objective], seed)
             train(network, train_set, _TUNING, seed)
-            scores = test(network, test_set)
-            rows.append(report(Row(arm, f'{num} labels', seed, **scores, machine=this_machine('cpu'))))
+            rows.append(Row(arm, f'{num} labels', seed, test(network, test_set), this_machine('cpu')))
     return rows
 
 
@@ -110,19 +108,27 @@ def _labelled(digits: torch.Tensor, labels: torch.Tensor, num: int) -> Canvases:
     return draw(digits[indices], labels[indices], num=len(indices), seed=7, **_CANVAS)
 
 
-def _pretrain(objective_type: type[Pixel], data: Canvases, seed: int) -> State:
+def pretrain(
+        objective_type: type[Pixel],
+        data: Canvases,
+        training: Training,
+        seed: int,
+        num_masked: int = _NUM_MASKED,
+        model: dict[str, Any] = _MODEL,
+        decoder: dict[str, Any] = _DECODER,
+) -> State:
     """State of a student after pre-training, backbone and pyramid."""
     random_seed(seed)
-    student = create_student('fast_itpn_tiny', objective_type.NAME, _SIDE, **_MODEL)
+    student = create_student('fast_itpn_tiny', objective_type.NAME, data.images.shape[3], **model)
     initialise(student)
-    objective = objective_type(student, _NUM_MASKED, **_DECODER)
+    objective = objective_type(student, num_masked, **decoder)
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(batch: Canvases) -> torch.Tensor:
-        masked = torch.stack([random_masking(objective.grid_size, _NUM_MASKED, generator) for _ in batch.labels])
+        masked = torch.stack([random_masking(objective.grid_size, num_masked, generator) for _ in batch.labels])
         return objective(normalised(batch.images, student), masked)['loss']
 
-    fit(objective, loss_of, data, _PRETRAINING, seed, objective.after_update, max_norm=3., betas=(0.9, 0.95))
+    fit(objective, loss_of, data, training, seed, objective.after_update, max_norm=3., betas=(0.9, 0.95))
     return student.state_dict()
 
 

@@ -1,18 +1,18 @@
 """Rows of the studies, those that come with the package, and their tables."""
 import importlib
-import itertools
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..bench.machine import Machine
+from ..bench.machine import Machine, this_machine
 from ..bench.rows import read, table
 
-__all__ = ['Row', 'load', 'markdown', 'measured', 'report']
+__all__ = ['Key', 'Row', 'load', 'markdown', 'measure', 'measured']
+
+Key = tuple[str, str, int]  # arm, measured and seed of a row
 
 _SETTLED = 'Settled, and no longer in the study; the code that made these rows is at commit 418d90c:'
 
@@ -23,16 +23,20 @@ class Row:
     arm: str  # what is compared: a setting, or a start
     measured: str  # when, or after how many labels
     seed: int  # of weights and order
-    top1: float  # canvases whose digit is right, in percent
-    miou: float  # intersection over union of tokens, mean over their classes, in percent
+    scores: dict[str, float]  # by name, in percent
     machine: Machine
+
+    @property
+    def key(self) -> Key:
+        return self.arm, self.measured, self.seed
 
     @classmethod
     def of_json(cls, machine: dict[str, Any], **values: Any) -> 'Row':
         return cls(machine=Machine(**machine), **values)
 
     def __str__(self) -> str:
-        return f'{self.arm}, {self.measured}, seed {self.seed}: top-1 {self.top1:.2f}, mIoU {self.miou:.2f}'
+        scores = ', '.join(f'{name} {value:.2f}' for name, value in self.scores.items())
+        return f'{self.arm}, {self.measured}, seed {self.seed}: {scores}'
 
 
 def load(name: str) -> ModuleType:
@@ -40,20 +44,30 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f'{__package__}.{name}')
 
 
-def report(row: Row) -> Row:
-    """The row, which is also printed to stderr."""
-    print(row, file=sys.stderr, flush=True)
-    return row
+def measure(
+        arms: Iterable[str], seed: int, done: Collection[Key], start: Callable[[], Any],
+        make: Callable[[str, Any], Any], tune: Callable[[Any], None], test: Callable[[Any], dict[str, float]],
+) -> Iterator[Row]:
+    """Rows of networks that `make` makes of arms and of one start, as they are and tuned; what is done is left out."""
+    keys = [key for kind in ('as it is', 'tuned') for arm in arms if (key := (arm, kind, seed)) not in done]
+    state = start() if keys else None
+    for key in keys:
+        network = make(key[0], state)
+        if key[1] == 'tuned':
+            tune(network)
+        yield Row(*key, test(network), this_machine('cpu'))
 
 
 def measured(name: str) -> list[Row]:
-    """The rows of a study that come with the package."""
-    return read(Path(__file__).with_name(f'{name}.jsonl'), Row.of_json)
+    """The rows of a study that come with the package, if there are any."""
+    path = Path(__file__).with_name(f'{name}.jsonl')
+    return read(path, Row.of_json) if path.exists() else []
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:
     """The tables of a study: means over seeds, in brackets the difference from the first arm with the same seeds."""
     arms = load(name).ARMS
+    rows = sorted(rows, key=lambda row: arms.index(row.arm) if row.arm in arms else len(arms))
     reference = [row for row in rows if row.arm == arms[0]]
     text = f'{rows[0].machine}:\n\n{_table([row for row in rows if row.arm in arms], reference)}'
     settled = [row for row in rows if row.arm not in arms]
@@ -61,16 +75,15 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row], reference: Sequence[Row]) -> str:
-    columns = list(itertools.product(dict.fromkeys(row.measured for row in rows), ('top1', 'miou')))
+    columns = list(dict.fromkeys((row.measured, score) for row in rows for score in row.scores))
     lines = []
     for arm in dict.fromkeys(row.arm for row in rows):
         cells = []
         for kind, score in columns:
-            values = {row.seed: getattr(row, score) for row in rows if (row.arm, row.measured) == (arm, kind)}
-            others = [getattr(row, score) for row in reference if row.measured == kind and row.seed in values]
+            values = {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (arm, kind)}
+            others = [row.scores[score] for row in reference if row.measured == kind and row.seed in values]
             mean = statistics.fmean(values.values()) if values else None
             versus = f' ({mean - statistics.fmean(others):+.2f})' if mean and others and arm != reference[0].arm else ''
             cells.append('' if mean is None else f'{mean:.2f}{versus}')
         lines.append([arm, *cells, str(len({row.seed for row in rows if row.arm == arm}))])
-    names = {'top1': 'top-1', 'miou': 'mIoU'}
-    return table(['arm', *(f'{names[score]}, {kind}' for kind, score in columns), 'seeds'], lines)
+    return table(['arm', *(f'{score}, {kind}' for kind, score in columns), 'seeds'], lines)

@@ -13,7 +13,9 @@ from torchvision.transforms import functional as TF
 
 from .canvases import NUM_CLASSES, NUM_TEXTURES, Canvases
 
-__all__ = ['Training', 'TwoTasks', 'fit', 'normalised', 'test', 'train']
+__all__ = ['State', 'Training', 'TwoTasks', 'fit', 'normalised', 'test', 'train']
+
+State = dict[str, torch.Tensor]
 
 _NUM_TOKEN_CLASSES = NUM_TEXTURES + NUM_CLASSES
 _TEXTURE_WEIGHT = 0.1  # in the loss: nine of ten tokens are texture
@@ -113,7 +115,7 @@ def _batches(data: Canvases, training: Training, seed: int) -> Iterator[Canvases
 
 @torch.inference_mode()
 def test(network: nn.Module, data: Canvases) -> dict[str, float]:
-    """Accuracy of both tasks, in percent: `top1` and `miou`, see `results.Row`."""
+    """Accuracy of both tasks, in percent: canvases whose digit is right, and overlap of tokens, mean over classes."""
     network.eval()
     random_seed(0)
     right, counts = 0, torch.zeros(_NUM_TOKEN_CLASSES ** 2)
@@ -124,4 +126,4 @@ def test(network: nn.Module, data: Canvases) -> dict[str, float]:
         counts += torch.bincount(pairs.flatten(), minlength=len(counts))
     counts = counts.reshape(_NUM_TOKEN_CLASSES, _NUM_TOKEN_CLASSES)
     overlap = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
-    return {'top1': 100 * right / len(data.labels), 'miou': 100 * overlap.nanmean().item()}
+    return {'top-1': 100 * right / len(data.labels), 'mIoU': 100 * overlap.nanmean().item()}

@@ -20,7 +20,8 @@ LARGEST_SIDE = 2 ** 16  # pixels
 # what the outputs depend on, and neither names nor shapes of the weights tell
 MODEL_ARGS = (
     'num_heads', 'stem_mlp_ratio', 'mlp_ratio', 'act_layer', 'norm_layer', 'global_pool', 'dynamic_img_size',
-    'dynamic_img_pad', 'acceleration', 'gather_window', 'gather_blocks', 'migrate', 'pyramid_pool', 'pyramid_concat')
+    'dynamic_img_pad', 'acceleration', 'gather_window', 'gather_blocks', 'migrate', 'carry', 'pyramid_pool',
+    'pyramid_concat')
 LABELS = ('label_names', 'label_descriptions')
 SIZE_ARGS = ('embed_dim', 'depths')  # told by the weights, for models whose size is no registered one
 

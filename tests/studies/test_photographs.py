@@ -1,0 +1,42 @@
+"""The experiment on photographs, much shortened, on noise in their place."""
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from timm_itpn.cli import main
+from timm_itpn.studies import photographs
+from timm_itpn.studies.two_tasks import Training
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture
+def short(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 30, 30), dtype=np.uint8), np.arange(8) / 7, None
+    fake = SimpleNamespace(load_dataset=lambda: noise)
+    monkeypatch.setitem(sys.modules, 'elpv_dataset', SimpleNamespace(utils=fake))
+    monkeypatch.setitem(sys.modules, 'elpv_dataset.utils', fake)
+    monkeypatch.setattr(photographs, 'require', lambda *_: None)
+    update = Training(1, 2, 1e-3)
+    for name, value in dict(
+            _SIDE=64, _NUM_MASKED=2, _PRETRAINING=update, _TRAININGS={32: update, 64: update}, _TUNING=update,
+            _MODEL=dict(embed_dim=64, depths=(1, 1, 2), num_heads=2),
+            _DECODER=dict(decoder_dim=32, decoder_depth=1, decoder_num_heads=1)).items():
+        monkeypatch.setattr(photographs, name, value)
+
+
+def test_all_arms_are_measured_and_none_twice(short):
+    rows = list(photographs.study((3,)))
+    assert {row.key for row in rows} == {(arm, kind, 3) for arm in photographs.ARMS for kind in ('as it is', 'tuned')}
+    assert all(set(row.scores) == {'top-1', 'AP'} and 0 <= row.scores['AP'] <= 100 for row in rows)
+    first, *others = [row.key for row in rows]
+    again, = photographs.study((3,), done=others)
+    assert again.key == first and again.scores == rows[0].scores
+
+
+def test_without_its_data_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'elpv_dataset', None)
+    assert main(['evidence', 'photographs']) == 1
+    assert "needs elpv_dataset: pip install 'timm-itpn[photographs]'" in capsys.readouterr().err
