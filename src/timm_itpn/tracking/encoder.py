@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerNorm
 
+from ..acceleration.schedule import num_leaving, parse_schedule
 from ..layers.patch_embed import ImageSize, check_side_lengths
 from ..layers.pos_embed import role_pos_embed
 from ..layers.stages import AttentionStage
@@ -21,6 +22,7 @@ from ..weights.checkpoint import StateDict, unwrap, why_no_weights
 from ..weights.layout import POS_EMBED, native_to_official
 from ..weights.read import read_contents
 from ..weights.tracker import mark_own, to_encoder
+from .migration import run_migrating
 
 __all__ = ['JointEncoder']
 
@@ -35,6 +37,8 @@ class JointEncoder(nn.Module):
         roles: Role of an image, such as 'search' or 'template' -> its side or (height, width), multiples of 16 pixels.
         positions: How the position embeddings of the roles are made of the model's: 'half_pixel', 'corners' or 'crop';
             see `layers.pos_embed.role_pos_embed`.
+        migrate: Block of stage 3 -> how many tokens of an image of the first role leave there (int), or which share of
+            them (float), to come back after the last block; None for none. `forward` does so, `run` does not.
         norm: Norm of the tokens after stage 3, None for a new LayerNorm. That of a pre-training file is
             `model.pyramid.norm` of a Fast-iTPN with `pyramid=True`.
 
@@ -44,7 +48,7 @@ class JointEncoder(nn.Module):
 
     Raises:
         ValueError: The model has no stage 3, or one with windows or relative position bias; a side is not a multiple of
-            16, or `positions` is unknown.
+            16, `positions` is unknown, or more tokens would leave than there are.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class JointEncoder(nn.Module):
             model: ITPN,
             roles: Mapping[str, ImageSize],
             positions: str = 'half_pixel',
+            migrate: Mapping[int, int | float] | None = None,
             norm: nn.Module | None = None,
     ):
         super().__init__()
@@ -63,6 +68,9 @@ class JointEncoder(nn.Module):
         self.in_chans, self.embed_dim, self.positions = model.in_chans, model.embed_dim, positions
         sizes = {role: check_side_lengths(size, 16) for role, size in roles.items()}
         self.grid_sizes = {role: (height // 16, width // 16) for role, (height, width) in sizes.items()}
+        schedule = parse_schedule(len(stage.blocks), migrate=migrate)
+        first, *_ = (height * width for height, width in self.grid_sizes.values())
+        self.leaving = num_leaving(list(schedule.migrate), first) if schedule else []
         self.patch_embed, self.stages = model.patch_embed, model.stages
         self.patch_embed.strict_img_size = False
         self.pos_embed = nn.ParameterDict()
@@ -202,18 +210,36 @@ class JointEncoder(nn.Module):
             before: Tokens to put in front, (B or 1, K, dim).
             after: Tokens to put behind, likewise.
             types: Role -> type embeddings, as for `embed`; also added to tokens that are given.
-            bias: As for `AttentionStage.forward_blocks`.
+            bias: As for `AttentionStage.forward_blocks`; not with `migrate`.
 
         Raises:
-            ValueError: A role is unknown, or an input is neither images of its size nor their tokens.
+            ValueError: A role is unknown, or an input is neither images of its size nor their tokens; or with
+                `migrate` there is a bias, or not one image of the first role.
         """
         parts = {}
         for role, x in inputs.items():
             height, width = self._grid_size(role)
             x = x if x.shape[-2:] == (height * width, self.embed_dim) else self.embed(x, role)
             parts[role] = x + types[role] if types and role in types else x
-        tokens = self.norm(self.run(self.join(parts, before, after), bias=bias))
-        return tokens, self.split(tokens, parts, 0 if before is None else before.shape[1])
+        num_before = 0 if before is None else before.shape[1]
+        tokens = self.join(parts, before, after)
+        if self.leaving:
+            tokens = self._run_migrating(tokens, parts, num_before, bias)
+        else:
+            tokens = self.run(tokens, bias=bias)
+        tokens = self.norm(tokens)
+        return tokens, self.split(tokens, parts, num_before)
+
+    def _run_migrating(
+            self, tokens: torch.Tensor, parts: Parts, first: int, bias: torch.Tensor | None) -> torch.Tensor:
+        stage: Any = self.stages[-1]
+        role = next(iter(self.grid_sizes))
+        if bias is not None or role not in parts or parts[role].ndim != 3:
+            raise ValueError(f'With migrate= one image of the role {role!r} is needed for each sample, and no bias.')
+        for other in list(parts)[:list(parts).index(role)]:
+            first += parts[other][0].numel() // self.embed_dim
+        num = parts[role].shape[1]
+        return run_migrating(stage.blocks, tokens, first, num, self.leaving, stage.grad_checkpointing)
 
     def load(self, path: str | Path, prefix: str | None = None) -> StateDict:
         """Load a tracker's checkpoint, or a folder that `timm-itpn convert` made of one, without running its code.
