@@ -35,7 +35,7 @@ class Tracker(nn.Module):
         return self.encoder.embed(crops, 'template', torch.lerp(self.background, self.foreground, share[:, None]))
 
     def forward(self, search, template):
-        """Scores (B, 64), and boxes (B, 64, 3): shift of the centre in tokens to the right and down, log of side / 32."""
+        """Scores (B, 64), and boxes (B, 64, 3): shift of the centre, right and down, in tokens; log of side / 32."""
         _, maps = self.encoder(dict(search=search, template=template))
         scores, boxes = self.head(maps['search']).flatten(2).split((1, 4), dim=1)
         return scores[:, 0], boxes.mT[..., :3]

@@ -12,13 +12,13 @@ TINY = dict(embed_dim=64, depths=(1, 1, 3))
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def encoder_of(name='fast_itpn_tiny', roles=ROLES, positions='crop', **kwargs):
+def encoder_of(name='fast_itpn_tiny', roles=ROLES, positions='crop', migrate=None, **kwargs):
     kwargs = {**TINY, **({} if name.startswith('fast') else dict(rel_pos_bias=False)), **kwargs}
     model = small_model(name, **kwargs)
     for block in model.stages[2].blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.2)
         torch.nn.init.normal_(block.attn.proj.weight, std=0.2)
-    return JointEncoder(model, roles, positions).eval()
+    return JointEncoder(model, roles, positions, migrate).eval()
 
 
 def inputs(num=3):
@@ -76,8 +76,9 @@ def test_attention_is_what_the_blocks_weigh_with():
     assert_close(fused(x)[0], encoder(x)[0], atol=1e-4)
 
 
-def test_gradients_are_the_same_with_checkpointing_and_reach_all_parameters():
-    encoder, gradients = encoder_of().train(), []
+@pytest.mark.parametrize('migrate', [None, {0: 4, 1: 0.2}])
+def test_gradients_are_the_same_with_checkpointing_and_reach_all_parameters(migrate):
+    encoder, gradients = encoder_of(migrate=migrate).train(), []
     for enable in (False, True):
         encoder.set_grad_checkpointing(enable)
         assert [stage.grad_checkpointing for stage in encoder.stages] == 3 * [enable]
@@ -107,6 +108,8 @@ def test_blocks_may_be_looked_between():
     (lambda e: e(dict(template=images(2, 3, 64, 64))), r"'template' takes images \(3, 32, 48\) .*not \(2, 3, 64, 64\)"),
     (lambda e: e.embed(images(3, 64, 64), 'search'), 'in batches'),
     (lambda e: encoder_of(roles=dict(search=100)), 'both sides must be multiples of 16'),
+    (lambda e: encoder_of(migrate={0: 0.4, 1: 0.4}), 'migrate lets 6 tokens leave at block 1'),
+    (lambda e: encoder_of(migrate={0: 4})(inputs(), bias=torch.zeros(34, 34)), "one image of the role 'search' is ne"),
     (lambda e: encoder_of(positions='nearest'), "positions 'nearest' is unknown"),
     (lambda e: encoder_of(acceleration='full'), 'no grid: create the model with .* without acceleration'),
     (lambda e: JointEncoder(small_model('itpn_tiny', **TINY), ROLES), 'no grid: .* with rel_pos_bias=False'),
@@ -152,3 +155,21 @@ def test_compiled_encoder_agrees():
     encoder, x = encoder_of(depths=(1, 1, 1)), inputs()
     compiled = torch.compile(timm_itpn.fuse(encoder), fullgraph=True, backend='aot_eager')
     assert_close(compiled(x)[1]['search'], encoder(x)[1]['search'], atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_migrate_as_in_the_model():
+    x, migrate = images(2, 3, 64, 64), {0: 0.25, 1: 3}
+    encoder, plain = (encoder_of(roles=dict(search=64, template=32), migrate=m) for m in (migrate, None))
+    model = small_model('fast_itpn_tiny', **TINY, migrate=migrate)
+    weights = {key: value for key, value in encoder.state_dict().items() if key in model.state_dict()}
+    model.load_state_dict({**model.state_dict(), **weights, 'stages.2.pos_embed': encoder.pos_embed['search']})
+    expected = encoder.norm(model.forward_features(x)).permute(0, 3, 1, 2)
+    assert_close(encoder(dict(search=x))[1]['search'], expected)
+    assert (plain(dict(search=x))[1]['search'] - expected).abs().max() > 1e-3
+    template, before = images(2, 2, 3, 32, 32), images(1, 1, 64)
+    tokens, maps = encoder(dict(search=x, template=template), before)
+    behind, others = encoder(dict(template=template, search=x), before)
+    assert_close(others['search'], maps['search'])
+    assert_close(torch.cat((behind[:, :1], behind[:, 9:], behind[:, 1:9]), dim=1), tokens)
+    assert_close(timm_itpn.fuse(encoder)(dict(search=x, template=template), before)[0], tokens, atol=1e-4)

@@ -176,8 +176,8 @@ class JointBaseline(Baseline):
         super().__init__(**kwargs)
         num_templates = templates[0, 0, 0].numel() // 256
         self.pos_embed = nn.Parameter(torch.zeros(1, self.pos_embed.shape[1] + num_templates, self.pos_embed.shape[2]))
-        self.register_buffer('templates', templates, persistent=False)
-        self.head = nn.Identity()
+        self.templates = nn.Buffer(templates, persistent=False)
+        del self.head
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         grid_size = x.shape[-2] // 16, x.shape[-1] // 16

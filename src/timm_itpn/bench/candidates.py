@@ -85,11 +85,11 @@ class Frame(nn.Module):
     def __init__(self, encoder: JointEncoder, templates: torch.Tensor):
         super().__init__()
         self.encoder = encoder
-        self.register_buffer('templates', templates, persistent=False)
-        self.register_buffer('kept', templates, persistent=False)
+        self.templates = nn.Buffer(templates, persistent=False)
+        self.kept: torch.Tensor = nn.Buffer(templates, persistent=False)
 
     @torch.no_grad()
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> 'Frame':
         super().train(mode)
         if not mode:
             self.kept = self.encoder.embed(self.templates, 'template')

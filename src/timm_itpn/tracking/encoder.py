@@ -61,22 +61,27 @@ class JointEncoder(nn.Module):
     ):
         super().__init__()
         stage: Any = model.stages[-1]
-        if type(stage) is not AttentionStage or stage.blocks[0].rel_pos_bias is not None:
+        if type(model.stages[-1]) is not AttentionStage or stage.blocks[0].rel_pos_bias is not None:
             raise ValueError(
                 'The tokens of several images are no grid: create the model with rel_pos_bias=False, without '
                 'acceleration and with all stages.')
-        self.in_chans, self.embed_dim, self.positions = model.in_chans, model.embed_dim, positions
+        self.in_chans = model.in_chans
+        self.embed_dim = model.embed_dim
+        self.positions = positions
         sizes = {role: check_side_lengths(size, 16) for role, size in roles.items()}
         self.grid_sizes = {role: (height // 16, width // 16) for role, (height, width) in sizes.items()}
         schedule = parse_schedule(len(stage.blocks), migrate=migrate)
-        first, *_ = (height * width for height, width in self.grid_sizes.values())
-        self.leaving = num_leaving(list(schedule.migrate), first) if schedule else []
-        self.patch_embed, self.stages = model.patch_embed, model.stages
-        self.patch_embed.strict_img_size = False
-        self.pos_embed = nn.ParameterDict()
-        for key, value in self.role_positions(stage.pos_embed, stage.grid_size).items():
-            self.pos_embed[key.partition('.')[2]] = nn.Parameter(value.detach().clone())
-        like, stage.pos_embed = stage.pos_embed, None
+        height, width = next(iter(self.grid_sizes.values()))
+        self.leaving = num_leaving(list(schedule.migrate), height * width) if schedule else []
+        stem: Any = model.patch_embed
+        stem.strict_img_size = False
+        self.patch_embed = stem
+        self.stages = model.stages
+        made = self.role_positions(stage.pos_embed, stage.grid_size)
+        self.pos_embed = nn.ParameterDict({
+            role: nn.Parameter(made[f'pos_embed.{role}'].detach().clone()) for role in self.grid_sizes})
+        like = stage.pos_embed
+        stage.pos_embed = None
         self.norm = LayerNorm(self.embed_dim, device=like.device, dtype=like.dtype) if norm is None else norm
         self.register_load_state_dict_pre_hook(convert_on_load)
 
@@ -131,8 +136,8 @@ class JointEncoder(nn.Module):
             raise ValueError(
                 f'The role {role!r} takes images ({self.in_chans}, {16 * height}, {16 * width}) in batches, or their '
                 f'tokens ({height * width}, {self.embed_dim}), not {tuple(images.shape)}: resize the images.')
-        first, second, third = self.stages
-        x = second(first(self.patch_embed(images.flatten(0, -4))))  # (B, n, C, H, W) -> (B*n, h, w, C)
+        third: Any = self.stages[2]
+        x = self.stages[1](self.stages[0](self.patch_embed(images.flatten(0, -4))))  # (B, n, C, H, W) -> (B*n, h, w, C)
         x = third.pos_drop(third.downsample(x).flatten(1, 2) + self.pos_embed[role])  # (B*n, h, w, C) -> (B*n, N, C)
         x = x.reshape(*images.shape[:-3], *x.shape[1:])
         return x if types is None else x + types
@@ -175,7 +180,8 @@ class JointEncoder(nn.Module):
 
     def attention(self, tokens: torch.Tensor, block: int, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Attention probabilities (B, num_heads, N, N) of a block of stage 3, for the tokens that come to it."""
-        layer: Any = self.stages[-1].blocks[block]
+        stage: Any = self.stages[-1]
+        layer = stage.blocks[block]
         q, k, _ = layer.project(tokens).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
         return attention_weights(q, k, as_bias(bias, tokens.dtype), layer.score_scale)
 

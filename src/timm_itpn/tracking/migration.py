@@ -1,8 +1,8 @@
 """Token migration among the tokens of several images: those of one image leave, all others stay."""
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-import torch.nn as nn
 from timm.models import checkpoint
 
 from ..acceleration.migration import Left, replenish, select, similarity, take
@@ -11,7 +11,7 @@ __all__ = ['run_migrating']
 
 
 def run_migrating(
-        blocks: nn.ModuleList, x: torch.Tensor, first: int, num: int, leaving: Sequence[int], checkpointing: bool,
+        blocks: Iterable[Any], x: torch.Tensor, first: int, num: int, leaving: Sequence[int], checkpointing: bool,
 ) -> torch.Tensor:
     """Blocks of stage 3 on tokens (B, N, dim) -> (B, N, dim), with fewer of one image from block to block.
 
@@ -35,7 +35,7 @@ def run_migrating(
 
 
 def _step(
-        block: nn.Module, x: torch.Tensor, first: int, positions: torch.Tensor, num_leave: int,
+        block: Any, x: torch.Tensor, first: int, positions: torch.Tensor, num_leave: int,
 ) -> tuple[torch.Tensor, torch.Tensor, Left | None]:
     """A block: tokens without those that leave, positions (B, 1, M) of the image's in its grid, and those that left."""
     last, left = first + positions.shape[2], None
