@@ -132,7 +132,7 @@ def test_weights_of_one_grid_give_positions_to_all_roles():
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda w: w.pop('fc_norm.bias'), r'lacks norm.bias; it has besides: cls_token, search_token'),
+    (lambda w: w.pop('fc_norm.bias'), r'it lacks norm.bias\. It has besides: cls_token, search_token\.'),
     (lambda w: w.update({'fc_norm.bias': torch.full((64,), torch.nan)}), 'norm.bias has values that are infinite'),
 ])
 def test_file_that_is_incomplete_or_broken_is_refused(change, message, tmp_path):

@@ -174,8 +174,8 @@ class JointBaseline(Baseline):
 
     def __init__(self, templates: torch.Tensor, **kwargs: Any):
         super().__init__(**kwargs)
-        num_templates = templates[0, 0, 0].numel() // 256
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.pos_embed.shape[1] + num_templates, self.pos_embed.shape[2]))
+        num = templates.shape[-2] * templates.shape[-1] // 256
+        self.pos_embed = nn.Parameter(torch.cat((self.pos_embed, self.pos_embed[:, :num]), dim=1).detach())
         self.templates = nn.Buffer(templates, persistent=False)
         del self.head
 

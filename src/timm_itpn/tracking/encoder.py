@@ -77,35 +77,30 @@ class JointEncoder(nn.Module):
         stem.strict_img_size = False
         self.patch_embed = stem
         self.stages = model.stages
-        made = self.role_positions(stage.pos_embed, stage.grid_size)
+        own = stage.pos_embed.detach()
         self.pos_embed = nn.ParameterDict({
-            role: nn.Parameter(made[f'pos_embed.{role}'].detach().clone()) for role in self.grid_sizes})
-        like = stage.pos_embed
+            role: nn.Parameter(role_pos_embed(own, grid_size, stage.grid_size, positions).clone())
+            for role, grid_size in self.grid_sizes.items()})
         stage.pos_embed = None
-        self.norm = LayerNorm(self.embed_dim, device=like.device, dtype=like.dtype) if norm is None else norm
+        self.norm = LayerNorm(self.embed_dim, device=own.device, dtype=own.dtype) if norm is None else norm
         self.register_load_state_dict_pre_hook(convert_on_load)
 
-    def role_positions(self, pos_embed: torch.Tensor, grid_size: tuple[int, int] | None = None) -> StateDict:
-        """The position embeddings of all roles, by their keys.
-
-        Args:
-            pos_embed: (1, N, dim), of all roles in their order, or of one grid.
-            grid_size: The grid, None for a square.
+    def role_positions(self, pos_embed: torch.Tensor) -> StateDict:
+        """Position embeddings by their keys, of one (1, N, dim) for all roles in their order, or of a square grid.
 
         Raises:
-            ValueError: It is neither of the roles nor of the grid.
+            ValueError: It is neither.
         """
         sizes, num = self.grid_sizes, pos_embed.shape[1]
-        num_tokens = [height * width for height, width in sizes.values()]
-        if grid_size is None and num == sum(num_tokens):
+        num_tokens, side = [height * width for height, width in sizes.values()], math.isqrt(num)
+        if num == sum(num_tokens):
             parts = list(pos_embed.split(num_tokens, dim=1))
+        elif num == side * side:
+            parts = [role_pos_embed(pos_embed, new, (side, side), self.positions) for new in sizes.values()]
         else:
-            old = grid_size or (math.isqrt(num), math.isqrt(num))
-            if old[0] * old[1] != num:
-                raise ValueError(
-                    f'The position embedding has {num} tokens, which is no square, and the roles have others, {sizes}: '
-                    'create the encoder with the sizes of the file.')
-            parts = [role_pos_embed(pos_embed, new, old, self.positions) for new in sizes.values()]
+            raise ValueError(
+                f'The position embedding has {num} tokens, which is no square, and the roles have others, {sizes}: '
+                'create the encoder with the sizes of the file.')
         return {f'pos_embed.{role}': part for role, part in zip(sizes, parts)}
 
     def no_weight_decay(self) -> set[str]:
@@ -255,20 +250,19 @@ class JointEncoder(nn.Module):
             prefix: Where in it the encoder is, such as 'encoder.body', needed only if there are several networks.
 
         Returns:
-            Tensors that lie beside those of the encoder, by name: the tracker's own.
+            The tensors that lie beside those of the encoder, by name: the tracker's own.
 
         Raises:
-            ValueError: It holds no network, lacks weights of this one, or has values that are not finite.
+            ValueError: It lacks weights of the encoder, or has values that are not finite.
             RuntimeError: Shapes do not fit.
         """
         path, target = Path(path), self.state_dict()
-        contents = read_contents(path / 'model.safetensors' if path.is_dir() else path)
-        weights = to_encoder(unwrap(contents.tree, prefix=prefix)[0], target, self.role_positions)
+        weights, _ = unwrap(read_contents(path / 'model.safetensors' if path.is_dir() else path).tree, prefix=prefix)
+        weights = to_encoder(weights, target, self.role_positions)
         own = {key: weights.pop(key) for key in list(weights) if key not in target}
-        if missing := [key for key in target if key not in weights]:
-            raise ValueError(f'{path} lacks {", ".join(missing)}; it has besides: {", ".join(own) or "nothing"}.')
-        if wrong := why_no_weights(weights):
-            raise ValueError(f'{path} cannot be loaded: {wrong}.')
+        missing = [key for key in target if key not in weights]
+        if wrong := f'it lacks {", ".join(missing)}' if missing else why_no_weights(weights):
+            raise ValueError(f'{path} cannot be loaded: {wrong}. It has besides: {", ".join(own) or "nothing"}.')
         self.load_state_dict(weights)
         return own
 
