@@ -12,6 +12,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def test_study_measures_what_is_not_done(monkeypatch):
     for name in ('_SMALL_TRAINING', '_TRAINING', '_TUNING'):
         monkeypatch.setattr(acceleration, name, Training(1, 2, 1e-3))
+    monkeypatch.setattr(acceleration, '_SIDE', 128)
+    monkeypatch.setattr(acceleration, '_MODEL', dict(acceleration._MODEL, img_size=128))
     monkeypatch.setattr(acceleration, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
     expected = [
         (arm, kind, seed) for seed in (3, 4) for kind in ('as it is', 'tuned') for arm in acceleration.ARMS]
