@@ -259,7 +259,10 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
             dataset = dataset if hasattr(dataset, 'set_loader_cfg') else getattr(dataset, 'reader', dataset)
         elif (path := Path(str(root))).is_dir():
             within = dict.fromkeys((split, *(TRAIN if split in TRAIN else ())))
-            dataset = Folder(next((path / name for name in within if (path / name).is_dir()), path))
+            folder = next((path / name for name in within if (path / name).is_dir()), path)
+            if folder == path and split not in ('', *TRAIN):
+                raise ValueError(f'it has no folder {split!r}, the --train-split')
+            dataset = Folder(folder)
         else:
             check_regular_file(path)
             dataset = ReaderImageInTar(str(path))
