@@ -178,7 +178,7 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--mode'): ('fast',),
     ('bench', '--repeats'): ('0', '2', '-1', 'x'),
     ('bench', '--warmup'): ('0', '-1'),
-    ('bench', '--threads'): ('0', '-1'),
+    ('bench', '--threads'): ('0', '-1', str(10 ** 6), str(10 ** 20)),
     ('bench', '--acceleration'): ('more',),
     ('bench', '--compile'): ('more',),
     ('bench', '--peers'): ('nosuch', 'resnet9x'),

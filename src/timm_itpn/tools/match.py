@@ -94,7 +94,10 @@ def model_args(
             f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
     args = {**(told or {}), **_args(name, weights, img_size, told), **_cfg_args(name)}
     args['num_classes'] = weights.num_classes
-    model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
+    try:
+        model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
+    except Exception as error:  # whatever values of a file make the constructor raise
+        raise ValueError(f'{name} cannot be created with {told}: {error or type(error).__name__}') from error
     fit_to_model(native, model)
     return args
 
