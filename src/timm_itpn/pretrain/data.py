@@ -269,6 +269,8 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
         if len(dataset) == 0:
             raise ValueError(f'no name in it ends in {", ".join(get_img_extensions())}')
     except Exception as error:  # whatever timm, tarfile, torchvision, datasets or webdataset raise
-        raise ValueError(f'{"--dataset " + name if name else f"--data-dir {root}"} cannot be used: '
-                         f'{" ".join(str(error).split()) or type(error).__name__}') from error
+        what, kind = (f'--dataset {name}', '') if name else (
+            f'--data-dir {root}', '; name a folder of images, or a tar file of them that is not compressed')
+        why = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'{what} cannot be used: {why}{kind}') from error
     return dataset
