@@ -67,7 +67,7 @@ def read_text(path: Path) -> str:
     """
     check_regular_file(path)
     try:
-        return path.read_text(encoding='utf-8')
+        return path.read_text(encoding='utf-8-sig')  # Windows may put a mark first
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not a text file: name another') from error
 

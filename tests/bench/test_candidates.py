@@ -113,11 +113,11 @@ def test_function_of_a_file_is_called_with_size_and_classes(file):
 
 
 @pytest.mark.parametrize('source, message', [
-    ('mine.py', ': give FILE:FUNCTION, such as my_model.py:build'),
-    ('{file}x:build', ': there is no file {file}x'),
-    ('{file}:nope', ': {file} has no function nope'),
+    ('mine.py', ": no file ''; give FILE:FUNCTION, such as my_model.py:build"),
+    ('{file}x:build', ": no file '{file}x'; give FILE:FUNCTION, such as my_model.py:build"),
+    ('{file}:nope', " cannot be built: KeyError: 'nope'"),
     ('{file}:fails', ' cannot be built: ZeroDivisionError: division by zero'),
-    ('{file}:number', ': number returned int, not a torch.nn.Module'),
+    ('{file}:number', ' cannot be built: TypeError: number returned int, not a torch.nn.Module'),
 ])
 def test_module_that_cannot_be_built_is_refused(source, message, file):
     source = source.format(file=file)

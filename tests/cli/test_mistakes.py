@@ -178,7 +178,7 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--mode'): ('fast',),
     ('bench', '--repeats'): ('0', '2', '-1', 'x'),
     ('bench', '--warmup'): ('0', '-1'),
-    ('bench', '--threads'): ('0', '-1'),
+    ('bench', '--threads'): ('0', '-1', str(10 ** 6), str(10 ** 20)),
     ('bench', '--acceleration'): ('more',),
     ('bench', '--compile'): ('more',),
     ('bench', '--peers'): ('nosuch', 'resnet9x'),
@@ -186,7 +186,7 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--suite'): ('cpu', 'tpu'),
     ('bench', '--objective'): ('clip', 'nosuch'),
     ('bench', '--plot'): ('x.jpg',),
-    ('evidence', '--seeds'): ('1 1', '-1', 'x'),
+    ('evidence', '--seeds'): ('1 1', '-1', 'x', str(10 ** 20)),
     ('evidence', 'x'): (),
     ('evidence all', '--seeds'): ('0',),  # without the name of one
     ('bench --suite', '--repeats'): ('0',),

@@ -226,22 +226,15 @@ def _build_against(source: str, img_size: tuple[int, int]) -> nn.Module:
         img_size: (height, width).
     """
     file, _, function = source.rpartition(':')
-    if not file or not function:
-        raise ValueError(f'--against {source}: give FILE:FUNCTION, such as my_model.py:build')
     if not Path(file).is_file():
-        raise ValueError(f'--against {source}: there is no file {file}')
-    folder = str(Path(file).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # the file may import its neighbours, now or when its module runs
+        raise ValueError(f'--against {source}: no file {file!r}; give FILE:FUNCTION, such as my_model.py:build')
+    sys.path.append(str(Path(file).resolve().parent))  # the file may import its neighbours, also when its module runs
     try:
-        functions = runpy.run_path(file)
-        module = functions[function](img_size=img_size, num_classes=NUM_CLASSES) if function in functions else None
+        module = runpy.run_path(file)[function](img_size=img_size, num_classes=NUM_CLASSES)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f'{function} returned {type(module).__name__}, not a torch.nn.Module')
     except Exception as error:  # whatever the file does
         raise ValueError(f'--against {source} cannot be built: {type(error).__name__}: {error}') from error
-    if function not in functions:
-        raise ValueError(f'--against {source}: {file} has no function {function}')
-    if not isinstance(module, nn.Module):
-        raise ValueError(f'--against {source}: {function} returned {type(module).__name__}, not a torch.nn.Module')
     return module
 
 

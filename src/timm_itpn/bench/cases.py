@@ -32,7 +32,7 @@ class Case:
     img_size: tuple[int, int] = (224, 224)  # height, width in pixels, multiples of 16
     batch: int = 8  # images per call
     dtype: str = 'float32'  # a key of DTYPES
-    mode: str = 'forward'  # or 'train' (forward, loss and backward, no optimizer) or 'latency' (one call at a time)
+    mode: str = 'forward'  # or 'train' (forward, loss and backward, no optimizer) or 'latency' (forward, with its p95)
     pyramid: bool = False  # backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier
     templates: int = 0  # images of half the side that are encoded with each, as trackers do; 0 for none
 

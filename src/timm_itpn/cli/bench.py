@@ -34,7 +34,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group.add_argument(
         '--mode', nargs='+', choices=MODES,
         help='forward; train = forward, loss (cross-entropy, with --pyramid the sum of the mean squares of the levels) '
-             'and backward, without optimizer; latency = one call at a time, waiting for its end (default: forward)')
+             'and backward, without optimizer; latency = forward, with its 95th percentile (default: forward)')
     group.add_argument(
         '--pyramid', action='store_true',
         help='backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier')
@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> None:
     for case, candidates, rounds in work:
         check(case, candidates, rounds, device)
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f'{args.threads} threads are not usable: ask for at least 1')
+        if not 1 <= args.threads <= (os.cpu_count() or 1):
+            raise ValueError(f'{args.threads} threads are not usable: ask for 1 to {os.cpu_count()}, as many as cores')
         torch.set_num_threads(args.threads)
     rows: list[Row] = []
     for case, candidates, rounds in work:

@@ -86,5 +86,7 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(f'from {where}: {", ".join(f"{key} {value}" for key, value in values.items())}')
     if report.get('class_map'):
         lines.append(f'names of the classes are in {report["class_map"]}: add them with --class-map')
+    if report.get('trained_from'):
+        lines.append(f'its args name {report["trained_from"]}, whose config is not in the checkpoint: compare the two')
     lines.append('verified' if report['verified'] else 'not verified: do that with --verify')
     return '\n'.join(map(printable, lines))  # there are names from the file in it

@@ -61,7 +61,7 @@ def table(facts: dict[str, Any]) -> str:
             ('input', [f'{found["in_chans"]} channels, position embedding of {found["num_tokens"]} tokens']),
             ('classes', [str(found['num_classes'] or 'no classifier')]),
             ('parts', [f'{part}: {number:,} values' for part, number in facts['parts'].items()]),
-            ('fits', fitting or ['no model of this package']),
+            ('fits', fitting or ['no registered model']),
         ]
     rows += [
         ('does not fit', [f'{model["name"]}: {model["problem"]}' for model in facts['models'] if not model['fits']]),

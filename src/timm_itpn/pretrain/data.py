@@ -259,13 +259,18 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
             dataset = dataset if hasattr(dataset, 'set_loader_cfg') else getattr(dataset, 'reader', dataset)
         elif (path := Path(str(root))).is_dir():
             within = dict.fromkeys((split, *(TRAIN if split in TRAIN else ())))
-            dataset = Folder(next((path / name for name in within if (path / name).is_dir()), path))
+            folder = next((path / name for name in within if (path / name).is_dir()), path)
+            if folder == path and split not in ('', *TRAIN):
+                raise ValueError(f'it has no folder {split!r}, the --train-split')
+            dataset = Folder(folder)
         else:
             check_regular_file(path)
             dataset = ReaderImageInTar(str(path))
         if len(dataset) == 0:
             raise ValueError(f'no name in it ends in {", ".join(get_img_extensions())}')
     except Exception as error:  # whatever timm, tarfile, torchvision, datasets or webdataset raise
-        raise ValueError(f'{"--dataset " + name if name else f"--data-dir {root}"} cannot be used: '
-                         f'{" ".join(str(error).split()) or type(error).__name__}') from error
+        what, kind = (f'--dataset {name}', '') if name else (
+            f'--data-dir {root}', '; name a folder of images, or a tar file of them that is not compressed')
+        why = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'{what} cannot be used: {why}{kind}') from error
     return dataset

@@ -25,7 +25,7 @@ from ..weights.read import read_contents
 from .card import model_card
 from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from .match import choose_model, matching_models, model_args, why_not_published
-from .settings import DATA, SIZE_ARGS, check_data, class_names
+from .settings import DATA, check_data, class_names
 
 __all__ = ['convert', 'revert']
 
@@ -89,8 +89,7 @@ def _write(
     if name is None:
         name = checkpoint.name or choose_model(weights, checkpoint.published)
     said = checkpoint.said
-    own_size = dict(embed_dim=weights.embed_dim, depths=weights.depths) if said.model_args.keys() & SIZE_ARGS else {}
-    args = model_args(name, native, weights, checkpoint.img_size(weights.num_tokens), {**said.model_args, **own_size})
+    args = model_args(name, native, weights, checkpoint.img_size(weights.num_tokens), said.model_args)
     check_data(data, weights.in_chans, 'the command line')
     check_data({key: said.data[key] for key in said.data.keys() - data.keys()}, weights.in_chans, said.source)
     if '.' in name:
@@ -124,6 +123,7 @@ def _write(
         said.source: {key: value for key, value in {**said.model_args, **images}.items() if key not in data},
         "the model's defaults": {key: written[key] for key in DATA if key not in images}}
     report['class_map'] = said.class_map if not labels else ''
+    report['trained_from'] = said.model if ':' in said.model else ''  # a folder, whose config is not in the checkpoint
     (folder / CARD).write_text(model_card(report, weights.pretraining), encoding='utf-8')
     if not verify:
         return report, {}, []
@@ -219,7 +219,7 @@ def _write_official(output: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any
     weights = describe(native)
     names = [checkpoint.name] if checkpoint.name else matching_models(weights, published=False)
     if names:  # if it is of a registered model, it must have all of it
-        model_args(names[0], native, weights, checkpoint.img_size(weights.num_tokens))
+        model_args(names[0], native, weights, checkpoint.img_size(weights.num_tokens), checkpoint.said.model_args)
     official = native_to_official(native)
     for key, value in official.items():
         if value.nbytes < value.untyped_storage().nbytes():  # a part of a tensor would be saved with the whole

@@ -16,9 +16,9 @@ from ..models import check_name
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
 from ..weights.describe import Description, describe
 from ..weights.integrity import sha256_of
-from ..weights.layout import FAST_ITPN, ITPN, layout_of
+from ..weights.layout import layout_of
 from ..weights.read import read_contents, stand_in_name
-from ..weights.sources import hash_check, plain_name
+from ..weights.sources import hash_check
 from ..weights.tracker import tracker_to_native
 from .checkpoint_file import WEIGHTS
 from .match import matching_models, model_args
@@ -69,10 +69,9 @@ def inspect(
         **_network(tensors, name, contents.metadata.get('model', ''), roles or {}),
     }
     facts['problem'] = problem or facts['problem']
-    tree = contents.tree if wrapper else {}
-    averaged = [key for key in AVERAGED if isinstance(tree.get(key), dict) and not wrapper.startswith(key)]
-    if averaged:
-        facts['notes'].append(f"averaged weights in {averaged[0]}: timm's loaders take those, convert does with --ema")
+    facts['notes'] = [
+        f"averaged weights in {key}: timm's loaders take those, convert does with --ema"
+        for key in AVERAGED if facts['others'].get(key, '').startswith('dict')]
     fitting = [model['name'] for model in facts['models'] if model['fits']]
     facts['model'] = name or (fitting[0] if len(fitting) == 1 else None)
     origin = contents.metadata.get('source_sha256') if facts['layout'] == 'native' else None
@@ -131,7 +130,7 @@ def _short(dtype: torch.dtype) -> str:
 def _network(state_dict: StateDict, name: str | None, converted_as: str, roles: Roles) -> dict[str, Any]:
     """Layout, network and parts of the weights, and the models that they are compared with."""
     layout = layout_of(state_dict)
-    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem='')
+    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], problem='')
     if not layout:
         found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no named tensors.'
         return found
@@ -152,7 +151,6 @@ def _network(state_dict: StateDict, name: str | None, converted_as: str, roles: 
         models=[
             _fit(each, native, weights, next(iter(roles.values()), None))
             for each in dict.fromkeys([*names, *([name] if name else [])])],
-        notes=_notes(weights, name or (names[0] if names else '')),
     )
 
 
@@ -167,22 +165,3 @@ def _fit(
     if args['num_classes'] == timm.create_model(name, device='meta').num_classes:
         args.pop('num_classes')
     return dict(name=name, fits=True, args=args, problem='')
-
-
-def _notes(weights: Description, name: str) -> list[str]:
-    """What a model would not use of the weights, and what of it would start new."""
-    found = []
-    arch = plain_name(name).partition('.')[0]
-    if weights.pretraining:
-        found.append('no classifier: norm and classifier start new')
-        if weights.family == ITPN.family and not weights.rel_pos_bias:
-            found.append('no relative position bias: its tables start at zero')
-    if weights.pyramid_dim:
-        found.append('feature pyramid: the _fpn model takes it, the one without _fpn leaves it out')
-    elif timm.is_model(f'{arch}_fpn'):
-        found.append("no feature pyramid: the _fpn model needs pyramid_init='random'")
-    pretraining = {**FAST_ITPN.pretraining, **ITPN.pretraining}.values()
-    unused = [part for part in dict.fromkeys(pretraining) if part in weights.parts]
-    if unused:
-        found.append(f'for pre-training only, no model takes it: {", ".join(unused)}')
-    return found

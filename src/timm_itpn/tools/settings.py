@@ -17,13 +17,12 @@ INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
 LARGEST_SIDE = 2 ** 16  # pixels
 
-# what the outputs depend on, and neither names nor shapes of the weights tell
+# what the outputs depend on, and neither names nor shapes of the weights tell; the last two say that they tell the size
 MODEL_ARGS = (
     'num_heads', 'stem_mlp_ratio', 'mlp_ratio', 'act_layer', 'norm_layer', 'global_pool', 'dynamic_img_size',
     'dynamic_img_pad', 'acceleration', 'gather_window', 'gather_blocks', 'migrate', 'carry', 'pyramid_pool',
-    'pyramid_concat')
+    'pyramid_concat', 'embed_dim', 'depths')
 LABELS = ('label_names', 'label_descriptions')
-SIZE_ARGS = ('embed_dim', 'depths')  # told by the weights, for models whose size is no registered one
 
 
 class Settings(NamedTuple):
@@ -31,7 +30,7 @@ class Settings(NamedTuple):
     source: str  # where, in words
     data: dict[str, Any] = {}  # of timm's data config, by the names in `DATA`
     model: str = ''  # name of the model, perhaps with tag
-    model_args: dict[str, Any] = {}  # by the names in `MODEL_ARGS` and `SIZE_ARGS`
+    model_args: dict[str, Any] = {}  # by the names in `MODEL_ARGS`
     img_size: tuple[int, int] | None = None  # height and width that the model was created for
     input_size: tuple[int, int] | None = None  # of the images, if they may differ
     labels: dict[str, Any] = {}  # names of the classes, as timm's config has them
@@ -89,7 +88,7 @@ def from_training(args: Any) -> Settings:
         source,
         _of(found, DATA),
         str(found.get('model', '')),
-        _of({'global_pool': found.get('gp'), **kwargs}, MODEL_ARGS + SIZE_ARGS),
+        _of({'global_pool': found.get('gp'), **kwargs}, MODEL_ARGS),
         _size(kwargs.get('img_size')) or input_size,
         input_size,
         class_map=str(found.get('class_map', '')),
@@ -107,7 +106,7 @@ def from_config(path: Path) -> Settings:
         config = json.loads(text)
         cfg, kwargs = config.get('pretrained_cfg', {}), config.get('model_args', {})
         said = from_training({**cfg, 'model_kwargs': kwargs, 'gp': config.get('global_pool')})
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is not a config of timm ({error}): mend it, or convert a copy.') from error
     labels = {key: value for key, value in config.items() if key in LABELS and isinstance(value, (list, dict))}
     return said._replace(source=path.name, labels=labels)
