@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import yaml
+from support.detect_runs import parse
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
@@ -49,6 +50,8 @@ def test_names_are_listed_and_every_model_with_weights_has_one(capsys):
 ])
 def test_mask_rcnn_recipe_is_what_the_room_takes(name, numbers, capsys):
     _, recipe = read(name, capsys)
+    args = parse(['-c', name])
+    assert all(getattr(args, key) == value for key, value in recipe.items())
     keys = ('epochs', 'decay_milestones', 'lr', 'layer_decay', 'drop_path')
     assert tuple(recipe[key] for key in keys) == numbers
     resize, crop = train_transforms().transforms[1].transforms
