@@ -38,7 +38,7 @@ def evaluate(
         rank: Of the process.
         world_size: Number of processes.
     """
-    batches = load(Replacing(dataset, 0), 1, range(rank, len(dataset), world_size), workers)
+    batches = load(Replacing(dataset, 0), sampler=range(rank, len(dataset), world_size), num_workers=workers)
     results: list[Result] = []
     image_ids, unreadable = [], []
     for batch in tqdm(batches, 'evaluation', leave=False, mininterval=1, file=sys.stderr, disable=rank > 0):

@@ -1,6 +1,7 @@
 """Training of Mask R-CNN as a task of the engine: data, detector, average precision, and the files at the end."""
 import argparse
 import statistics
+from collections.abc import Callable
 from functools import partial
 from math import gcd
 from pathlib import Path
@@ -23,7 +24,8 @@ from .optim import PREFIX, param_groups
 
 __all__ = ['DetectionTask', 'detect']
 
-NORMS = dict(zip(NORM_NAMES, (nn.BatchNorm2d, lambda channels: nn.GroupNorm(gcd(channels, 32), channels))))
+NORMS: dict[str, Callable[[int], nn.Module]] = dict(zip(
+    NORM_NAMES, (nn.BatchNorm2d, lambda channels: nn.GroupNorm(gcd(channels, 32), channels))))
 SPLITS = {'train': ('train2017', 'train'), 'val': ('val2017', 'val')}
 SIDES = dict(short_sides=range(480, 801, 32), crop_short_sides=(400, 500, 600), crop_sides=(384, 600))  # the authors'
 MAX_SIDE = 1333

@@ -3,7 +3,6 @@
 The order, and everything random in a sample, follow from seed, epoch and index, so it does not matter which worker of
 which process makes a sample, nor how often the run was interrupted.
 """
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -69,11 +68,10 @@ class Replacing(Dataset):
         return {**batch, 'unreadable': [names for _, names in items]}
 
 
-def load(samples: Any, batch_size: int, order: Iterable[int] | None, workers: int, **options: Any) -> DataLoader:
-    """Batches in an order, which do not touch the generator that a model draws from."""
-    return DataLoader(
-        samples, batch_size, sampler=order, num_workers=workers, generator=torch.Generator(),
-        collate_fn=samples.collate if isinstance(samples, Replacing) else None, **options)
+def load(samples: Any, **options: Any) -> DataLoader:
+    """A loader that does not touch the generator which a model draws from."""
+    collate = getattr(samples, 'collate', None)
+    return DataLoader(samples, collate_fn=collate, generator=torch.Generator(), **options)
 
 
 class Batches:
@@ -102,16 +100,14 @@ class Batches:
             self.order = DistributedSampler[int](samples, world_size, rank, seed=samples.seed, drop_last=True)
         self.num_samples = len(samples)
         self.per_epoch = self.num_samples // (batch_size * world_size)
-        self.batch_size = batch_size
-        self.workers = workers
-        self.pin_memory = pin_memory
+        self.options: dict[str, Any] = dict(
+            batch_size=batch_size, num_workers=workers, drop_last=True, pin_memory=pin_memory)
 
     def epoch(self, epoch: int, first: int = 0) -> DataLoader:
         """The batches of an epoch, dicts of stacked tensors, without the first ones that are done already."""
         self.samples.epoch = epoch
         if not self.resumable:
-            return load(self.samples, self.batch_size, None, self.workers, drop_last=True, pin_memory=self.pin_memory)
+            return load(self.samples, **self.options)
         self.order.set_epoch(epoch)
-        order = list(self.order)[first * self.batch_size:]
-        return load(
-            Replacing(self.samples), self.batch_size, order, self.workers, drop_last=True, pin_memory=self.pin_memory)
+        order = list(self.order)[first * self.options['batch_size']:]
+        return load(Replacing(self.samples), sampler=order, **self.options)
