@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--model-kwargs', help="the model's arguments", **PAIRS)
     group.add_argument('--pretrained', action='store_true', help='start from the published weights')
     group.add_argument('--pretrained-path', metavar='FILE', help='start from these, such as those of pretrain')
+    group.add_argument('--initial-checkpoint', metavar='FILE', help='start from a detector: heads and all')
     group.add_argument('--drop-path', type=float, default=0.05, help='stochastic depth rate of the last block')
     group.add_argument('--head-dim', type=positive, default=128, metavar='N', help='channels of both heads')
     group.add_argument('--head-norm', default='batch', choices=NORM_NAMES, help='norm of the box head')

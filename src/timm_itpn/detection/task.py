@@ -15,6 +15,7 @@ from torchvision.models.detection import MaskRCNN
 from ..engine import loop
 from ..engine.task import Batch, Losses, Task, creating
 from ..files import replaced
+from ..weights.read import read_contents
 from . import NORM_NAMES
 from .data import CocoDataset, eval_transforms, train_transforms
 from .evaluate import NAMES, evaluate
@@ -52,7 +53,7 @@ class DetectionTask(Task):
     """
     COMPILED = 'backbone'  # the heads' shapes never repeat
     FREE = ('val_split', 'eval_interval', 'evaluate')
-    CHANGEABLE = ('pretrained_path',)
+    CHANGEABLE = ('pretrained_path', 'initial_checkpoint')
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         val_set = _open(args, 'val')
@@ -143,4 +144,7 @@ def _create_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
             rpn_post_nms_top_n_train=args.num_proposals, rpn_post_nms_top_n_test=args.num_proposals,
             **args.detector_kwargs)
         model.backbone.body.model.set_grad_checkpointing(args.grad_checkpointing)
+        if args.initial_checkpoint and not args.evaluate:
+            tree = read_contents(Path(args.initial_checkpoint)).tree
+            model.load_state_dict(tree.get('model', tree))
     return model
