@@ -37,7 +37,7 @@ def test_network_has_the_weights_that_its_start_says(short, arm):
     start = pretraining._STARTS[arm]
     canvases = draw(*load_digits(test=True), num=4, seed=0, **pretraining._CANVAS)
     untrained = pretraining._network(start, {}, seed=0).model.state_dict()
-    state = pretraining._pretrain(start.objective, canvases, seed=0) if start.objective else {}
+    state = pretraining.pretrain(start.objective, canvases, seed=0) if start.objective else {}
     network = pretraining._network(start, state, seed=1).model.state_dict()
     new = pretraining._network(start, {}, seed=1).model.state_dict()
     for key, value in network.items():
@@ -50,7 +50,7 @@ def test_network_has_the_weights_that_its_start_says(short, arm):
 
 def test_pyramid_of_the_comparison_is_not_trained():
     student = pretraining.create_student('fast_itpn_tiny', 'pixel', pretraining._SIDE, **pretraining._MODEL)
-    objective = pretraining._PixelOfStage3(student, 8, **pretraining._DECODER)
+    objective = pretraining.PixelOfStage3(student, 8, **pretraining._DECODER)
     masked = torch.arange(16).reshape(1, 4, 4) % 2 == 0
     objective(torch.randn(1, 3, 64, 64), masked)['loss'].backward()
     assert all(p.grad is None for p in student.pyramid.parameters())

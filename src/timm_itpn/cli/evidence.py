@@ -17,13 +17,13 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..bench.rows import json_line
     from ..files import replaced
     from ..studies import results
 
     if args.measured:
         names = [args.study] if args.study else studies.NAMES
-        tables = [f'## {name}\n\n{results.markdown(name, results.measured(name))}' for name in names]
+        measured = {name: rows for name in names if (rows := results.measured(name))}
+        tables = [f'## {name}\n\n{results.markdown(name, rows)}' for name, rows in measured.items()]
         print('\n\n'.join(['# Measured accuracy', 'Written by `timm-itpn evidence --measured`.', *tables]))
         return
     if args.study is None:
@@ -37,5 +37,5 @@ def run(args: argparse.Namespace) -> None:
     rows = list(results.load(args.study).study(args.seeds))
     if args.record:
         with replaced(args.record) as part:
-            part.write_text(''.join(map(json_line, rows)), encoding='utf-8')
+            part.write_text(''.join(row.json_line() for row in rows), encoding='utf-8')
     print(results.markdown(args.study, rows))

@@ -1,3 +1,3 @@
 """Experiments on digits: what acceleration costs in accuracy, and what pre-training gives; with their rows."""
 
-NAMES = ('acceleration', 'pretraining')
+NAMES = ('acceleration', 'pretraining', 'detection')

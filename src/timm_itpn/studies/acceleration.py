@@ -69,11 +69,11 @@ def study(seeds: Sequence[int]) -> Iterator[Row]:
         tuned = _SETTINGS if number else {**_SETTINGS, **_WINDOWS}
         for arm, kwargs in (tuned if number else {**tuned, **_SWEEP}).items():
             scores = test(_network(kwargs, state), sweep_set if arm in _SWEEP else test_set)
-            yield report(Row(arm, 'as it is', seed, **scores, machine=machine))
+            yield report(Row(arm, 'as it is', seed, scores, machine))
         for arm, kwargs in tuned.items():
             network = _network(kwargs, state)
             train(network, train_set, _TUNING, seed)
-            yield report(Row(arm, 'tuned', seed, **test(network, test_set), machine=machine))
+            yield report(Row(arm, 'tuned', seed, test(network, test_set), machine))
 
 
 def _train_off(small: Canvases, train_set: Canvases, seed: int) -> State:

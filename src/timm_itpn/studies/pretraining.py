@@ -24,7 +24,7 @@ from .canvases import NUM_CLASSES, Canvases, draw, load_digits
 from .results import Row, report
 from .two_tasks import Training, TwoTasks, fit, normalised, test, train
 
-__all__ = ['ARMS', 'study']
+__all__ = ['ARMS', 'PixelOfStage3', 'pretrain', 'study']
 
 State = dict[str, torch.Tensor]
 
@@ -40,7 +40,7 @@ _DRAWINGS = 4  # of each digit without label
 _TEST_DRAWINGS = 3
 
 
-class _PixelOfStage3(Pixel):
+class PixelOfStage3(Pixel):
     """`Pixel` whose decoder sees stage 3 and not the pyramid, which is then not trained; to compare with."""
 
     def __init__(self, student: Student, num_masked: int, **kwargs: Any):
@@ -63,7 +63,7 @@ _STARTS = {
     'scratch': _Start(),
     'pixel': _Start(Pixel),
     'pixel, new pyramid': _Start(Pixel, new_pyramid=True),
-    'pixel without pyramid, new pyramid': _Start(_PixelOfStage3, new_pyramid=True),
+    'pixel without pyramid, new pyramid': _Start(PixelOfStage3, new_pyramid=True),
     'mfm': _Start(Mfm),
     'mfm, new pyramid': _Start(Mfm, new_pyramid=True),
 }
@@ -95,12 +95,12 @@ def _study_seed(seed: int) -> list[Row]:
     rows: list[Row] = []
     for arm, start in _STARTS.items():
         if start.objective is not None and start.objective not in states:
-            states[start.objective] = _pretrain(start.objective, unlabelled, seed)
+            states[start.objective] = pretrain(start.objective, unlabelled, seed)
         for num, train_set in train_sets.items():
             network = _network(start, states[start.objective], seed)
             train(network, train_set, _TUNING, seed)
             scores = test(network, test_set)
-            rows.append(report(Row(arm, f'{num} labels', seed, **scores, machine=this_machine('cpu'))))
+            rows.append(report(Row(arm, f'{num} labels', seed, scores, this_machine('cpu'))))
     return rows
 
 
@@ -110,19 +110,23 @@ def _labelled(digits: torch.Tensor, labels: torch.Tensor, num: int) -> Canvases:
     return draw(digits[indices], labels[indices], num=len(indices), seed=7, **_CANVAS)
 
 
-def _pretrain(objective_type: type[Pixel], data: Canvases, seed: int) -> State:
+def pretrain(
+        objective_type: type[Pixel], data: Canvases, seed: int, training: Training | None = None,
+        num_masked: int = _NUM_MASKED, model_kwargs: dict[str, Any] = _MODEL,
+) -> State:
     """State of a student after pre-training, backbone and pyramid."""
     random_seed(seed)
-    student = create_student('fast_itpn_tiny', objective_type.NAME, _SIDE, **_MODEL)
+    student = create_student('fast_itpn_tiny', objective_type.NAME, data.images.shape[-1], **model_kwargs)
     initialise(student)
-    objective = objective_type(student, _NUM_MASKED, **_DECODER)
+    objective = objective_type(student, num_masked, **_DECODER)
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(batch: Canvases) -> torch.Tensor:
-        masked = torch.stack([random_masking(objective.grid_size, _NUM_MASKED, generator) for _ in batch.labels])
+        masked = torch.stack([random_masking(objective.grid_size, num_masked, generator) for _ in batch.labels])
         return objective(normalised(batch.images, student), masked)['loss']
 
-    fit(objective, loss_of, data, _PRETRAINING, seed, objective.after_update, max_norm=3., betas=(0.9, 0.95))
+    training = training or _PRETRAINING
+    fit(objective, loss_of, data, training, seed, objective.after_update, max_norm=3., betas=(0.9, 0.95))
     return student.state_dict()
 
 

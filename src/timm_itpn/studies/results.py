@@ -1,10 +1,11 @@
 """Rows of the studies, those that come with the package, and their tables."""
 import importlib
 import itertools
+import json
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,16 @@ from typing import Any
 from ..bench.machine import Machine
 from ..bench.rows import read, table
 
-__all__ = ['Row', 'load', 'markdown', 'measured', 'report']
+__all__ = ['SCORES', 'Row', 'load', 'markdown', 'measured', 'report']
 
+SCORES = {  # all but times are in percent
+    'top1': 'top-1',  # canvases whose digit is right
+    'miou': 'mIoU',  # intersection over union of tokens, mean over their classes
+    'box_AP': 'box AP',
+    'box_AP50': 'box AP50',
+    'mask_AP': 'mask AP',
+    'ms': 'ms',  # of a processor, per image
+}
 _SETTLED = 'Settled, and no longer in the study; the code that made these rows is at commit 418d90c:'
 
 
@@ -23,16 +32,20 @@ class Row:
     arm: str  # what is compared: a setting, or a start
     measured: str  # when, or after how many labels
     seed: int  # of weights and order
-    top1: float  # canvases whose digit is right, in percent
-    miou: float  # intersection over union of tokens, mean over their classes, in percent
+    scores: dict[str, float]  # by the names in `SCORES`
     machine: Machine
 
     @classmethod
-    def of_json(cls, machine: dict[str, Any], **values: Any) -> 'Row':
-        return cls(machine=Machine(**machine), **values)
+    def of_json(cls, arm: str, measured: str, seed: int, machine: dict[str, Any], **scores: float) -> 'Row':
+        return cls(arm, measured, seed, scores, Machine(**machine))
+
+    def json_line(self) -> str:
+        values = asdict(self)
+        return json.dumps({**values.pop('scores'), **values}) + '\n'
 
     def __str__(self) -> str:
-        return f'{self.arm}, {self.measured}, seed {self.seed}: top-1 {self.top1:.2f}, mIoU {self.miou:.2f}'
+        scores = ', '.join(f'{SCORES[name]} {score:.2f}' for name, score in self.scores.items())
+        return f'{self.arm}, {self.measured}, seed {self.seed}: {scores}'
 
 
 def load(name: str) -> ModuleType:
@@ -47,8 +60,9 @@ def report(row: Row) -> Row:
 
 
 def measured(name: str) -> list[Row]:
-    """The rows of a study that come with the package."""
-    return read(Path(__file__).with_name(f'{name}.jsonl'), Row.of_json)
+    """The rows of a study that come with the package, none if it has not been run."""
+    path = Path(__file__).with_name(f'{name}.jsonl')
+    return read(path, Row.of_json) if path.exists() else []
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:
@@ -61,16 +75,15 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row], reference: Sequence[Row]) -> str:
-    columns = list(itertools.product(dict.fromkeys(row.measured for row in rows), ('top1', 'miou')))
+    columns = list(itertools.product(dict.fromkeys(row.measured for row in rows), rows[0].scores))
     lines = []
     for arm in dict.fromkeys(row.arm for row in rows):
         cells = []
         for kind, score in columns:
-            values = {row.seed: getattr(row, score) for row in rows if (row.arm, row.measured) == (arm, kind)}
-            others = [getattr(row, score) for row in reference if row.measured == kind and row.seed in values]
+            values = {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (arm, kind)}
+            others = [row.scores[score] for row in reference if row.measured == kind and row.seed in values]
             mean = statistics.fmean(values.values()) if values else None
             versus = f' ({mean - statistics.fmean(others):+.2f})' if mean and others and arm != reference[0].arm else ''
             cells.append('' if mean is None else f'{mean:.2f}{versus}')
         lines.append([arm, *cells, str(len({row.seed for row in rows if row.arm == arm}))])
-    names = {'top1': 'top-1', 'miou': 'mIoU'}
-    return table(['arm', *(f'{names[score]}, {kind}' for kind, score in columns), 'seeds'], lines)
+    return table(['arm', *(f'{SCORES[score]}, {kind}' for kind, score in columns), 'seeds'], lines)
