@@ -203,7 +203,7 @@ def _seed_samplers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _of_all_processes(counts: torch.Tensor) -> list[float]:
     """Counts as means over all processes, so that losses do not depend on how images are dealt; at least 1."""
     means = counts.float()
-    if dist.is_initialized():
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(means)
         means /= dist.get_world_size()
     return means.clamp(min=1).tolist()

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.blocks import AttentionBlock, MlpBlock
 from .arguments import CHANGEABLE
@@ -73,11 +74,12 @@ class Run:
         self.ema = ModelEmaV3(self.averaged, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=task.amp_dtype == torch.float16)
         if args.torchcompile:
-            task.compile(args.torchcompile)
+            task.model.get_submodule(task.COMPILED).compile(backend=args.torchcompile)
         if args.fsdp:
             self._shard()
         elif args.distributed:
-            task.prepare_distributed([task.device] if task.device.type == 'cuda' else None)
+            device_ids = [task.device] if task.device.type == 'cuda' else None
+            task.trainable_module = DistributedDataParallel(task.model, device_ids)
         self._create_optimizer()
         self.num_updates = self.skipped = 0
         self.ahead = 0  # updates by which the schedule is, since the number of images changed

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.task import TrainingTask
-from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ['Batch', 'Losses', 'Task', 'creating']
 
@@ -47,13 +46,6 @@ class Task(TrainingTask):
         self.amp_dtype = getattr(torch, args.amp_dtype) if args.amp else None
         self.lr_per_image = 0.
         self.optimizer_kwargs: dict[str, Any] = {}
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'Task':
-        self.trainable_module = DistributedDataParallel(self.model, device_ids=device_ids, **ddp_kwargs)
-        return self
-
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs: Any) -> None:
-        self.model.get_submodule(self.COMPILED).compile(backend=backend, mode=mode, **compile_kwargs)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
