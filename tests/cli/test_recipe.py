@@ -26,7 +26,7 @@ RECIPES = {
     'itpn_large.clip_in1k': (50, 5, 512, 2e-4, 0.55, 0.25, 224),
     'itpn_large.pixel_in1k': (50, 5, 1024, 1e-3 * 4, 0.84, 0.2, 224),  # 0.55 ** (13 / 45)
 }
-OTHERS = ('mask_rcnn', 'mask_rcnn_large', 'upernet',
+OTHERS = ('mask_rcnn', 'mask_rcnn_digits', 'mask_rcnn_large', 'upernet',
           'pretrain_fast_itpn', 'pretrain_itpn_clip', 'pretrain_itpn_pixel', 'pretrain_mfm')
 
 

@@ -34,17 +34,15 @@ _FOLDER = Path('output/evidence/detection')
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
 _SIDE, _LARGE = 128, 256  # pixels, 8 x 8 and 16 x 16 tokens
 _SPLITS: dict[str, dict[str, Any]] = {
-    'train': dict(num=500, seed=0, side=_SIDE), 'val': dict(num=100, seed=1, side=_SIDE, test=True),
+    'train': dict(num=100, seed=0, side=_SIDE), 'val': dict(num=100, seed=1, side=_SIDE, test=True),
     'large_train': dict(num=150, seed=2, side=_LARGE, most=12),
     'large_val': dict(num=60, seed=3, side=_LARGE, most=12, test=True)}
 _PRETRAINING = Training(400, 32, 2e-3)
 _NUM_MASKED = 40  # of 64 tokens
 _OPTIONS = (
-    '--head-dim', '32', '--head-norm', 'group', '--box-samples', '24', '--num-proposals', '50', '--detector-kwargs',
-    'rpn_batch_size_per_image=64', 'rpn_pre_nms_top_n_train=200', 'rpn_pre_nms_top_n_test=200', '--hflip', '0',
-    '--workers', '0', '--device', 'cpu', '-b', '4', '--resume', 'auto', '--figure-interval', '0', '--layer-decay', '1',
-    '--eval-interval', '99', '--warmup-epochs', '0', '--warmup-updates', '50')
-_TRAINING = ('--epochs', '4', '--lr', '1e-3')
+    '-c', 'mask_rcnn_digits', '--resume', 'auto', '--figure-interval', '0', '--layer-decay', '1', '--eval-interval',
+    '99', '--warmup-updates', '25')
+_TRAINING = ('--epochs', '10')
 _TUNING = ('--epochs', '1', '--lr', '3e-4', '--train-split', 'large_train')
 _NUM_TIMED = 20  # images
 
