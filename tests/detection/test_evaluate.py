@@ -93,5 +93,9 @@ def test_images_that_are_missing_or_broken_are_not_counted(tmp_path, capsys):
     dataset = CocoDataset(path, tmp_path, eval_transforms())
     (tmp_path / '0004.png').write_bytes(b'no image')
     assert evaluate(Oracle(dataset), dataset, CPU)['box_AP'] == pytest.approx(1)
+    (tmp_path / '0001.png').unlink()
+    (tmp_path / '0003.png').write_bytes(b'')
+    with pytest.raises(RuntimeError, match='No image for the evaluation can be read, such as 0001.png .*: mend them'):
+        evaluate(Oracle(dataset), dataset, CPU)
     assert '1 of 3 images are left out of the evaluation because they cannot be read, such as 0004.png (' in (
         capsys.readouterr().err)

@@ -37,6 +37,9 @@ def evaluate(
         workers: Processes that read, 0 for none.
         rank: Of the process.
         world_size: Number of processes.
+
+    Raises:
+        RuntimeError: No image can be read.
     """
     batches = load(Replacing(dataset, 0), sampler=range(rank, len(dataset), world_size), num_workers=workers)
     results: list[Result] = []
@@ -53,6 +56,8 @@ def evaluate(
         found = [None] * world_size
         dist.all_gather_object(found, (results, image_ids, unreadable))
     results, image_ids, unreadable = (sum(lists, []) for lists in zip(*found))
+    if not image_ids:
+        raise RuntimeError(f'No image for the evaluation can be read, such as {unreadable[0]}: mend them.')
     if unreadable and rank == 0:
         tqdm.write(f'{len(unreadable)} of {len(dataset)} images are left out of the evaluation because they cannot be '
                    f'read, such as {unreadable[0]}', file=sys.stderr)

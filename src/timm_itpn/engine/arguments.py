@@ -105,7 +105,9 @@ class ConfigurableParser(argparse.ArgumentParser):
         if getattr(known, 'config', None) is None:
             return known, rest
         first = self._read_config(known.config, known)
-        return super().parse_known_args([*first, *(sys.argv[1:] if args is None else args)], namespace)
+        known, rest = super().parse_known_args([*first, *(sys.argv[1:] if args is None else args)], namespace)
+        known.config = None  # else the parser of all commands reads it, too
+        return known, rest
 
     def _read_config(self, path: Path, known: argparse.Namespace) -> list[str]:
         """Settings of a YAML file as on a command line; exits if it cannot be read, or has a name that is not known."""

@@ -37,7 +37,7 @@ _SPLITS: dict[str, dict[str, Any]] = {
     'train': dict(num=100, seed=0, side=_SIDE), 'val': dict(num=100, seed=1, side=_SIDE, test=True),
     'large_train': dict(num=150, seed=2, side=_LARGE, most=12),
     'large_val': dict(num=60, seed=3, side=_LARGE, most=12, test=True)}
-_PRETRAINING = Training(400, 32, 2e-3)
+_PRETRAINING = Training(300, 32, 2e-3)
 _NUM_MASKED = 40  # of 64 tokens
 _OPTIONS = (
     '-c', 'mask_rcnn_digits', '--resume', 'auto', '--figure-interval', '0', '--layer-decay', '1', '--eval-interval',
