@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..pretrain.arguments import ConfigurableParser
-from . import bench, convert, demo, evidence, inspect, pretrain, recipe, show
+from ..engine.arguments import ConfigurableParser
+from . import bench, convert, demo, detect, evidence, inspect, pretrain, recipe, show
 from . import list as list_command  # list would hide Python's
 from .table import printable
 
-COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, recipe, show)
+COMMANDS = (bench, convert, demo, detect, evidence, inspect, list_command, pretrain, recipe, show)
 
 _SAID = (AssertionError, ImportError, OSError, RuntimeError, ValueError)  # whose text is meant for people
 

@@ -7,9 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 
+from ..engine.checkpoints import not_finite
 from ..weights.fetch import in_a_line
 from ..weights.integrity import why_no_weight_file
-from .checkpoints import not_finite
 
 __all__ = ['Teacher', 'create_teacher']
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import read_text
+from ..checks import are_numbers, is_number, read_text
 from ..weights.read import StandIn
 
 __all__ = ['DATA', 'MODEL_ARGS', 'Settings', 'check_data', 'class_names', 'from_config', 'from_training']
@@ -37,19 +37,11 @@ class Settings(NamedTuple):
     class_map: str = ''  # the file of the names of the classes, '' for none
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high  # NaN is not
-
-
-def _are_numbers(values: Any, low: float, high: float) -> bool:
-    return isinstance(values, (list, tuple)) and len(values) > 0 and all(_is_number(x, low, high) for x in values)
-
-
 # setting -> whether a value can be one, and what it must be
 DATA: dict[str, tuple[Callable[[Any], bool], str]] = {
-    'crop_pct': (lambda value: _is_number(value, 0.1, 2), 'a number from 0.1 to 2'),
-    'mean': (lambda value: _are_numbers(value, -1e3, 1e3), 'a number for each channel'),
-    'std': (lambda value: _are_numbers(value, 1e-6, 1e3), 'a number above 0 for each channel'),
+    'crop_pct': (lambda value: is_number(value, 0.1, 2), 'a number from 0.1 to 2'),
+    'mean': (lambda value: are_numbers(value, -1e3, 1e3), 'a number for each channel'),
+    'std': (lambda value: are_numbers(value, 1e-6, 1e3), 'a number above 0 for each channel'),
     'interpolation': (lambda value: value in INTERPOLATIONS, f'one of {", ".join(INTERPOLATIONS)}'),
     'crop_mode': (lambda value: value in CROP_MODES, f'one of {", ".join(CROP_MODES)}'),
 }
