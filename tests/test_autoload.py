@@ -367,7 +367,7 @@ def test_any_room_of_the_package_may_be_imported_first():
     """Its import of timm lets our models load, which need this very room."""
     rooms = ['ops', 'ops.attention', 'layers', 'layers.stages', 'weights', 'models', 'cli']
     assert real(f"""
-        import os, torch, warnings
+        import os, torchvision, warnings  # the dearest imports of timm, once
         warnings.simplefilter('error', RuntimeWarning)
         for room in {rooms}:
             if os.fork() == 0:

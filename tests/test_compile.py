@@ -21,7 +21,7 @@ def fresh():
 
 
 def build(name, **kwargs):
-    kwargs = dict(embed_dim=64, depths=(1, 1, 2), head_init_scale=1., features_only=name in PYRAMIDS) | kwargs
+    kwargs = dict(embed_dim=64, depths=(1, 1, 1), head_init_scale=1., features_only=name in PYRAMIDS) | kwargs
     if name in PYRAMIDS:
         kwargs['pyramid_dim'] = 32
     return small_model(name, **kwargs)
@@ -69,13 +69,13 @@ def test_one_graph_agrees_with_eager(name, mode):
 ])
 def test_changing_sizes_take_few_compilations(name, mode):
     """Some for the size of the position embeddings, where nothing is resampled, some for another, and then no more."""
-    model = build(name, depths=(1, 1, 1), dynamic_img_size=True).train(mode == 'train')
-    counter = CompileCounterWithBackend('aot_eager')
+    model = build(name, dynamic_img_size=True).train(mode == 'train')
+    counter = CompileCounterWithBackend('eager')
     compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
     for size in SIZES[:2]:
         assert_agree(compiled, model, images(2, 3, *size))
     count = counter.frame_count
-    assert count <= 4  # AOT autograd may ask for a second attempt at each
+    assert count <= 2
     for batch, size in itertools.product((2, 3), SIZES):
         assert_agree(compiled, model, images(batch, 3, *size))
     assert counter.frame_count == count
@@ -107,12 +107,12 @@ def test_autocast_compiles_into_one_graph():
 
 
 def test_inductor_agrees_with_eager():
-    model = build('itpn_tiny', depths=(1, 1, 1))
+    model = build('itpn_tiny')
     assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
 
 
 def test_inductor_trains_as_eager():
-    model = build('fast_itpn_tiny', depths=(1, 1, 1)).train()
+    model = build('fast_itpn_tiny').train()
     assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
 
 

@@ -11,8 +11,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_itpn
 
-TINY = dict(embed_dim=64, depths=(1, 1, 2), head_init_scale=1.)
-FULL = dict(acceleration='full', gather_window=2, migrate={0: 1})
+TINY = dict(embed_dim=64, depths=(1, 1, 1), head_init_scale=1.)
+FULL = dict(depths=(1, 1, 2), acceleration='full', gather_window=2, migrate={0: 1})
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 every_family = pytest.mark.parametrize('name', FAMILIES)
@@ -42,7 +42,8 @@ def test_exported_program_agrees(name, dynamic):
     ('itpn_tiny', 'accelerated'),
 ])
 def test_onnx_runtime_agrees(name, how, tmp_path):
-    model = small_model(name, **TINY, exportable=how != 'torch.onnx', **(FULL if how == 'accelerated' else {}))
+    more = FULL if how == 'accelerated' else {}
+    model = small_model(name, exportable=how != 'torch.onnx', **TINY | more)
     x, path = images(1, 3, 64, 64), str(tmp_path / 'model.onnx')
     if how == 'torch.onnx':  # with gradients enabled, as users call it
         torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
@@ -57,7 +58,7 @@ def test_onnx_runtime_agrees(name, how, tmp_path):
 @every_acceleration
 @pytest.mark.parametrize('name', PYRAMIDS)
 def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_built_for(name, acceleration, tmp_path):
-    model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY, **acceleration)
+    model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY | acceleration)
     x, path = images(1, 3, 64, 64), tmp_path / 'model.onnx'
     with torch.no_grad():
         expected, traced = model(x), torch.jit.trace(model, x)
@@ -75,7 +76,7 @@ def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_buil
 @every_acceleration
 @every_family
 def test_scripted_model_agrees(name, acceleration, fused):
-    model = small_model(name, **TINY, scriptable=True, **acceleration)
+    model = small_model(name, scriptable=True, **TINY | acceleration)
     model = timm_itpn.fuse(model) if fused else model
     x = images(2, 3, 64, 64)
     scripted = torch.jit.script(model)
@@ -87,7 +88,7 @@ def test_scripted_model_agrees(name, acceleration, fused):
 @every_acceleration
 @every_family
 def test_traced_model_takes_other_batches(name, acceleration):
-    model = small_model(name, **TINY, **acceleration)
+    model = small_model(name, **TINY | acceleration)
     x = images(3, 3, 64, 64)
     with torch.no_grad():
         traced = torch.jit.trace(model, images(3 if acceleration else 2, 3, 64, 64))

@@ -1,6 +1,4 @@
 """The feature pyramid as a timm backbone: values, levels, sizes, and files with and without one."""
-import copy
-
 import pytest
 import timm
 import torch
@@ -36,23 +34,34 @@ def official_file(name, path, dtype=torch.float32, **changed):
 
 # values
 
-@pytest.mark.parametrize(('name', 'fused'), [*((name, True) for name in GOLDENS), ('fast_itpn_tiny_mim', False)])
-def test_golden_values_hold_through_an_official_file(name, fused, tmp_path):
-    expected = golden.load(name)
-    model_name, kwargs, key, bound = GOLDENS[name]
-    set_fused_attn(fused)
+def assert_golden(model, name, dtype, bound):
+    expected, key = golden.load(name), GOLDENS[name][2]
+    with torch.inference_mode():
+        features = model.to(dtype)(golden.image(expected, dtype))
+    for feature, stride in zip(features, (4, 8, 16)):
+        assert golden.error(feature, expected[key][f'stride{stride}']) < bound
+
+
+@pytest.mark.parametrize('name', GOLDENS)
+def test_golden_values_hold(name):
+    model_name, kwargs, _, bound = GOLDENS[name]
+    model = timm.create_model(model_name, features_only=True, device='meta', **kwargs).eval()
+    official = golden.official_state_dict(golden.load(name))
+    model.load_state_dict({f'model.{key}': value for key, value in official.items()}, strict=False, assign=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert_golden(model, name, torch.float64, bound)
+
+
+def test_golden_values_hold_through_an_official_file_and_plain_attention(tmp_path):
+    name = 'fast_itpn_tiny_mim'
+    path = official_file(name, tmp_path / 'official.pt', torch.float64)
+    set_fused_attn(False)
     try:
-        path = official_file(name, tmp_path / 'official.pt', torch.float64)
-        model = load(model_name, path, features_only=True, dtype=torch.float64, **kwargs)
+        model = load(GOLDENS[name][0], path, features_only=True, dtype=torch.float64)
     finally:
         set_fused_attn(True)
-        path.unlink()
-    for dtype, limit in ((torch.float64, bound), (torch.float32, 1e-4)):
-        model.to(dtype)
-        with torch.inference_mode():
-            features = model(golden.image(expected, dtype))
-        for feature, stride in zip(features, (4, 8, 16)):
-            assert golden.error(feature, expected[key][f'stride{stride}']) < limit
+    assert_golden(model, name, torch.float64, GOLDENS[name][3])
+    assert_golden(model, name, torch.float32, 1e-4)
 
 
 def test_parameter_count_is_that_of_the_official_model():
@@ -152,7 +161,7 @@ def test_concatenation_is_level_then_stage(name):
 @every_pyramid
 def test_any_size_works(name):
     model = backbone(name, dynamic_img_size=True)
-    for height, width in ((800, 1344), (16, 16), (48, 208)):
+    for height, width in ((160, 336), (16, 16), (48, 208)):
         with torch.inference_mode():
             features = model(images(1, 3, height, width))
         for feature, stride in zip(features, STRIDES):
@@ -187,24 +196,17 @@ def test_classifier_is_the_plain_model(name):
         torch.testing.assert_close(both(x), plain(x))
 
 
-# compilers
-
 @every_pyramid
-def test_compiled_scripted_and_checkpointed_pyramids_agree(name):
-    model = backbone(name, scriptable=True)
+def test_checkpointed_gradients_agree(name):
+    model = backbone(name).train()
     x = images(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(x)
-        for twin in (torch.compile(model, fullgraph=True, backend='aot_eager'), torch.jit.script(model)):
-            for a, b in zip(twin(x), expected):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     gradients = []
     for enable in (False, True):
-        twin = copy.deepcopy(model).train()
-        twin.model.set_grad_checkpointing(enable)
-        assert all(level.grad_checkpointing is enable for level in twin.model.pyramid.levels)
-        sum(f.sum() for f in twin(x)).backward()
-        gradients.append([p.grad for p in twin.parameters()])
+        model.zero_grad()
+        model.model.set_grad_checkpointing(enable)
+        assert all(level.grad_checkpointing is enable for level in model.model.pyramid.levels)
+        sum(f.sum() for f in model(x)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
 
@@ -248,9 +250,9 @@ def test_file_without_pyramid_is_refused_unless_asked_for(tmp_path, caplog):
 
 
 def test_pyramid_of_another_size_is_refused_with_its_sizes(tmp_path):
-    path = official_file('itpn_base_mae', tmp_path / 'w.pt')
-    with pytest.raises(ValueError, match='has dim 256, depth 2, hidden width 1024, but .* dim 256, depth 1, hidden'):
-        load('itpn_base_fpn.pixel_in1k', path, features_only=True, pyramid_depth=1)
+    path = official_file('fast_itpn_tiny_mim', tmp_path / 'w.pt')
+    with pytest.raises(ValueError, match='has dim 256, depth 1, hidden width 682, but .* dim 256, depth 2, hidden'):
+        load('fast_itpn_tiny_fpn', path, features_only=True, pyramid_depth=2)
     wide = {f'fpn_modules.{i}.mlp.{leaf}': torch.zeros(shape) for i in range(3) for leaf, shape in (
         ('fc1.weight', (768, 256, 1, 1)), ('fc1.bias', (768,)), ('fc2.weight', (256, 768, 1, 1)))}
     path = official_file('fast_itpn_tiny_mim', tmp_path / 'w.pt', **wide)

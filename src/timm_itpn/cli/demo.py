@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--model', default='fast_itpn_tiny', help='any model of this package')
     parser.add_argument('--pretrained', action='store_true', help='start from the published weights')
     parser.add_argument('--img-size', type=int, default=32, help='side of the images in pixels, a multiple of 16')
-    parser.add_argument('--epochs', type=int, default=9, help=f'passes over the {NUM_TRAINING:,} training images')
+    parser.add_argument('--epochs', type=int, default=5, help=f'passes over the {NUM_TRAINING:,} training images')
     parser.add_argument('--batch-size', type=int, default=64, help='images per update')
     parser.add_argument('--lr', type=float, default=5e-4, help='peak learning rate')
     parser.add_argument('--device', default='cpu', help='PyTorch device')
