@@ -192,7 +192,7 @@ def strip(tracker, path, seed=2):
 if __name__ == '__main__':
     torch.manual_seed(0)
     start, tracker = time.perf_counter(), Tracker()
-    loss = train(tracker, updates=int(sys.argv[2]) if sys.argv[2:] else 3000)
+    loss = train(tracker, updates=int(sys.argv[2]) if sys.argv[2:] else 1200)
     ours, still = rates(tracker, num=50)
     seconds = time.perf_counter() - start
     print(f'loss {loss:.3f}; success rate {ours:.1f} %, without moving {still:.1f} %; {seconds:.0f} s')
