@@ -212,11 +212,17 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('recipe', '../x'): (),
     ('pretrain', '--model'): MODELS,
     ('pretrain', '--device'): ('xpu', 'abacus'),
+    ('pretrain', '--workers'): ('-1', str(10 ** 11)),
+    ('pretrain', '--clip-grad'): ('-1', 'nan', 'inf', 'x'),
+    ('pretrain', '--model-ema-decay'): ('-1', '2'),
+    ('pretrain', '--opt-betas'): ('-1', '0.9 2'),
     ('detect', '--model'): MODELS,
     ('detect', '--device'): ('xpu', 'abacus'),
     ('detect', '--short-sides'): ('0', 'x', ''),
     ('detect', '--head-norm'): ('layer',),
     ('detect', '--head-dim'): ('0', '-1'),
+    ('detect', '--weight-decay'): ('-1', 'nan'),
+    ('detect', '--recovery-interval'): ('-1', '1.5'),
     ('detect', '--train-split'): ('nosuch',),
 }
 

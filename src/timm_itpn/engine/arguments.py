@@ -4,7 +4,9 @@ Names are those of timm's `train.py`. Nothing here imports torch, so that `--hel
 """
 import argparse
 import ast
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import yaml
 
 from ..checks import read_text
 
-__all__ = ['CHANGEABLE', 'FREE', 'PAIRS', 'RECIPES', 'ConfigurableParser', 'add_arguments', 'positive']
+__all__ = ['CHANGEABLE', 'FREE', 'PAIRS', 'RECIPES', 'ConfigurableParser', 'add_arguments', 'number', 'positive']
 
+MAX_WORKERS = 512
 RECIPES = Path(__file__).parents[1] / 'recipes'
 
 # may differ when a run is resumed: they do not change what is computed
@@ -33,21 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     group.add_argument('-b', '--batch-size', type=positive, metavar='N', help='of a process, per step')
     group.add_argument('--grad-accum-steps', type=positive, default=1, metavar='N', help='steps per update')
     group.add_argument('--opt', default='adamw', help="timm's name of the optimizer")
-    group.add_argument('--opt-eps', type=float, help="epsilon, default: the optimizer's")
-    group.add_argument('--opt-betas', type=float, nargs='+', help="betas, default: the optimizer's")
-    group.add_argument('--weight-decay', type=float, default=0.05)
-    group.add_argument('--clip-grad', type=float, metavar='NORM', help='largest norm of gradients, 0: none')
-    group.add_argument('--lr', type=float, help='peak learning rate')
+    group.add_argument('--opt-eps', type=number(0), help="epsilon, default: the optimizer's")
+    group.add_argument('--opt-betas', type=number(0, 1), nargs='+', help="betas, default: the optimizer's")
+    group.add_argument('--weight-decay', type=number(0), default=0.05)
+    group.add_argument('--clip-grad', type=number(0), metavar='NORM', help='largest norm of gradients, 0: none')
+    group.add_argument('--lr', type=number(0), help='peak learning rate')
     group.add_argument('--sched', default='cosine', help="timm's name of the schedule; steps are updates")
     group.add_argument('--epochs', type=positive)
-    group.add_argument('--warmup-epochs', type=int, help='default: a tenth of the epochs, at most 10')
-    group.add_argument('--warmup-lr', type=float, default=0.)
-    group.add_argument('--min-lr', type=float)
+    group.add_argument('--warmup-epochs', type=number(0, kind=int), help='default: a tenth of the epochs, at most 10')
+    group.add_argument('--warmup-lr', type=number(0), default=0.)
+    group.add_argument('--min-lr', type=number(0))
     group.add_argument('--model-ema', action='store_true', help='average the weights')
-    group.add_argument('--model-ema-decay', type=float, default=0.9999)
+    group.add_argument('--model-ema-decay', type=number(0, 1), default=0.9999)
 
     group = parser.add_argument_group('device')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that read, 0 for none')
+    group.add_argument('-j', '--workers', type=number(0, MAX_WORKERS, int), default=4, metavar='N',
+                       help='processes that read, 0 for none')
     group.add_argument('--device', help='PyTorch device; default: cuda where there is one, else cpu')
     group.add_argument('--amp', action='store_true', help='autocast')
     group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
@@ -63,19 +67,28 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     group.add_argument('--changed-data', action='store_true', help='go on though the images are others than before')
     group.add_argument('--checkpoint-hist', type=positive, metavar='N',
                        help='checkpoints to keep; default: 2, at the end 1')
-    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
+    group.add_argument('--recovery-interval', type=number(0, kind=int), default=0, metavar='N',
                        help='updates between checkpoints; 0: only after epochs')
     group.add_argument('--log-interval', type=positive, default=50, metavar='N', help='updates per line of the log')
-    group.add_argument('--figure-interval', type=int, default=0, metavar='N', help='epochs between pictures, 0: none')
+    group.add_argument('--figure-interval', type=number(0, kind=int), default=0, metavar='N',
+                       help='epochs between pictures, 0: none')
     group.add_argument('--log-tensorboard', action='store_true', help='also write for TensorBoard')
     parser.set_defaults(**defaults)
 
 
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+def number(low: float, high: float = math.inf, kind: Callable[[str], float] = float) -> Callable[[str], float]:
+    """Parser of finite numbers from `low` to `high`."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):  # NaN is not, either
+            upper = '' if math.isinf(high) else f' to {high}'
+            raise argparse.ArgumentTypeError(f'{text} is not usable: give a number from {low}{upper or " on"}')
+        return value
+    parse.__name__ = kind.__name__  # in argparse's messages
+    return parse
+
+
+positive = number(1, kind=int)
 
 
 class _KeyValues(argparse.Action):
