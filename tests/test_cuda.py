@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from support import golden
 from support.small import FAMILIES, PYRAMIDS, images, small_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from timm_itpn.bench.baseline import Baseline
 from timm_itpn.ops.kernels import record_kernels
@@ -151,6 +154,70 @@ def test_host_never_waits_with_an_optimizer_and_autocast(device, name, checkpoin
     step()
     with waiting_for_the_device_is_an_error(device):
         step()
+
+
+# rehearsal: tensors without values, which PyTorch takes for CUDA tensors where no CUDA device is
+
+class OnlyCuda(TorchDispatchMode):
+    """Every tensor must be on CUDA; one that comes from the host is copied, which waits."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, outputs)):
+            assert not isinstance(x, torch.Tensor) or x.is_cuda, f'{func} has a tensor on {x.device}'
+        return outputs
+
+
+@contextmanager
+def cuda_autocast(dtype):
+    """As `torch.autocast`, which does nothing without a device."""
+    before = torch.get_autocast_dtype('cuda')
+    torch.set_autocast_enabled('cuda', True)
+    torch.set_autocast_dtype('cuda', dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled('cuda', False)
+        torch.set_autocast_dtype('cuda', before)
+        torch.clear_autocast_cache()
+
+
+def rehearse(model, *shapes):
+    """Run a model for images of several shapes, as it is and under autocast; waiting for the device is an error."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model.to_empty(device='cuda')
+        mode.allow_non_fake_inputs = False
+        with torch.no_grad(), OnlyCuda():
+            for context, dtype in ((nullcontext(), torch.float32), (cuda_autocast(torch.bfloat16), torch.bfloat16)):
+                with context:
+                    for shape in shapes:
+                        outputs = model(torch.empty(shape, device='cuda'))
+                        assert dtype in [x.dtype for x in tree_leaves(outputs)]
+
+
+@pytest.mark.parametrize('kind', ['fixed', 'dynamic', 'accelerated'])
+@every_model
+def test_rehearsal_without_device(name, kind):
+    kwargs = dict(dynamic_img_size=kind != 'fixed', features_only=name in PYRAMIDS, embed_dim=64, depths=(1, 1, 2))
+    if kind == 'accelerated':
+        kwargs |= dict(acceleration='full', gather_window=2, migrate={0: 1})
+    model = small_model(name, device='meta', **kwargs)
+    rehearse(model, (2, 3, 64, 64), *([] if kind == 'fixed' else [(2, 3, 96, 48)]))
+
+
+def test_rehearsal_notices_waiting_and_the_host():
+    class Waits(torch.nn.Module):
+        def forward(self, x):
+            return x * x.sum().item()
+
+    class Copies(torch.nn.Module):
+        def forward(self, x):
+            return x * torch.tensor([2.]).to(x.device)
+
+    with pytest.raises(RuntimeError, match='local_scalar_dense'):
+        rehearse(Waits(), (2,))
+    with pytest.raises(AssertionError, match='has a tensor on cpu'):
+        rehearse(Copies(), (2,))
 
 
 # CUDA graphs

@@ -7,7 +7,8 @@ import pytest
 import timm_itpn
 
 ROOMS = (
-    'ops', 'layers', 'acceleration', 'weights', 'models', 'tools', 'pretrain', 'detection', 'bench', 'studies', 'cli')
+    'ops', 'layers', 'acceleration', 'weights', 'models', 'tracking', 'tools', 'engine', 'pretrain', 'detection',
+    'bench', 'studies', 'cli')
 ROOT = Path(timm_itpn.__file__).parent
 
 

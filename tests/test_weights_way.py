@@ -4,20 +4,18 @@ Hub, model from there, official checkpoint again. Weights follow the goldens' fo
 Each goes at reduced size, as if it were registered so; tiny ones at full size too, where goldens are compared with.
 """
 import argparse
-import functools
 
 import pytest
 import timm
 import torch
 from support import golden
+from support.small import reduce_models
 
 from timm_itpn.cli import main
 from timm_itpn.models import MODULES
-from timm_itpn.tools import match
 from timm_itpn.weights.layout import native_to_official
 
 GOLDENS = {'fast_itpn_tiny': 'fast_itpn_tiny', 'fast_itpn_tiny_fpn': 'fast_itpn_tiny_mim'}  # full size
-REDUCED = dict(embed_dim=128, depths=(1, 1, 2), num_heads=2)
 NAMES = [
     *timm.list_models(module=MODULES),
     'itpn_base.clip_in1k', 'itpn_base.pixel_in1k', 'itpn_large.clip_in1k', 'itpn_large.pixel_in1k',
@@ -71,10 +69,7 @@ def check(model, expected, reference, dtype):
 def test_outputs_are_the_same_all_the_way(name, dtype, reduced, hub, tmp_path, monkeypatch):
     arch = name.partition('.')[0]
     if reduced:
-        monkeypatch.setattr(match, '_default', match._default.__wrapped__)  # or it would keep these for other tests
-        for key in timm.list_models(module=MODULES):
-            create = functools.partial(timm.models.model_entrypoint(key), **REDUCED)
-            monkeypatch.setitem(timm.models._registry._model_entrypoints, key, create)
+        reduce_models(timm.list_models(module=MODULES), monkeypatch)
     checkpoint, expected = published(name, dtype, reduced)
     torch.save(checkpoint, tmp_path / 'w.pt')
     args = dict(features_only=True) if arch.endswith('_fpn') else {}

@@ -3,8 +3,11 @@ import importlib.util
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-__all__ = ['check_device', 'check_new', 'check_output', 'check_regular_file', 'read_text', 'require']
+__all__ = [
+    'are_numbers', 'check_device', 'check_new', 'check_output', 'check_regular_file', 'is_number', 'read_text',
+    'require']
 
 _MOVE = 'move it away'
 
@@ -67,9 +70,18 @@ def read_text(path: Path) -> str:
     """
     check_regular_file(path)
     try:
-        return path.read_text(encoding='utf-8')
+        return path.read_text(encoding='utf-8-sig')  # Windows may put a mark first
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not a text file: name another') from error
+
+
+def is_number(value: Any, low: float = -1e15, high: float = 1e15) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high  # NaN is not
+
+
+def are_numbers(values: Any, low: float = -1e15, high: float = 1e15) -> bool:
+    """Whether a value is a list of at least one number, each within bounds."""
+    return isinstance(values, (list, tuple)) and len(values) > 0 and all(is_number(x, low, high) for x in values)
 
 
 def check_device(device: str) -> None:

@@ -38,10 +38,10 @@ def replaced(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:  # torch says 'unexpected pos' after an OSError, safetensors '(os error 28)'
-            number = re.search(r'\b(?:os error |Errno )(\d+)', str(cause))
-            if number and int(number[1]) in FULL:
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        while cause is not None:  # safetensors says '(os error 28)', torch 'unexpected pos' and nothing more
+            number = re.search(r'\b(?:os error |Errno )(\d+)|unexpected pos', str(cause))
+            if number and (code := int(number[1] or errno.ENOSPC)) in FULL:
+                raise OSError(code, os.strerror(code), str(path)) from error
             cause = cause.__context__
         raise
     finally:

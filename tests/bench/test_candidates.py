@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from timm_itpn.acceleration.stage import MigrationStage
-from timm_itpn.bench.candidates import Kind, build, build_ours
+from timm_itpn.bench.candidates import Kind, _in_onnx, build, build_ours
 from timm_itpn.bench.cases import Candidates, Case
 
 CASE = Case('fast_itpn_tiny', (32, 32), 2)
@@ -113,11 +113,11 @@ def test_function_of_a_file_is_called_with_size_and_classes(file):
 
 
 @pytest.mark.parametrize('source, message', [
-    ('mine.py', ': give FILE:FUNCTION, such as my_model.py:build'),
-    ('{file}x:build', ': there is no file {file}x'),
-    ('{file}:nope', ': {file} has no function nope'),
+    ('mine.py', ": no file ''; give FILE:FUNCTION, such as my_model.py:build"),
+    ('{file}x:build', ": no file '{file}x'; give FILE:FUNCTION, such as my_model.py:build"),
+    ('{file}:nope', " cannot be built: KeyError: 'nope'"),
     ('{file}:fails', ' cannot be built: ZeroDivisionError: division by zero'),
-    ('{file}:number', ': number returned int, not a torch.nn.Module'),
+    ('{file}:number', ' cannot be built: TypeError: number returned int, not a torch.nn.Module'),
 ])
 def test_module_that_cannot_be_built_is_refused(source, message, file):
     source = source.format(file=file)
@@ -136,3 +136,26 @@ def test_step_of_pre_training_is_that_of_the_objective(model, objective):
     loss.backward()
     missing = [name for name, p in step.model.objective.backbone.named_parameters() if p.grad is None]
     assert all(name.startswith('stages.2.pos_embed') for name in missing), missing
+
+
+def test_kept_templates_give_what_everything_anew_does():
+    case = Case('fast_itpn_tiny', (64, 64), 1, templates=2)
+    candidates = build(case, Candidates(baseline=True, fuse=True, accelerations=('full',)), 'cpu')
+    assert [c.name for c in candidates] == ['ours', 'ours fused', 'ours full', 'ours full fused', 'baseline']
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        outputs = {c.name: c.run(images)[0] for c in candidates}
+    for name in ('ours fused', 'baseline'):
+        torch.testing.assert_close(outputs[name], outputs['ours'], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs['ours full fused'], outputs['ours full'], rtol=1e-3, atol=1e-3)
+    assert (outputs['ours full'] - outputs['ours']).abs().max() > 1e-2
+    ours = candidates[0].model.train()
+    ours(images)[0].sum().backward()
+    assert ours.encoder.pos_embed['template'].grad.abs().sum() > 0
+
+
+def test_onnx_runtime_gives_the_same():
+    model = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.Flatten(1)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(_in_onnx(model, CASE)(images)[0], model(images), rtol=1e-4, atol=1e-4)

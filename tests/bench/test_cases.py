@@ -26,8 +26,21 @@ def test_step_of_pre_training_needs_training_pyramid_and_squares(changes):
         check(Case(**{**case, **changes}), Candidates(objective='clip'), Rounds(), 'cpu')
 
 
+@pytest.mark.parametrize(('changes', 'asked', 'message'), [
+    (dict(templates=1, pyramid=True), {}, 'templates have half the side'),
+    (dict(templates=1, img_size=(64, 80)), {}, 'multiples of 32'),
+    (dict(templates=1), dict(peers=('test_vit',)), 'leave out --peers'),
+    (dict(mode='train'), dict(onnx=True), 'ONNX Runtime is measured'),
+    (dict(dtype='bfloat16'), dict(onnx=True), 'leave out --onnx'),
+])
+def test_what_cannot_be_measured_together_is_refused(changes, asked, message):
+    with pytest.raises(ValueError, match=message):
+        check(Case(**{'img_size': (64, 64), **changes}), Candidates(**asked), Rounds(), 'cpu')
+
+
 def test_case_says_what_it_is():
     assert str(Case('fast_itpn_tiny', (32, 32), 2)) == 'fast_itpn_tiny, forward, 32 px, batch 2, float32'
+    assert str(Case(templates=2)).startswith('fast_itpn_base, templates 2, forward, 224 px')
     case = Case('fast_itpn_tiny', (800, 1344), 2, mode='train', pyramid=True)
     assert str(case) == 'fast_itpn_tiny, pyramid, train, 800x1344 px, batch 2, float32'
 

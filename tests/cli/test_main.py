@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import timm_itpn
 from timm_itpn.cli import main, recipe
@@ -24,6 +25,22 @@ def test_reader_that_has_gone_is_no_error():
     done = subprocess.run([sys.executable, '-c', command], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b'')
+
+
+@pytest.mark.parametrize('name, status', [('fast_itpn_base', 0), ('nosuch', 1)])
+def test_output_that_is_closed_is_no_error(name, status):
+    """`timm-itpn recipe >&- 2>&-`."""
+    command = f'import sys; from timm_itpn.cli import main; sys.exit(main(["recipe", "{name}"]))'
+    done = subprocess.run(['sh', '-c', 'exec "$0" -c "$1" >&- 2>&-', sys.executable, command])
+    assert done.returncode == status
+
+
+def test_any_file_name_is_printed(tmp_path, monkeypatch, capfdbinary):
+    Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
+    monkeypatch.chdir(os.fsencode(tmp_path))
+    os.rename(b'x.png', b'\xff.png')
+    assert main(['show', os.fsdecode(b'\xff.png')]) == 0
+    assert capfdbinary.readouterr().out == b'\xff_show.png\n'
 
 
 @pytest.mark.parametrize('error, said', [

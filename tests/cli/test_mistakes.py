@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from support.detect_runs import write_splits
 
 from timm_itpn.cli import main
 
@@ -16,6 +17,9 @@ SHOW = ('show', 'photo.png', '--model', 'fast_itpn_tiny', '--img-size', '32')
 PRETRAIN = (
     'pretrain', '--data-dir', 'photos', '--model', 'fast_itpn_tiny', '--model-kwargs', 'embed_dim=64', 'depths=(1,1,1)',
     'num_heads=2', '--img-size', '32', '-b', '2', '--device', 'cpu', '--objective', 'pixel', '--output', 'new')
+
+DETECT = ('detect', '--data-dir', 'coco', '--model-kwargs', 'embed_dim=64', 'depths=(1,1,1)', 'num_heads=2',
+          '--device', 'cpu', '--output', 'new')
 
 
 @pytest.fixture(scope='module')
@@ -34,6 +38,7 @@ def files(tmp_path_factory):
     (folder / 'cut').write_bytes((folder / 'w.pt').read_bytes()[:3000])
     (folder / 'secret').write_text('epochs: 1')
     (folder / 'images').mkdir()  # with none in it
+    write_splits(folder / 'coco')
     (folder / 'photos').mkdir()
     for name in 'ab':
         Image.new('RGB', (32, 32)).save(folder / 'photos' / f'{name}.png')
@@ -93,6 +98,11 @@ READERS = {
     'pretrain -c': (*PRETRAIN, '-c', 'FILE'),
     'pretrain --data-dir': (*PRETRAIN, '--data-dir', 'FILE'),
     'pretrain --resume': (*PRETRAIN, '--resume', 'FILE'),
+    'detect -c': (*DETECT, '-c', 'FILE'),
+    'detect --data-dir': (*DETECT, '--data-dir', 'FILE'),
+    'detect --resume': (*DETECT, '--resume', 'FILE'),
+    'detect --evaluate': (*DETECT, '--evaluate', 'FILE'),
+    'detect --pretrained-path': (*DETECT, '--pretrained-path', 'FILE'),
 }
 KINDS = ('absent', 'absent/file', 'junk/file', 'empty', 'junk', 'text', 'cut', 'images', 'pipe', 'secret', '')
 
@@ -100,7 +110,12 @@ SOME_KINDS = {
     'bench --record': KINDS[1:3] + KINDS[4:],  # a new or an empty file is written to
     'pretrain -c': KINDS[:3] + KINDS[4:],  # an empty file has no settings
     'pretrain --data-dir': ('absent', 'junk', 'pipe', 'images'),  # slow, as the next
-    'pretrain --resume': ('absent', 'empty', 'cut', 'pipe')}
+    'pretrain --resume': ('absent', 'empty', 'cut', 'pipe'),
+    'detect -c': KINDS[:3] + KINDS[4:],
+    'detect --data-dir': ('absent', 'junk', 'pipe', 'images'),
+    'detect --resume': ('absent', 'cut'),
+    'detect --evaluate': ('absent', 'empty', 'cut', 'w.pt', 'pipe'),
+    'detect --pretrained-path': ('absent', 'cut')}
 
 
 @pytest.mark.parametrize('reader', READERS)
@@ -140,6 +155,7 @@ COMMANDS = {
     'bench --suite': ('bench', '--suite', 'cpu'),
     'inspect': ('inspect', 'w.pt'),
     'pretrain': PRETRAIN,
+    'detect': DETECT,
     'list': ('list',),
     'recipe': ('recipe',),
 }
@@ -178,7 +194,7 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--mode'): ('fast',),
     ('bench', '--repeats'): ('0', '2', '-1', 'x'),
     ('bench', '--warmup'): ('0', '-1'),
-    ('bench', '--threads'): ('0', '-1'),
+    ('bench', '--threads'): ('0', '-1', str(10 ** 6), str(10 ** 20)),
     ('bench', '--acceleration'): ('more',),
     ('bench', '--compile'): ('more',),
     ('bench', '--peers'): ('nosuch', 'resnet9x'),
@@ -186,7 +202,7 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--suite'): ('cpu', 'tpu'),
     ('bench', '--objective'): ('clip', 'nosuch'),
     ('bench', '--plot'): ('x.jpg',),
-    ('evidence', '--seeds'): ('1 1', '-1', 'x'),
+    ('evidence', '--seeds'): ('1 1', '-1', 'x', str(10 ** 20)),
     ('evidence', 'x'): (),
     ('evidence all', '--seeds'): ('0',),  # without the name of one
     ('bench --suite', '--repeats'): ('0',),
@@ -196,6 +212,18 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('recipe', '../x'): (),
     ('pretrain', '--model'): MODELS,
     ('pretrain', '--device'): ('xpu', 'abacus'),
+    ('pretrain', '--workers'): ('-1', str(10 ** 11)),
+    ('pretrain', '--clip-grad'): ('-1', 'nan', 'inf', 'x'),
+    ('pretrain', '--model-ema-decay'): ('-1', '2'),
+    ('pretrain', '--opt-betas'): ('-1', '0.9 2'),
+    ('detect', '--model'): MODELS,
+    ('detect', '--device'): ('xpu', 'abacus'),
+    ('detect', '--short-sides'): ('0', 'x', ''),
+    ('detect', '--head-norm'): ('layer',),
+    ('detect', '--head-dim'): ('0', '-1'),
+    ('detect', '--weight-decay'): ('-1', 'nan'),
+    ('detect', '--recovery-interval'): ('-1', '1.5'),
+    ('detect', '--train-split'): ('nosuch',),
 }
 
 

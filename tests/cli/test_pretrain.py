@@ -15,10 +15,14 @@ NAMES = ('pretrain_fast_itpn', 'pretrain_itpn_clip', 'pretrain_itpn_pixel', 'pre
 
 def test_command_runs_and_tells_what_it_wrote(tmp_path, capsys):
     data = write_images(tmp_path / 'data')
-    assert main(['pretrain', *command(data, tmp_path / 'run', '--epochs', '1', '--warmup-epochs', '0')]) == 0
+    path = tmp_path / 'some.yaml'
+    path.write_text('epochs: 1\nscale: [0.5, 1]\nmodel_kwargs: {init_values: 0.1}\n')
+    more = ('-c', str(path), '--epochs', '1', '--warmup-epochs', '0')
+    assert main(['pretrain', *command(data, tmp_path / 'run', *more)]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result['num_updates'] == 2 and (tmp_path / 'run' / 'pretrained.pth').samefile(result['official'])
+    assert json.loads((tmp_path / 'run' / 'args.json').read_text())['scale'] == [0.5, 1]
     assert 'loss=' in captured.err and 'images_per_s=' in captured.err
 
 
@@ -44,8 +48,8 @@ def test_file_gives_defaults_and_the_command_line_wins(tmp_path):
     ('- 7', 'does not hold settings'),
     ('a: b: c', 'cannot be read'),
     (None, 'not a regular file'),
-    ('epochs: many', "--epochs: invalid positive value: 'many'"),
-    ('epochs: 0', "--epochs: invalid positive value: '0'"),
+    ('epochs: many', "--epochs: invalid int value: 'many'"),
+    ('epochs: 0', "--epochs: 0 is not usable: give a number from 1 on"),
     ('epochs: true', '--epochs: expected one argument'),
     ('epochs: null', 'epochs cannot be None'),
     ('model_ema: "no"', "--model-ema: ignored explicit argument 'no'"),

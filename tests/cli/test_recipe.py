@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import yaml
+from support.detect_runs import parse
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
@@ -25,7 +26,7 @@ RECIPES = {
     'itpn_large.clip_in1k': (50, 5, 512, 2e-4, 0.55, 0.25, 224),
     'itpn_large.pixel_in1k': (50, 5, 1024, 1e-3 * 4, 0.84, 0.2, 224),  # 0.55 ** (13 / 45)
 }
-OTHERS = ('mask_rcnn', 'mask_rcnn_large', 'upernet',
+OTHERS = ('mask_rcnn', 'mask_rcnn_digits', 'mask_rcnn_large', 'upernet',
           'pretrain_fast_itpn', 'pretrain_itpn_clip', 'pretrain_itpn_pixel', 'pretrain_mfm')
 
 
@@ -49,6 +50,8 @@ def test_names_are_listed_and_every_model_with_weights_has_one(capsys):
 ])
 def test_mask_rcnn_recipe_is_what_the_room_takes(name, numbers, capsys):
     _, recipe = read(name, capsys)
+    args = parse(['-c', name])
+    assert all(getattr(args, key) == value for key, value in recipe.items())
     keys = ('epochs', 'decay_milestones', 'lr', 'layer_decay', 'drop_path')
     assert tuple(recipe[key] for key in keys) == numbers
     resize, crop = train_transforms().transforms[1].transforms

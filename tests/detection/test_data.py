@@ -10,7 +10,7 @@ from PIL import Image
 from support.coco import write_coco
 
 from timm_itpn.detection.coco import read_coco
-from timm_itpn.detection.data import CocoDataset, collate, eval_transforms, train_transforms
+from timm_itpn.detection.data import CocoDataset, eval_transforms, train_transforms
 
 SMALL = dict(short_sides=(64, 80), max_side=128, crop_short_sides=(72,), crop_sides=(40, 60))
 
@@ -39,7 +39,7 @@ def test_sample_is_what_torchvision_takes(path):
     assert image.shape == (3, 64, 96) and image.dtype == torch.float32 and 0.9 < image.max() <= 1
     assert {key: (value.dtype, tuple(value.shape)) for key, value in target.items()} == {
         'boxes': (torch.float32, (2, 4)), 'labels': (torch.int64, (2,)), 'masks': (torch.uint8, (2, 64, 96)),
-        'image_id': (torch.int64, ())}
+        'image_id': (torch.int64, ()), 'seed': (torch.int64, ())}
     for (left, top, right, bottom), mask in zip(target['boxes'].int().tolist(), target['masks']):
         assert mask.sum() == mask[top:bottom, left:right].sum() > 0  # the box is around the mask
         assert image[:, mask.bool()].min() == 1  # which is where the digit is drawn
@@ -85,7 +85,7 @@ def test_images_without_annotations_are_background(path, caplog):
     with caplog.at_level(logging.INFO):
         data = dataset(changed(path, change), train_transforms(**SMALL))
     assert '1 of 2 images have no annotation: they are all background.' in caplog.text
-    _, targets = collate([data[0], data[1]])
+    targets = data.collate([data[0], data[1]])['targets']
     assert targets[1]['boxes'].shape == (0, 4) and targets[1]['masks'].shape[0] == len(targets[1]['labels']) == 0
 
 
@@ -152,7 +152,7 @@ def test_file_that_is_not_coco_is_one_sentence(path, change, message):
 
 
 @pytest.mark.parametrize('content, message', [
-    (None, 'is not a file: name a JSON file in COCO format.'),
+    (None, 'cannot be read as JSON: .*No such file'),
     (b'', 'cannot be read as JSON: Expecting value'),
     (b'{"images": [', 'cannot be read as JSON: Expecting value'),
     (b'\xff\xd8\xff', 'cannot be read as JSON:'),

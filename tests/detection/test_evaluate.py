@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.coco import write_coco
 
-from timm_itpn.detection.data import CocoDataset, collate, eval_transforms
+from timm_itpn.detection.data import CocoDataset, eval_transforms
 from timm_itpn.detection.evaluate import average_precision, evaluate, predict
 
 
@@ -36,13 +36,16 @@ def dataset(tmp_path):
     return CocoDataset(write_coco(tmp_path, 3), tmp_path, eval_transforms())
 
 
+CPU = torch.device('cpu')
+
+
 def batches(dataset):
-    return [collate([dataset[0], dataset[1]]), collate([dataset[2]])]
+    return [dataset.collate([dataset[0], dataset[1]]), dataset.collate([dataset[2]])]
 
 
 def test_perfect_predictions_have_an_average_precision_of_one(dataset):
     model = Oracle(dataset).train()
-    found = evaluate(model, batches(dataset), dataset, torch.device('cpu'))
+    found = evaluate(model, dataset, CPU)
     assert list(found) == [f'{kind}_{metric}' for kind in ('box', 'mask')
                            for metric in ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')]
     assert found['box_AP'] == found['mask_AP'] == found['box_APs'] == pytest.approx(1)
@@ -53,7 +56,7 @@ def test_perfect_predictions_have_an_average_precision_of_one(dataset):
 def test_shifted_boxes_count_up_to_their_overlap(dataset):
     for row in dataset.coco.dataset['annotations']:
         row['bbox'] = [10, 10, 40, 40]
-    results = predict(Oracle(dataset, shift=4), batches(dataset), dataset.category_ids, torch.device('cpu'))
+    results = predict(Oracle(dataset, shift=4), batches(dataset), dataset.category_ids, CPU)
     found = average_precision(dataset, results)
     assert found['box_AP'] == pytest.approx(0.7)  # 36 / 44 = 0.82 is above 7 of the 10 thresholds
     assert (found['box_AP50'], found['box_AP75']) == (1, 1)
@@ -61,7 +64,7 @@ def test_shifted_boxes_count_up_to_their_overlap(dataset):
 
 
 def test_results_are_in_the_format_of_coco(dataset):
-    results = predict(Oracle(dataset), batches(dataset), dataset.category_ids, torch.device('cpu'))
+    results = predict(Oracle(dataset), batches(dataset), dataset.category_ids, CPU)
     assert json.loads(json.dumps(results)) == results
     rows = dataset.coco.dataset['annotations']
     for result, row in zip(results, rows):
@@ -70,7 +73,7 @@ def test_results_are_in_the_format_of_coco(dataset):
 
 
 def test_nothing_predicted_is_zero(dataset, capsys):
-    found = evaluate(Oracle(dataset, share=0.), batches(dataset), dataset, torch.device('cpu'))
+    found = evaluate(Oracle(dataset, share=0.), dataset, CPU)
     assert found['box_AP'] == found['mask_AP'] == 0
     assert capsys.readouterr().out == ''
 
@@ -80,13 +83,19 @@ def test_nothing_to_find_is_none(tmp_path, dataset, share):
     path = tmp_path / 'instances.json'
     path.write_text(json.dumps({**json.loads(path.read_text()), 'annotations': []}))
     empty = CocoDataset(path, tmp_path, eval_transforms())
-    found = evaluate(Oracle(dataset, share=share), batches(empty), empty, torch.device('cpu'))
+    found = evaluate(Oracle(dataset, share=share), empty, CPU)
     assert set(found.values()) == {None}
 
 
-def test_images_that_are_missing_are_not_counted(tmp_path):
-    path = write_coco(tmp_path, 3)
+def test_images_that_are_missing_or_broken_are_not_counted(tmp_path, capsys):
+    path = write_coco(tmp_path, 4)
     (tmp_path / '0002.png').unlink()
     dataset = CocoDataset(path, tmp_path, eval_transforms())
-    found = evaluate(Oracle(dataset), [collate([dataset[0], dataset[1]])], dataset, torch.device('cpu'))
-    assert found['box_AP'] == pytest.approx(1)
+    (tmp_path / '0004.png').write_bytes(b'no image')
+    assert evaluate(Oracle(dataset), dataset, CPU)['box_AP'] == pytest.approx(1)
+    (tmp_path / '0001.png').unlink()
+    (tmp_path / '0003.png').write_bytes(b'')
+    with pytest.raises(RuntimeError, match='No image for the evaluation can be read, such as 0001.png .*: mend them'):
+        evaluate(Oracle(dataset), dataset, CPU)
+    assert '1 of 3 images are left out of the evaluation because they cannot be read, such as 0004.png (' in (
+        capsys.readouterr().err)

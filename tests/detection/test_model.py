@@ -111,6 +111,7 @@ def test_images_without_objects_have_a_loss(sample):
     nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), masks=torch.zeros(0, 50, 70))
     terms = compute_losses(model, [torch.rand(3, 50, 70)], [nothing])
     terms['loss'].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())  # which several processes wait for
     assert terms['loss_box_reg'] == terms['loss_mask'] == 0 < terms['loss_classifier']
     both = compute_losses(model, [torch.rand(3, 50, 70), sample[0]], [nothing, sample[1]])
     assert both['loss_box_reg'] > 0 and both['loss'].isfinite()

@@ -5,6 +5,7 @@ from support.small import FAMILIES, PYRAMIDS, images, small_model
 
 import timm_itpn
 from timm_itpn.layers import run
+from timm_itpn.layers.pos_embed import role_pos_embed
 
 
 @pytest.mark.parametrize('fused', [False, True], ids=['model', 'fused'])
@@ -20,3 +21,62 @@ def test_rows_at_a_time_give_what_the_whole_does(name, fused, monkeypatch):
             torch.testing.assert_close(model(x), whole, rtol=1e-5, atol=1e-5)
         empty = model(x[:0])
     assert all(len(level) == 0 for level in (empty if name in PYRAMIDS else [empty]))
+
+
+def strong_attention(name, **kwargs):
+    stage = small_model(name, **kwargs).stages[2]
+    for block in stage.blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.2)
+        torch.nn.init.normal_(block.attn.proj.weight, std=0.2)
+    return stage
+
+
+@pytest.mark.parametrize('attn_impl', ['sdpa', 'reference'])
+def test_blocks_run_in_ranges_on_any_sequence_and_a_mask_hides(attn_impl):
+    stage = strong_attention('fast_itpn_tiny', attn_impl=attn_impl)
+    x = images(2, 7, 128)
+    whole = stage.forward_blocks(x, 1, 7)
+    torch.testing.assert_close(stage.forward_blocks(stage.forward_blocks(x, 1, 7, 0, 1), 1, 7, 1), whole)
+    sees = torch.ones(7, 7, dtype=torch.bool)
+    sees[:3, 3:] = False
+    alone = stage.forward_blocks(x[:, :3], 1, 3)
+    for bias in (sees, torch.zeros(7, 7).masked_fill(~sees, float('-inf'))):
+        masked = stage.forward_blocks(x, 1, 7, bias=bias)
+        torch.testing.assert_close(masked[:, :3], alone, rtol=1e-5, atol=1e-5)
+        assert (masked[:, 3:] - whole[:, 3:]).abs().max() > 1e-3
+        stage.grad_checkpointing = True
+        torch.testing.assert_close(stage.forward_blocks(x.requires_grad_(), 1, 7, bias=bias), masked)
+        stage.grad_checkpointing = False
+
+
+def test_bias_is_added_to_that_of_relative_positions():
+    stage = strong_attention('itpn_tiny')
+    fused = timm_itpn.fuse(stage.eval())
+    x, bias = images(2, 16, 128), images(16, 16)
+    with torch.no_grad():
+        plain, biased = stage.forward_blocks(x, 4, 4), stage.forward_blocks(x, 4, 4, bias=bias)
+        shifted = stage.forward_blocks(x, 4, 4, bias=torch.full((16, 16), 2.))
+        torch.testing.assert_close(shifted, plain, rtol=1e-4, atol=1e-4)
+        assert (biased - plain).abs().max() > 1e-3
+        torch.testing.assert_close(fused.forward_blocks(x, 4, 4, bias=bias), biased, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(('method', 'size', 'expected'), [
+    ('crop', (2, 3), [[0, 1, 2], [4, 5, 6]]),
+    ('crop', (4, 7), [[4 * y + x for x in (0, .40625, 1, 1.5, 2, 2.59375, 3)] for y in range(4)]),  # the border repeats
+    ('corners', (3, 3), [[6 * y + 1.5 * x for x in range(3)] for y in range(3)]),
+])
+def test_positions_are_made_as_trackers_do(method, size, expected):
+    grid = torch.arange(16.).reshape(1, 16, 1)  # 4 * row + column
+    found = role_pos_embed(grid, size, (4, 4), method)
+    torch.testing.assert_close(found.flatten(), torch.tensor(expected).float().flatten())
+    assert torch.equal(role_pos_embed(grid, (4, 4), (4, 4), method), grid)
+
+
+def test_half_pixel_positions_are_those_of_a_model_of_that_size():
+    stage = small_model('fast_itpn_tiny').stages[2]
+    found = role_pos_embed(stage.pos_embed, (3, 5), (4, 4), 'half_pixel')
+    stage.set_grid_size((3, 5))
+    assert torch.equal(found, stage.pos_embed)
+    with pytest.raises(ValueError, match="positions 'nearest' is unknown, use one of .*crop"):
+        role_pos_embed(found, (4, 4), (3, 5), 'nearest')

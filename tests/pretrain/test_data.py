@@ -12,16 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from support.pretrain_runs import write_images
 
-from timm_itpn.pretrain.data import (
-    Batches,
-    SampleMaker,
-    Samples,
-    StreamedSamples,
-    View,
-    fingerprint,
-    open_dataset,
-    to_rgb,
-)
+from timm_itpn.engine.data import Batches, Replacing, to_rgb
+from timm_itpn.pretrain.data import SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
 from timm_itpn.pretrain.masking import random_masking
 
 STUDENT = View((64, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -47,7 +39,7 @@ def test_sample_follows_from_seed_epoch_and_index_alone(tmp_path):
     for other in (samples(tmp_path, epoch=1)[3], samples(tmp_path, seed=1)[3]):
         assert not torch.equal(first['images'], other['images'])
     assert first['images'].shape == (3, 64, 64) and first['teacher_images'].shape == (3, 56, 56)
-    assert first['masked'].shape == (4, 4) and int(first['masked'].sum()) == 6 and first['unreadable'] == ''
+    assert first['masked'].shape == (4, 4) and int(first['masked'].sum()) == 6
 
 
 def test_generator_of_the_model_is_left_as_it_was(tmp_path):
@@ -80,7 +72,7 @@ class Numbered:
         return Image.new('L', (1, 1)), -1
 
 
-def number_of(image, unreadable, epoch, index):
+def number_of(image, epoch, index):
     return {'index': torch.tensor(index), 'epoch': torch.tensor(epoch)}
 
 
@@ -89,7 +81,8 @@ number_of.seed = 5
 
 def order(world_size, epoch, first=0):
     """Indices by batch of all processes."""
-    ranks = [Batches(Numbered(), number_of, 4 // world_size, 0, rank, world_size) for rank in range(world_size)]
+    data = Samples(Numbered(), number_of)
+    ranks = [Batches(data, 4 // world_size, 0, rank, world_size) for rank in range(world_size)]
     assert all(batches.per_epoch == 5 for batches in ranks)
     return [torch.cat([batch['index'] for batch in step]).sort().values.tolist()
             for step in zip(*(batches.epoch(epoch, first) for batches in ranks))]
@@ -134,7 +127,7 @@ class Stream:
 
 def test_streams_give_the_same_samples_again_and_others_in_the_next_epoch(tmp_path):
     images = [Image.open(file) for file, _ in open_dataset('', write_images(tmp_path), 'train')]
-    data = StreamedSamples(Stream(images), maker(), rank=0)
+    data = StreamedSamples(Stream(images), maker(), rank=0, workers=2)
     first, again = list(data), list(data)
     data.epoch = 1
     other = list(data)
@@ -142,7 +135,7 @@ def test_streams_give_the_same_samples_again_and_others_in_the_next_epoch(tmp_pa
     assert all(torch.equal(a['images'], b['images']) and torch.equal(a['masked'], b['masked'])
                for a, b in zip(first, again))
     assert not torch.equal(first[0]['images'], other[0]['images'])
-    batches = list(Batches(Stream(images), maker(), 4, workers=2).epoch(0))
+    batches = list(Batches(data, 4, workers=2).epoch(0))
     assert sum(len(batch['images']) for batch in batches) == 16  # each worker reads all of a stream that is not split
 
 
@@ -194,15 +187,15 @@ def test_images_that_cannot_be_read_are_replaced_and_named(tmp_path):
         (folder / name).write_bytes(content)
     os.mkfifo(folder / 'j_pipe.png')
     (folder / 'k_link.png').symlink_to('nothing')
-    data = samples(tmp_path)
+    data = Replacing(samples(tmp_path))
     names = set()
     for i in range(len(data)):
-        sample = data[i]
+        sample, unreadable = data[i]
         assert sample['images'].shape == (3, 64, 64)
-        names.update(name.split(' (')[0] for name in sample['unreadable'].split('\0') if name)
+        names.update(name.split(' (')[0] for name in unreadable)
     assert names == {f'class0/{name}' for name in (*bad, 'j_pipe.png', 'k_link.png')}
-    first = [data[i]['images'] for i in (15, 16)]
-    assert all(torch.equal(data[i]['images'], image) for i, image in zip((15, 16), first))
+    first = [data[i][0]['images'] for i in (15, 16)]
+    assert all(torch.equal(data[i][0]['images'], image) for i, image in zip((15, 16), first))
 
 
 def test_folders_are_read_once_however_many_links_lead_to_them(tmp_path):

@@ -26,10 +26,11 @@ from support.pretrain_runs import (
     write_images,
 )
 
-from timm_itpn.pretrain import OBJECTIVE_NAMES, checkpoints
-from timm_itpn.pretrain.checkpoints import Checkpoints, load
-from timm_itpn.pretrain.loop import pretrain
-from timm_itpn.pretrain.run import Run
+from timm_itpn.engine import checkpoints
+from timm_itpn.engine.checkpoints import Checkpoints, load
+from timm_itpn.engine.run import Run
+from timm_itpn.pretrain import OBJECTIVE_NAMES
+from timm_itpn.pretrain.task import pretrain
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -335,7 +336,7 @@ def test_weights_that_are_not_finite_are_not_written(last, data, copied, monkeyp
     def explode(self):
         update(self)
         if self.num_updates == last:
-            self.objective.backbone.patch_embed.proj.bias.data[0] = torch.inf
+            self.averaged.patch_embed.proj.bias.data[0] = torch.inf
 
     more = ('--recovery-interval', '1', '--resume', 'auto')
     with monkeypatch.context() as patch:
@@ -415,7 +416,6 @@ def test_too_few_images_are_refused(data, tmp_path):
     (('--model-kwargs', 'dynamic_img_size=True'), 'The student has dynamic_img_size=True'),
     (('--model-kwargs', 'acceleration=light'), 'there are no windows: create the student without acceleration'),
     (('--model-kwargs', 'pyramid_concat=True'), 'The student has pyramid_concat=True'),
-    (('--device', 'cuda'), '--device is cuda, but there is no CUDA device'),
     (('--objective', 'clip', '--objective-kwargs'), 'The objective clip needs a teacher: --teacher vit_base'),
     (('--objective', 'pixel', '--model', 'itpn_tiny', '--model-kwargs', 'rel_pos_bias=True'),
      'create the student with rel_pos_bias=False'),

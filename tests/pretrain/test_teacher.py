@@ -60,3 +60,8 @@ def test_low_precision_teachers_give_float32():
     low = teacher.to(torch.bfloat16)(x)
     assert low.dtype == torch.float32
     assert F.cosine_similarity(low, exact, dim=-1).min() > 0.99
+
+
+def test_weights_that_cannot_be_had_are_said(hub):
+    with pytest.raises(ValueError, match=f'weights of the teacher {TEACHER} cannot be had .*404.* with --teacher-path'):
+        create_teacher(TEACHER, (4, 4))

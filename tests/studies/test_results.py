@@ -50,7 +50,7 @@ def test_every_arm_has_committed_rows(name):
 
 
 @pytest.mark.parametrize('argv, message', [
-    ([], 'name an experiment, one of: acceleration, photographs, pretraining'),
+    ([], 'name an experiment, one of: acceleration, photographs, pretraining, detection'),
     (['pretraining', '--seeds', '1', '1'], '--seeds [1, 1]: give different numbers from 0 on'),
     (['pretraining', '--record', 'nope/rows.jsonl'], 'nope/rows.jsonl cannot be written: there is no folder nope'),
 ])

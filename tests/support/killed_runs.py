@@ -16,33 +16,37 @@ import torch
 
 from support.pretrain_runs import assert_same, command, log_lines, parse, weights, write_images
 from timm_itpn import files
-from timm_itpn.pretrain.loop import pretrain
+from timm_itpn.pretrain.task import pretrain
 
 PATIENCE_S = 240
 CONTEXT = multiprocessing.get_context('forkserver')
 CONTEXT.set_forkserver_preload(['support.killed_runs'])
 
 
-def start(args, strike=None, **environment):
+def pretrain_run(argv):
+    pretrain(parse(argv))
+
+
+def start(args, strike=None, train=pretrain_run, **environment):
     """Start a run in a process of its own.
 
     Args:
         args: Of the command.
         strike: Name of a file and 'write' or 'rename': the process kills itself in the middle of writing the file, or
             right before it gets its name. None: it does not.
+        train: What runs a command line.
         environment: Of the process.
     """
-    process = CONTEXT.Process(target=_run, args=(args, strike, environment))
+    process = CONTEXT.Process(target=_run, args=(args, strike, train, environment))
     process.start()
     return process
 
 
-def start_ranks(args):
+def start_ranks(args, train=pretrain_run):
     """Start two processes as torchrun does, but so that they can be killed."""
     with socket.create_server(('localhost', 0)) as server:
-        port = str(server.getsockname()[1])
-    return [start(args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
-            for rank in range(2)]
+        where = dict(MASTER_ADDR='localhost', MASTER_PORT=str(server.getsockname()[1]), WORLD_SIZE='2')
+    return [start(args, None, train, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
 
 
 def finish(*processes):
@@ -58,13 +62,13 @@ def kill(*processes):
         process.join()
 
 
-def _run(args, strike, environment):
+def _run(args, strike, train, environment):
     os.environ.update(environment)
     multiprocessing.set_start_method('fork', force=True)  # of workers: else orphans of this process stay
     torch.set_num_threads(1)
     if strike is not None:
         _arrange(*strike)
-    pretrain(parse(args))
+    train(args)
 
 
 def _arrange(name, moment):

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from timm_itpn.pretrain.arguments import ConfigurableParser, add_arguments
-from timm_itpn.pretrain.loop import pretrain
+from timm_itpn.engine.arguments import ConfigurableParser
+from timm_itpn.pretrain.arguments import add_arguments
+from timm_itpn.pretrain.task import pretrain
 
 MODEL_KWARGS = dict(embed_dim=64, depths=(1, 1, 2), num_heads=1)
 PIXEL = ('--objective', 'pixel', '--objective-kwargs', 'decoder_dim=32', 'decoder_depth=1', 'decoder_num_heads=2')

@@ -1,4 +1,6 @@
 """Models of each family that are small enough to run often."""
+import functools
+
 import timm
 import torch
 import torch.nn as nn
@@ -20,6 +22,17 @@ def small_model(name, seed=0, **kwargs):
         if key.endswith('relative_position_bias_table') and not parameter.is_meta:
             nn.init.normal_(parameter)
     return model
+
+
+def reduce_models(names, monkeypatch):
+    """Models of these names become small, as if they were registered so."""
+    from timm_itpn.tools import match
+
+    monkeypatch.setattr(match, '_default', match._default.__wrapped__)  # or it would keep these for other tests
+    sizes = {key: SMALL[key] for key in ('embed_dim', 'depths', 'num_heads')}
+    for name in names:
+        create = functools.partial(timm.models.model_entrypoint(name), **sizes)
+        monkeypatch.setitem(timm.models._registry._model_entrypoints, name, create)
 
 
 def images(*shape, dtype=torch.float32):

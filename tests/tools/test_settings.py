@@ -13,7 +13,7 @@ from timm.data import create_transform, resolve_data_config
 from timm_itpn.cli import main
 from timm_itpn.models import ITPN
 from timm_itpn.tools import settings
-from timm_itpn.tools.convert import convert
+from timm_itpn.tools.convert import convert, revert
 from timm_itpn.weights.layout import native_to_official
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -85,6 +85,7 @@ def test_folder_has_the_model_as_it_was_created(kwargs, args, tmp_path):
     x = images(2, *size)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(x), model(x))
+    revert(tmp_path / 'out', tmp_path / 'official.pt', verify=True)
 
 
 def test_every_argument_of_the_model_is_thought_of():
@@ -94,21 +95,22 @@ def test_every_argument_of_the_model_is_thought_of():
     not_of_outputs = {
         'drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'attn_impl', 'pyramid_init',
         'head_init_scale', 'device', 'dtype'}
-    known = {*settings.MODEL_ARGS, *settings.SIZE_ARGS, *told_by_weights, *of_registered_model, *not_of_outputs}
+    known = {*settings.MODEL_ARGS, *told_by_weights, *of_registered_model, *not_of_outputs}
     assert known == set(inspect.signature(ITPN).parameters)
 
 
 def test_command_line_overrules_and_says_what_is_from_where(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write('w.pt', crop_pct=0.6, mean=[0.5], std='wide', class_map='names.txt\x1b')
-    (tmp_path / 'names.txt').write_text('\n'.join('abcde'))
-    argv = ['convert', 'w.pt', '-o', 'out', '--std', '0.25', '--crop-mode', 'border']
+    write('w.pt', crop_pct=0.6, mean=[0.5], std='wide', class_map='names.txt\x1b', model='local-dir:x\x1b')
+    (tmp_path / 'names.txt').write_text('\ufeff' + '\n'.join('abcde'))  # with the mark of Windows
+    argv = ['convert', 'w.pt', '-o', 'out', '--std', '0.25', '--crop-mode', 'border', '--model', 'fast_itpn_tiny']
     assert main(argv) == 0
     err = capsys.readouterr().err
     assert 'from the command line: std [0.25], crop_mode border\n' in err
     assert "from the checkpoint's args: " in err and 'crop_pct 0.6, mean [0.5]\n' in err
     assert "from the model's defaults: interpolation bicubic\n" in err
     assert r'names of the classes are in names.txt\x1b: add them with --class-map' in err
+    assert r'its args name local-dir:x\x1b, whose config is not in the checkpoint: compare the two' in err
     cfg = config_of(tmp_path / 'out')['pretrained_cfg']
     assert (cfg['mean'], cfg['std'], cfg['crop_pct'], cfg['crop_mode']) == ([0.5] * 3, [0.25] * 3, 0.6, 'border')
     argv[3] = 'named'
@@ -166,7 +168,7 @@ def test_nothing_that_loads_or_fetches_is_taken(tmp_path):
 def test_config_of_something_else_is_refused(tmp_path):
     write(tmp_path / 'w.pt')
     convert(tmp_path / 'w.pt', tmp_path / 'out')
-    for text in ('', '[]', '{', '{"pretrained_cfg": [1]}', '{"model_args": 3}', '\xff\x00'):
+    for text in ('', '[]', '{', '{"pretrained_cfg": [1]}', '{"model_args": 3}', 10 ** 5 * '[', '\xff\x00'):
         (tmp_path / 'out' / 'config.json').write_text(text, encoding='latin-1')
         path = tmp_path / 'out' / ('model.safetensors' if text == '{' else '')
         with pytest.raises(ValueError, match='config.json is not a (config of timm .*: mend it|text file)'):

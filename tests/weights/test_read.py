@@ -431,6 +431,17 @@ def test_pickles_that_take_time_or_memory_are_refused(name, file_format, tmp_pat
     assert time.monotonic() - start < 20
 
 
+def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, 'MAX_TENSORS', 9)
+    for num, refused in ((9, False), (10, True)):
+        safetensors.torch.save_file({str(i): torch.zeros(0) for i in range(num)}, tmp_path / 'w.safetensors')
+        if refused:
+            with pytest.raises(ValueError, match='is not read: it has more than 9 tensors'):
+                read_contents(tmp_path / 'w.safetensors')
+        else:
+            assert len(read_contents(tmp_path / 'w.safetensors', meta=True).tree) == num
+
+
 def test_memory_is_not_reserved_for_a_far_place_in_the_memo(tmp_path):
     pickled = b'\x80\x02Nr\xff\xff\xff\xffj\xff\xff\xff\xff.'
     assert read_contents(write_pickle(pickled, tmp_path / 'w.pt')).tree is None

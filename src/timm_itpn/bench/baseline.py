@@ -9,6 +9,7 @@ The pyramid, where there is one, is ours: its stages are maps (B, H, W, C), so t
 its levels permuted back. Compared are then two backbones under one pyramid.
 """
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +18,7 @@ from timm.layers import LayerNorm2d
 
 from ..layers.pyramid import FeaturePyramid
 
-__all__ = ['Baseline']
+__all__ = ['Baseline', 'JointBaseline']
 
 EPS = 1e-6
 NUM_LEVELS = 5  # of the pyramid, strides 4 to 64
@@ -161,3 +162,29 @@ class Baseline(nn.Module):
         stages.append(x.transpose(1, 2).unflatten(2, grid_size))  # (B, N, C) -> (B, C, H, W)
         levels = self.pyramid([stage.permute(0, 2, 3, 1) for stage in stages], list(range(NUM_LEVELS)))
         return [level.permute(0, 3, 1, 2).contiguous() for level in levels]  # (B, H, W, C) -> (B, C, H, W)
+
+
+class JointBaseline(Baseline):
+    """The encoder of a tracker, unfused, with all images anew in each frame. (B, 3, H, W) -> [map (B, C, H/16, W/16)].
+
+    Args:
+        templates: (B, n, 3, H, W).
+        kwargs: For `Baseline`; without classifier.
+    """
+
+    def __init__(self, templates: torch.Tensor, **kwargs: Any):
+        super().__init__(**kwargs)
+        num = templates.shape[-2] * templates.shape[-1] // 256
+        self.pos_embed = nn.Parameter(torch.cat((self.pos_embed, self.pos_embed[:, :num]), dim=1).detach())
+        self.templates = nn.Buffer(templates, persistent=False)
+        del self.head
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        grid_size = x.shape[-2] // 16, x.shape[-1] // 16
+        num = grid_size[0] * grid_size[1]
+        tokens = []
+        for images, pos_embed in ((x, self.pos_embed[:, :num]), (self.templates, self.pos_embed[:, num:])):
+            maps = self.run_blocks(self.patch_embed(images.flatten(0, -4)), self.blocks[:self.num_maps], [])
+            tokens.append((maps.flatten(2).mT + pos_embed).reshape(len(x), -1, maps.shape[1]))  # (B, n*N, C)
+        x = self.fc_norm(self.run_blocks(torch.cat(tokens, dim=1), self.blocks[self.num_maps:], []))
+        return [x[:, :num].mT.unflatten(2, grid_size)]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -14,10 +15,12 @@ import torch.nn as nn
 from timm.models import get_pretrained_cfg
 
 from .. import fuse
+from ..acceleration.schedule import parse_schedule
 from ..pretrain.masking import MASKINGS
 from ..pretrain.objectives import OBJECTIVES, create_objective, create_student
+from ..tracking import JointEncoder
 from ..weights.layout import PYRAMID, native_depths, native_to_official
-from .baseline import Baseline
+from .baseline import Baseline, JointBaseline
 from .cases import DTYPES, Candidates, Case
 from .flops import Outputs
 
@@ -71,6 +74,32 @@ class PretrainingStep(nn.Module):
         return [self.objective(images, self.masked, self.target)['loss']]
 
 
+class Frame(nn.Module):
+    """What a tracker encodes for each frame, (B, 3, H, W) -> [map (B, C, H/16, W/16)]; the templates' tokens are kept.
+
+    Args:
+        encoder: Of roles 'search' and 'template'.
+        templates: (B, n, 3, H, W).
+    """
+
+    def __init__(self, encoder: JointEncoder, templates: torch.Tensor):
+        super().__init__()
+        self.encoder = encoder
+        self.templates = nn.Buffer(templates, persistent=False)
+        self.kept: torch.Tensor = nn.Buffer(templates, persistent=False)
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> 'Frame':
+        super().train(mode)
+        if not mode:
+            self.kept = self.encoder.embed(self.templates, 'template')
+        return self
+
+    def forward(self, search: torch.Tensor) -> list[torch.Tensor]:
+        template = self.templates if self.training else self.kept
+        return [self.encoder(dict(search=search, template=template))[1]['search']]
+
+
 def build(case: Case, asked: Candidates, device: str) -> list[Candidate]:
     """Build all candidates of a case, ours first.
 
@@ -107,6 +136,8 @@ def build(case: Case, asked: Candidates, device: str) -> list[Candidate]:
         candidates += [
             replace(c, name=f'{c.name} compiled ({asked.compile})', run=_compiled(c.model, asked.compile))
             for c in candidates]
+    if asked.onnx:
+        candidates.append(replace(candidates[0], name=f'{OURS} ONNX', run=_in_onnx(ours, case)))
     return candidates + [Candidate(name, model, model, kind, plain=model) for name, (model, kind) in others.items()]
 
 
@@ -129,7 +160,14 @@ def build_ours(case: Case) -> nn.Module:
 def _create(case: Case, acceleration: str | None = None) -> nn.Module:
     """The model of a case as timm makes it: a classifier, or timm's wrapper that returns the levels of the pyramid."""
     output: dict[str, Any] = dict(features_only=True, pyramid=True) if case.pyramid else dict(num_classes=NUM_CLASSES)
-    return timm.create_model(case.model, img_size=case.img_size, acceleration=acceleration, **output)
+    if not case.templates:
+        return timm.create_model(case.model, img_size=case.img_size, acceleration=acceleration, **output)
+    model: Any = timm.create_model(case.model, img_size=case.img_size, num_classes=0)
+    roles = dict(search=case.img_size, template=(case.img_size[0] // 2, case.img_size[1] // 2))
+    schedule = parse_schedule(len(model.stages[2].blocks), acceleration)
+    encoder = JointEncoder(model, roles, migrate=dict(enumerate(schedule.migrate)) if schedule else None)
+    generator = torch.Generator().manual_seed(2)
+    return Frame(encoder, torch.randn(case.batch, case.templates, 3, *roles['template'], generator=generator))
 
 
 def _unwrapped(model: nn.Module) -> Any:
@@ -138,16 +176,20 @@ def _unwrapped(model: nn.Module) -> Any:
 
 
 def _build_baseline(ours: nn.Module, case: Case) -> nn.Module:
-    model = _unwrapped(ours)
+    model = getattr(ours, 'encoder', None) or _unwrapped(ours)
     state = model.state_dict()
-    baseline = Baseline(
+    sizes: dict[str, Any] = dict(
         img_size=case.img_size,
         num_classes=NUM_CLASSES,
         embed_dim=model.embed_dim,
         depths=native_depths(state),
         num_heads=model.stages[2].blocks[0].attn.num_heads,
-        pyramid=copy.deepcopy(model.pyramid),
     )
+    if isinstance(ours, Frame):
+        joint = JointBaseline(ours.templates, **sizes)
+        joint.load_state_dict(ours.encoder.official_state_dict())
+        return joint
+    baseline = Baseline(pyramid=copy.deepcopy(model.pyramid), **sizes)
     pyramid = {key: value for key, value in state.items() if key.startswith(PYRAMID)}  # it keeps its names
     others = {key: value for key, value in state.items() if key not in pyramid}
     baseline.load_state_dict({**native_to_official(others), **pyramid})
@@ -184,22 +226,15 @@ def _build_against(source: str, img_size: tuple[int, int]) -> nn.Module:
         img_size: (height, width).
     """
     file, _, function = source.rpartition(':')
-    if not file or not function:
-        raise ValueError(f'--against {source}: give FILE:FUNCTION, such as my_model.py:build')
     if not Path(file).is_file():
-        raise ValueError(f'--against {source}: there is no file {file}')
-    folder = str(Path(file).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)  # the file may import its neighbours, now or when its module runs
+        raise ValueError(f'--against {source}: no file {file!r}; give FILE:FUNCTION, such as my_model.py:build')
+    sys.path.append(str(Path(file).resolve().parent))  # the file may import its neighbours, also when its module runs
     try:
-        functions = runpy.run_path(file)
-        module = functions[function](img_size=img_size, num_classes=NUM_CLASSES) if function in functions else None
+        module = runpy.run_path(file)[function](img_size=img_size, num_classes=NUM_CLASSES)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f'{function} returned {type(module).__name__}, not a torch.nn.Module')
     except Exception as error:  # whatever the file does
         raise ValueError(f'--against {source} cannot be built: {type(error).__name__}: {error}') from error
-    if function not in functions:
-        raise ValueError(f'--against {source}: {file} has no function {function}')
-    if not isinstance(module, nn.Module):
-        raise ValueError(f'--against {source}: {function} returned {type(module).__name__}, not a torch.nn.Module')
     return module
 
 
@@ -210,3 +245,17 @@ def _compiled(model: nn.Module, mode: str) -> Callable[[torch.Tensor], Outputs]:
         torch.compiler.cudagraph_mark_step_begin()  # outputs of the last call may be overwritten
         return compiled(images)
     return run
+
+
+def _in_onnx(model: nn.Module, case: Case) -> Callable[[torch.Tensor], Outputs]:
+    """The model in ONNX Runtime, with as many threads as PyTorch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with TemporaryDirectory() as folder:
+        path = f'{folder}/model.onnx'
+        torch.onnx.export(model, (torch.zeros(case.batch, 3, *case.img_size),), path, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]

@@ -32,13 +32,14 @@ class Case:
     img_size: tuple[int, int] = (224, 224)  # height, width in pixels, multiples of 16
     batch: int = 8  # images per call
     dtype: str = 'float32'  # a key of DTYPES
-    mode: str = 'forward'  # or 'train' (forward, loss and backward, no optimizer) or 'latency' (one call at a time)
+    mode: str = 'forward'  # or 'train' (forward, loss and backward, no optimizer) or 'latency' (forward, with its p95)
     pyramid: bool = False  # backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier
+    templates: int = 0  # images of half the side that are encoded with each, as trackers do; 0 for none
 
     def __str__(self) -> str:
         height, width = self.img_size
         size = str(height) if height == width else f'{height}x{width}'
-        pyramid = ', pyramid' if self.pyramid else ''
+        pyramid = ', pyramid' if self.pyramid else f', templates {self.templates}' if self.templates else ''
         return f'{self.model}{pyramid}, {self.mode}, {size} px, batch {self.batch}, {self.dtype}'
 
 
@@ -52,6 +53,7 @@ class Candidates:
     against: str = ''  # FILE:FUNCTION that builds any other module
     accelerations: tuple[str, ...] = ()  # the model with the same weights and an acceleration, by name
     objective: str = ''  # a step of pre-training with this objective, without its teacher
+    onnx: bool = False  # the model in ONNX Runtime too
 
 
 class Rounds(NamedTuple):
@@ -94,8 +96,12 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
     if candidates.objective and (case.mode != 'train' or not case.pyramid or height != width):
         raise ValueError(
             'a step of pre-training needs square images and the pyramid: use --objective with --mode train --pyramid')
-    if case.pyramid and candidates.peers:
-        raise ValueError('peers are classifiers and cannot be compared with a pyramid: leave out --peers or --pyramid')
+    if case.templates and (case.pyramid or height % 32 or width % 32):
+        raise ValueError('templates have half the side, and no pyramid: use sides that are multiples of 32')
+    if candidates.onnx and (device, case.dtype, case.mode) not in (('cpu', 'float32', mode) for mode in MODES[::2]):
+        raise ValueError('ONNX Runtime is measured on the CPU in float32 and without training: leave out --onnx')
+    if (case.pyramid or case.templates) and candidates.peers:
+        raise ValueError('peers are classifiers: leave out --peers, or --pyramid and --templates')
     if rounds.repeats is not None and rounds.repeats < _MIN_REPEATS:
         raise ValueError(f'{rounds.repeats} repeats are too few for a median: ask for at least {_MIN_REPEATS}')
     if rounds.warmup is not None and rounds.warmup < 1:

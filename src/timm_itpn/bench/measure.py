@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from .flops import as_list, count_flops, count_products, training_loss
 from .machine import this_machine
 from .memory import peak_bytes
 from .rows import Row
-from .timing import Call, Read, alternate, event_time, median_ratio, relative_iqr, wall_time
+from .timing import Call, alternate, median_ratio, relative_iqr
 
 __all__ = ['TOLERANCES', 'measure', 'measure_alone']
 
@@ -67,9 +66,10 @@ def measure(case: Case, asked: Candidates, rounds: Rounds, device: str) -> list[
     expected_s = (time.perf_counter() - start) * (repeats + warmup)
 
     _say(f'  {repeats} rounds of {", ".join(calls)}: about {max(1, expected_s):.0f} s')
+    synchronize: Call = torch.cuda.synchronize if device == 'cuda' else lambda: None
     products = count_products(candidates[0].model, images)
     ceiling_calls = product_calls(products, _compute_dtype(case), device)
-    times = alternate({**calls, **ceiling_calls}, repeats, warmup, _timer(case, device))
+    times = alternate({**calls, **ceiling_calls}, repeats, warmup, synchronize)
     times_ms = {name: times[name] for name in calls}
     fastest, mm = rates(products, {key: times[key] for key in ceiling_calls})
     if asked.compile:
@@ -184,9 +184,3 @@ def _peak_memory_mib(candidate: Candidate, call: Call, device: str) -> float | N
     if device == 'cuda' and any(f'({mode})' in candidate.name for mode in _GRAPH_MODES):
         return None  # the memory of a graph is there before the call
     return peak_bytes(call, device) / _MIB
-
-
-def _timer(case: Case, device: str) -> Callable[[Call], Read]:
-    if device == 'cpu':
-        return wall_time
-    return partial(wall_time, synchronize=torch.cuda.synchronize) if case.mode == 'latency' else event_time

@@ -10,10 +10,16 @@ _PLAIN = Candidates(baseline=True)
 _FUSED = Candidates(baseline=True, fuse=True)
 _ACCELERATED = Candidates(baseline=True, fuse=True, accelerations=_ALL)
 _PRETRAINING = Candidates(objective='clip')
+_FRAMES = Candidates(baseline=True, fuse=True, compile='default', onnx=True)
+_MIGRATING = Candidates(baseline=True, fuse=True, accelerations=('full',))
 
 
 def _square(model: str, side: int, batch: int, dtype: str, mode: str, pyramid: bool = False) -> Case:
     return Case(model, (side, side), batch, dtype, mode, pyramid=pyramid)
+
+
+def _frame(model: str, side: int, templates: int, mode: str = 'latency') -> Case:
+    return Case(model, (side, side), 1, 'float32', mode, templates=templates)
 
 
 SUITES: dict[str, list[tuple[Case, Candidates, Rounds]]] = {
@@ -36,6 +42,15 @@ SUITES: dict[str, list[tuple[Case, Candidates, Rounds]]] = {
         (_square(_BASE, 1024, 1, 'bfloat16', 'forward', pyramid=True), _ACCELERATED, Rounds(3, 1)),
         (Case(_BASE, _WIDE, 1, 'float32', pyramid=True), Candidates(fuse=True, accelerations=_ALL), Rounds(3, 1)),
         (_square(_BASE, 1536, 1, 'float32', 'forward', pyramid=True), Candidates(accelerations=_ALL), Rounds(3, 1)),
+    ],
+    'tracking': [  # on the CPU too
+        (_frame(_TINY, 224, 1), _FRAMES, Rounds(15, 2)),
+        (_frame(_TINY, 384, 1), _FRAMES, Rounds(9, 2)),
+        (_frame(_BASE, 224, 2), _FRAMES, Rounds(9, 2)),
+        (_frame(_BASE, 224, 5), _FUSED, Rounds(9, 2)),
+        (_frame(_BASE, 384, 2), _MIGRATING, Rounds(9, 2)),
+        (_frame(_BASE, 224, 2, 'train'), _PLAIN, Rounds(5, 1)),
+        (_frame(_BASE, 384, 2, 'train'), _PLAIN, Rounds(5, 1)),
     ],
     'gpu': [
         (_square(_BASE, 224, 128, 'bfloat16', 'forward'),

@@ -4,64 +4,40 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-import torch
-
-__all__ = ['alternate', 'event_time', 'median_ratio', 'relative_iqr', 'wall_time']
+__all__ = ['alternate', 'median_ratio', 'relative_iqr']
 
 Key = TypeVar('Key')
 Call = Callable[[], object]
-Read = Callable[[], float]  # milliseconds of a call, asked for at the end of a round
-
-
-def wall_time(call: Call, synchronize: Call = lambda: None, clock: Callable[[], float] = time.perf_counter) -> Read:
-    """Wall-clock time of a call.
-
-    Args:
-        call: What to time.
-        synchronize: Waits for the device, before and after the call.
-        clock: Seconds.
-    """
-    synchronize()
-    start = clock()
-    call()
-    synchronize()
-    time_ms = 1000 * (clock() - start)
-    return lambda: time_ms
-
-
-def event_time(call: Call) -> Read:
-    """Time between CUDA events around a call; the host waits for the device only when the time is read."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-
-    def read() -> float:
-        end.synchronize()
-        return start.elapsed_time(end)
-    return read
 
 
 def alternate(
-        calls: Mapping[Key, Call], repeats: int, warmup: int, timer: Callable[[Call], Read]) -> dict[Key, list[float]]:
+        calls: Mapping[Key, Call],
+        repeats: int,
+        warmup: int,
+        synchronize: Call = lambda: None,
+        clock: Callable[[], float] = time.perf_counter,
+) -> dict[Key, list[float]]:
     """Time calls in turn, round by round.
 
     Args:
         calls: What to time, in the order of a round.
         repeats: Rounds that count.
         warmup: Rounds before them that do not.
-        timer: `wall_time` or `event_time`.
+        synchronize: Waits for the device, before and after each call.
+        clock: Seconds.
 
     Returns:
-        Milliseconds of each call in each round.
+        Wall-clock milliseconds of each call in each round.
     """
     times_ms: dict[Key, list[float]] = {name: [] for name in calls}
     for number in range(-warmup, repeats):
-        reads = [timer(call) for call in calls.values()]
-        for name, read in zip(calls, reads):
-            value = read()
+        for name, call in calls.items():
+            synchronize()
+            start = clock()
+            call()
+            synchronize()
             if number >= 0:
-                times_ms[name].append(value)
+                times_ms[name].append(1000 * (clock() - start))
     return times_ms
 
 

@@ -3,6 +3,7 @@
 Results go to stdout, progress to stderr. Exit status: 0 done, 1 it could not be done, 2 the command line cannot be
 read, 130 interrupted, 141 nobody reads the output any more. Whatever goes wrong in a command becomes one line here.
 """
+import io
 import os
 import sys
 import traceback
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..pretrain.arguments import ConfigurableParser
-from . import bench, convert, demo, evidence, inspect, pretrain, recipe, show
+from ..engine.arguments import ConfigurableParser
+from . import bench, convert, demo, detect, evidence, inspect, pretrain, recipe, show
 from . import list as list_command  # list would hide Python's
 from .table import printable
 
-COMMANDS = (bench, convert, demo, evidence, inspect, list_command, pretrain, recipe, show)
-
+COMMANDS = (bench, convert, demo, detect, evidence, inspect, list_command, pretrain, recipe, show)
 
 _SAID = (AssertionError, ImportError, OSError, RuntimeError, ValueError)  # whose text is meant for people
 
@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=_Parser)
     for command in COMMANDS:
         command.add_parser(subparsers)
-    args = parser.parse_args(argv)
+    _open_output()
     try:
+        args = parser.parse_args(argv)
         with warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'timm-itpn: its models')  # commands fail for the same reason, and say it
             args.run(args)
@@ -70,6 +71,13 @@ def _sentence(error: Exception) -> str:
         where = f'{Path(last.filename).name}, line {last.lineno}'
         text = f'{": ".join(filter(None, (type(error).__name__, text)))} (in {where})'
     return printable(text)
+
+
+def _open_output() -> None:
+    """Have a stdout and a stderr also where a shell has closed them, and a stdout for every file name."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='surrogateescape')
 
 
 def _give_up_output() -> None:

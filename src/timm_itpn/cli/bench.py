@@ -16,7 +16,7 @@ from ..checks import check_output
 from ..pretrain import OBJECTIVE_NAMES
 
 _SUITE_REPLACES = (
-    'model', 'size', 'batch', 'dtype', 'mode', 'pyramid', 'baseline', 'fuse', 'acceleration',
+    'model', 'size', 'batch', 'dtype', 'mode', 'pyramid', 'templates', 'onnx', 'baseline', 'fuse', 'acceleration',
     'objective', 'compile', 'peers', 'against', 'device', 'repeats', 'warmup')
 
 Work = tuple[Case, Candidates, Rounds]
@@ -34,10 +34,14 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group.add_argument(
         '--mode', nargs='+', choices=MODES,
         help='forward; train = forward, loss (cross-entropy, with --pyramid the sum of the mean squares of the levels) '
-             'and backward, without optimizer; latency = one call at a time, waiting for its end (default: forward)')
+             'and backward, without optimizer; latency = forward, with its 95th percentile (default: forward)')
     group.add_argument(
         '--pyramid', action='store_true',
         help='backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier')
+
+    group.add_argument(
+        '--templates', type=int, default=0, metavar='N',
+        help="images of half the side that are encoded with each, as trackers do; outputs are the large one's map")
 
     group = parser.add_argument_group('candidates', 'measured in turn with the model, which always takes part')
     group.add_argument('--baseline', action='store_true', help='the same Fast-iTPN computed the unfused way')
@@ -51,6 +55,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group.add_argument(
         '--compile', nargs='?', default='', const='default', choices=COMPILE_MODES, metavar='MODE',
         help=f'the model under torch.compile, in one of the modes {", ".join(COMPILE_MODES)}')
+    group.add_argument('--onnx', action='store_true', help='the model in ONNX Runtime; on the CPU in float32')
     group.add_argument(
         '--peers', nargs='*', metavar='NAME', help=f'models of timm (without names: {", ".join(PEERS)})')
     group.add_argument(
@@ -97,8 +102,8 @@ def run(args: argparse.Namespace) -> None:
     for case, candidates, rounds in work:
         check(case, candidates, rounds, device)
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f'{args.threads} threads are not usable: ask for at least 1')
+        if not 1 <= args.threads <= (os.cpu_count() or 1):
+            raise ValueError(f'{args.threads} threads are not usable: ask for 1 to {os.cpu_count()}, as many as cores')
         torch.set_num_threads(args.threads)
     rows: list[Row] = []
     for case, candidates, rounds in work:
@@ -141,10 +146,11 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Work]:
         against=args.against,
         accelerations=tuple(args.acceleration),
         objective=args.objective,
+        onnx=args.onnx,
     )
     rounds = Rounds(args.repeats, args.warmup)
     sizes = [parse_size(text) for text in args.size or ['224']]
     for mode, size, dtype in itertools.product(args.mode or ['forward'], sizes, args.dtype or ['float32']):
         for batch in args.batch or [1 if mode == 'latency' else 8]:
             model = 'fast_itpn_base' if args.model is None else args.model
-            yield Case(model, size, batch, dtype, mode, args.pyramid), candidates, rounds
+            yield Case(model, size, batch, dtype, mode, args.pyramid, args.templates), candidates, rounds

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .arguments import PREFIX_HELP, height_width
+from .arguments import PREFIX_HELP, ROLE_HELP, height_width, sizes_of_roles
 from .table import printable
 
 DTYPES = ('float32', 'float16', 'bfloat16')
@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--dtype', choices=DTYPES, help="type of the written weights (default: the file's)")
     parser.add_argument('--ema', action='store_true', help='take the averaged weights (model_ema, state_dict_ema)')
     parser.add_argument('--prefix', metavar='PREFIX', help=PREFIX_HELP)
+    parser.add_argument('--role', action='append', default=[], metavar='NAME=SIZE', help=ROLE_HELP)
     parser.add_argument(
         '--img-size', type=int, nargs='+', metavar=('H', 'W'),
         help='height and width, or the side of a square, that a position embedding is for (default: a square)')
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     from ..tools.convert import convert, revert
     from ..tools.settings import DATA
 
-    of_folder = {key: value for key, value in vars(args).items() if key in ('model', 'class_map', *DATA) and value}
+    only_forward = ('model', 'role', 'class_map', *DATA)
+    of_folder = {key: value for key, value in vars(args).items() if key in only_forward and value}
     if args.reverse and of_folder:
         names = ', '.join(f'--{key.replace("_", "-")}' for key in of_folder)
         raise ValueError(f'{names} has no meaning with --reverse: leave it out')
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
         report = revert(args.checkpoint, args.output, **options)
     else:
         data = {key: value for key, value in vars(args).items() if key in DATA and value is not None}
-        report = convert(args.checkpoint, args.output, args.model, data=data, class_map=args.class_map, **options)
+        options.update(data=data, class_map=args.class_map, roles=sizes_of_roles(args.role))
+        report = convert(args.checkpoint, args.output, args.model, **options)
     print(json.dumps(report, indent=2) if args.json else report['output'])
     if not args.json:
         print(summary(report), file=sys.stderr)
@@ -83,5 +86,7 @@ def summary(report: dict[str, Any]) -> str:
             lines.append(f'from {where}: {", ".join(f"{key} {value}" for key, value in values.items())}')
     if report.get('class_map'):
         lines.append(f'names of the classes are in {report["class_map"]}: add them with --class-map')
+    if report.get('trained_from'):
+        lines.append(f'its args name {report["trained_from"]}, whose config is not in the checkpoint: compare the two')
     lines.append('verified' if report['verified'] else 'not verified: do that with --verify')
     return '\n'.join(map(printable, lines))  # there are names from the file in it

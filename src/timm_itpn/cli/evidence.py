@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     if args.study is None:
         raise ValueError(f'name an experiment, one of: {", ".join(studies.NAMES)}')
     require('the experiment', 'demo', 'sklearn')
-    if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
-        raise ValueError(f'--seeds {args.seeds}: give different numbers from 0 on')
+    if len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2 ** 32:
+        raise ValueError(f'--seeds {args.seeds}: give different numbers from 0 to {2 ** 32 - 1}')
     if args.record:
         check_output(args.record, '--record', overwrite=True)
 

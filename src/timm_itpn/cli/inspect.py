@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .arguments import PREFIX_HELP
+from .arguments import PREFIX_HELP, ROLE_HELP, sizes_of_roles
 from .table import printable, two_columns
 
 MAX_LINES = 12
@@ -23,6 +23,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         '--model', metavar='NAME', help='compare with this model, ARCH.TAG or ARCH (default: told from the file)')
     parser.add_argument('--prefix', metavar='PREFIX', help=PREFIX_HELP)
+    parser.add_argument('--role', action='append', default=[], metavar='NAME=SIZE', help=ROLE_HELP)
     parser.add_argument('--json', action='store_true', help='print the same as JSON')
     parser.set_defaults(run=run)
 
@@ -30,9 +31,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..tools.inspect import inspect
 
-    facts = inspect(args.file, args.model, args.prefix)
+    facts = inspect(args.file, args.model, args.prefix, sizes_of_roles(args.role))
     print(json.dumps(facts, indent=2) if args.json else table(facts))
-    remark = next_command(args.file, facts, args.prefix)
+    remark = next_command(args.file, facts, args.prefix, args.role)
     if remark:
         print(remark, file=sys.stderr)
 
@@ -60,7 +61,7 @@ def table(facts: dict[str, Any]) -> str:
             ('input', [f'{found["in_chans"]} channels, position embedding of {found["num_tokens"]} tokens']),
             ('classes', [str(found['num_classes'] or 'no classifier')]),
             ('parts', [f'{part}: {number:,} values' for part, number in facts['parts'].items()]),
-            ('fits', fitting or ['no model of this package']),
+            ('fits', fitting or ['no registered model']),
         ]
     rows += [
         ('does not fit', [f'{model["name"]}: {model["problem"]}' for model in facts['models'] if not model['fits']]),
@@ -81,7 +82,7 @@ def listed(lines: Iterable[str]) -> list[str]:
     return found if more <= 0 else [*found[:MAX_LINES], f'and {more:,} more']
 
 
-def next_command(path: Path, facts: dict[str, Any], prefix: str | None = None) -> str:
+def next_command(path: Path, facts: dict[str, Any], prefix: str | None = None, roles: Iterable[str] = ()) -> str:
     """What to do next, '' if there is nothing."""
     fitting = [model['name'] for model in facts['models'] if model['fits']]
     name = facts['model']
@@ -89,5 +90,5 @@ def next_command(path: Path, facts: dict[str, Any], prefix: str | None = None) -
         return f"load it with: timm.create_model('local-dir:{path}', pretrained=True)"
     if name not in fitting:
         return f'choose a model with --model: {" or ".join(fitting)}' if fitting and not name else ''
-    options = ['--prefix', prefix] if prefix else []
+    options = [*(('--prefix', prefix) if prefix else ()), *(part for role in roles for part in ('--role', role))]
     return f'convert it with: {shlex.join(["timm-itpn", "convert", str(path), *options, "--model", name, "-o", name])}'

@@ -13,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..pretrain.loop import pretrain
+    from ..pretrain.task import pretrain
 
     result = pretrain(args)
     if result:  # only the first process has one

@@ -1,10 +1,9 @@
 """`timm-itpn recipe`: print the authors' settings: of fine-tuning, for timm's `train.py -c`; of two other tasks; and of
 pre-training, for `timm-itpn pretrain -c`."""
 import argparse
-from importlib import resources
 from typing import Any
 
-RECIPES = resources.files('timm_itpn') / 'recipes'
+from ..engine.arguments import RECIPES
 
 
 def add_parser(subparsers: Any) -> None:
@@ -14,7 +13,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def names() -> list[str]:
-    return sorted(path.name.removesuffix('.yaml') for path in RECIPES.iterdir() if path.name.endswith('.yaml'))
+    return sorted(path.stem for path in RECIPES.glob('*.yaml'))
 
 
 def run(args: argparse.Namespace) -> None:

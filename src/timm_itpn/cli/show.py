@@ -80,15 +80,14 @@ def read_image(path: Path) -> 'Image':
     """An image file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
+    from ..pretrain.data import to_rgb
+
     check_regular_file(path)
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith('I'):  # 16 bits: convert('RGB') would make white of all above 255
-                image = image.convert('F').point(lambda value: value / 257).convert('L')
-            return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG files
-        raise ValueError(f'{path} cannot be read as an image: {error}') from error
+            return to_rgb(ImageOps.exif_transpose(file))
+    except Exception as error:  # whatever a file makes one of Pillow's many readers do
+        raise ValueError(f'{path} cannot be read as an image: {error or type(error).__name__}') from error
 
 
 def own_size(width: int, height: int) -> tuple[int, int]:

@@ -1,1 +1,5 @@
-"""Detection and instance segmentation: Mask R-CNN as the authors train it, COCO-format data, and average precision."""
+"""Detection and instance segmentation: Mask R-CNN as the authors train it, COCO-format data, and average precision.
+
+Nothing here imports torch, so that `--help` is quick.
+"""
+NORM_NAMES = ('batch', 'group')

@@ -3,13 +3,12 @@ import contextlib
 import io
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checks import require
+from ..checks import are_numbers, read_text, require
 
 __all__ = ['quiet', 'read_coco']
 
@@ -41,7 +40,10 @@ def read_coco(path: Path) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.mask import area
 
-    data = _read_json(path)
+    try:
+        data = json.loads(read_text(path))
+    except (OSError, RecursionError, ValueError) as error:
+        raise ValueError(f'{path} cannot be read as JSON: {error}.') from error
     by_id = {table: _by_id(data, table, path) for table in TABLES}
     kept, left = [], Counter[str]()
     for number, row in by_id['annotations'].items():
@@ -74,15 +76,6 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f'{path} is not a file: name a JSON file in COCO format.')
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, RecursionError, ValueError) as error:
-        raise ValueError(f'{path} cannot be read as JSON: {error}.') from error
-
-
 def _by_id(data: Any, table: str, path: Path) -> dict[int, Row]:
     """The entries of a table by their ids."""
     rows = data.get(table) if isinstance(data, dict) else None
@@ -104,7 +97,7 @@ def _by_id(data: Any, table: str, path: Path) -> dict[int, Row]:
 
 def _problem(row: Row, image: Row) -> str:
     """Why an annotation cannot be used, '' if it can."""
-    if len(row['bbox']) != 4 or not _are_numbers(row['bbox']):
+    if len(row['bbox']) != 4 or not are_numbers(row['bbox']):
         return 'a box that is not four numbers'
     left, top, width, height = row['bbox']
     right, bottom = min(left + width, image['width']), min(top + height, image['height'])
@@ -121,14 +114,10 @@ def _is_segmentation(value: Any, image: Row) -> bool:
 
     if isinstance(value, list):
         return bool(value) and all(
-            isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 and _are_numbers(each) for each in value)
+            isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 and are_numbers(each) for each in value)
     if not isinstance(value, dict) or value.get('size') != [image['height'], image['width']]:
         return False
     counts = value.get('counts')
     if isinstance(counts, list):
-        return _are_numbers(counts) and sum(counts) == image['height'] * image['width']
+        return are_numbers(counts) and sum(counts) == image['height'] * image['width']
     return isinstance(counts, str) and 0 < area(value) <= image['height'] * image['width']
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..pretrain.data import to_rgb
+from ..engine.data import to_rgb
 from .coco import read_coco
 
-__all__ = ['CocoDataset', 'collate', 'eval_transforms', 'train_transforms']
+__all__ = ['CocoDataset', 'eval_transforms', 'train_transforms']
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class CocoDataset(Dataset):
         category_ids: In the order of the labels.
         num_classes: Categories and the background.
         num_missing: Images that were skipped.
+        fingerprint: What tells these data from others.
         epoch: Other epochs have other random numbers.
 
     Raises:
@@ -67,6 +68,8 @@ class CocoDataset(Dataset):
             _logger.warning(
                 f'Skipped {len(missing)} of {len(self.coco.imgs)} images, which are missing, such as '
                 f'{self._path(missing[0])}.')
+        checksum = zlib.crc32(repr(self.ids).encode(), zlib.crc32(annotations.read_bytes()))
+        self.fingerprint = f'{len(self.ids)} images ({checksum:08x})'
         num_empty = sum(not self.coco.imgToAnns.get(number) for number in self.ids)
         if num_empty:
             _logger.info(f'{num_empty} of {len(self.ids)} images have no annotation: they are all background.')
@@ -76,10 +79,22 @@ class CocoDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         number = self.ids[index]
+        seed = zlib.crc32(repr((self.seed, self.epoch, index)).encode())
         image, target = self._image(number), self._target(number)
+        target['seed'] = torch.tensor(seed)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(zlib.crc32(repr((self.seed, self.epoch, index)).encode()))
+            torch.default_generator.manual_seed(seed)
             return self.transforms(image, target)
+
+    @staticmethod
+    def collate(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+        """A batch: 'images' and 'targets', as torchvision's detectors take them."""
+        images, targets = zip(*samples)
+        return dict(images=list(images), targets=list(targets))
+
+    def name(self, index: int) -> str:
+        """File of a sample."""
+        return self.coco.imgs[self.ids[index]]['file_name']
 
     def _path(self, number: int) -> Path:
         return self.image_dir / self.coco.imgs[number]['file_name']
@@ -109,12 +124,6 @@ class CocoDataset(Dataset):
             labels=torch.tensor([self.labels[row['category_id']] for row in rows], dtype=torch.int64),
             image_id=torch.tensor(number),
         )
-
-
-def collate(samples: Sequence[Sample]) -> tuple[list[Any], list[Any]]:
-    """Images and targets of a batch, as torchvision's detectors take them."""
-    images, targets = zip(*samples)
-    return list(images), list(targets)
 
 
 def train_transforms(

@@ -1,27 +1,67 @@
 """Average precision of boxes and masks, as COCO defines it, by pycocotools."""
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from tqdm import tqdm
 
+from ..engine.data import Replacing, load
 from .coco import quiet
 from .data import CocoDataset
 
-__all__ = ['average_precision', 'evaluate', 'predict']
+__all__ = ['NAMES', 'average_precision', 'evaluate', 'predict']
 
 MASK_THRESHOLD = 0.5
 METRICS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')  # the first of pycocotools' `stats`
+NAMES = tuple(f'{kind}_{metric}' for kind in ('box', 'mask') for metric in METRICS)
 
 Result = dict[str, Any]
 
 
 def evaluate(
-        model: nn.Module, batches: Iterable[Any], dataset: CocoDataset, device: torch.device,
+        model: nn.Module, dataset: CocoDataset, device: torch.device, workers: int = 0, rank: int = 0,
+        world_size: int = 1,
 ) -> dict[str, float | None]:
-    """Average precision of a detector on a data set; see `predict` and `average_precision`."""
-    return average_precision(dataset, predict(model, batches, dataset.category_ids, device))
+    """Average precision of a detector on a data set; images that cannot be read are left out, counted and named.
+
+    Every process has to call it. Images go one by one, so their number does not matter.
+
+    Args:
+        model: Detector; it is left in the mode it was in.
+        dataset: With `data.eval_transforms`.
+        device: Of the model.
+        workers: Processes that read, 0 for none.
+        rank: Of the process.
+        world_size: Number of processes.
+
+    Raises:
+        RuntimeError: No image can be read.
+    """
+    batches = load(Replacing(dataset, 0), sampler=range(rank, len(dataset), world_size), num_workers=workers)
+    results: list[Result] = []
+    image_ids, unreadable = [], []
+    for batch in tqdm(batches, 'evaluation', leave=False, mininterval=1, file=sys.stderr, disable=rank > 0):
+        names = batch.pop('unreadable')[0]
+        if names:
+            unreadable += names
+            continue
+        results += predict(model, [batch], dataset.category_ids, device)
+        image_ids.append(int(batch['targets'][0]['image_id']))
+    found: list[Any] = [(results, image_ids, unreadable)]
+    if world_size > 1:
+        found = [None] * world_size
+        dist.all_gather_object(found, (results, image_ids, unreadable))
+    results, image_ids, unreadable = (sum(lists, []) for lists in zip(*found))
+    if not image_ids:
+        raise RuntimeError(f'No image for the evaluation can be read, such as {unreadable[0]}: mend them.')
+    if unreadable and rank == 0:
+        tqdm.write(f'{len(unreadable)} of {len(dataset)} images are left out of the evaluation because they cannot be '
+                   f'read, such as {unreadable[0]}', file=sys.stderr)
+    return average_precision(dataset, results, image_ids) if rank == 0 else dict.fromkeys(NAMES)
 
 
 @torch.inference_mode()
@@ -32,15 +72,16 @@ def predict(
 
     Args:
         model: Detector; it is left in the mode it was in.
-        batches: Lists of images and of targets, which have 'image_id'.
+        batches: Of `data.collate`.
         category_ids: Of the labels from 1.
         device: Of the model.
     """
     training = model.training
     model.eval()
     results = []
-    for images, targets in batches:
-        for output, target in zip(model([image.to(device) for image in images]), targets):
+    for batch in batches:
+        outputs = model([image.to(device) for image in batch['images']])
+        for output, target in zip(outputs, batch['targets']):
             results += _results(output, int(target['image_id']), category_ids)
     model.train(training)
     return results
@@ -61,12 +102,15 @@ def _results(output: dict[str, torch.Tensor], image_id: int, category_ids: list[
             output['labels'].tolist(), output['scores'].tolist(), boxes.tolist(), codes)]
 
 
-def average_precision(dataset: CocoDataset, results: list[Result]) -> dict[str, float | None]:
+def average_precision(
+        dataset: CocoDataset, results: list[Result], image_ids: Sequence[int] | None = None,
+) -> dict[str, float | None]:
     """Average precision of predictions.
 
     Args:
-        dataset: What was predicted; images that it skips are not counted.
+        dataset: What was predicted.
         results: Of `predict`, from all processes.
+        image_ids: Of the images that count, None for all that the data set has.
 
     Returns:
         'box_AP', 'box_AP50', 'box_AP75', 'box_APs', 'box_APm', 'box_APl' and the same of masks, 0 to 1; None where the
@@ -81,7 +125,7 @@ def average_precision(dataset: CocoDataset, results: list[Result]) -> dict[str, 
         with quiet():
             predicted = dataset.coco.loadRes(chosen) if chosen else _nothing(dataset.coco)
             evaluation = COCOeval(dataset.coco, predicted, kind)
-            evaluation.params.imgIds = dataset.ids
+            evaluation.params.imgIds = dataset.ids if image_ids is None else image_ids
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()

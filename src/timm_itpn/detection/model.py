@@ -6,9 +6,11 @@ Differs from torchvision's `maskrcnn_resnet50_fpn`: a box head of four convoluti
 generalised IoU of decoded boxes, ten times; RoI align samples every position; anchors are at the exact strides.
 """
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -60,6 +62,8 @@ def mask_rcnn(
     """
     if num_classes < 2:
         raise ValueError(f'num_classes is {num_classes}, but it counts the background: it is at least 2.')
+    if unknown := kwargs.keys() - signature(MaskRCNN.__init__).parameters.keys():  # which torchvision swallows
+        raise ValueError(f'The detector has no argument {min(unknown)!r}: see those of MaskRCNN in torchvision.')
     if isinstance(backbone, str):
         check_name(backbone)
         backbone = DetectionBackbone(backbone, **{'rel_pos_bias': False, **(backbone_kwargs or {})})
@@ -77,6 +81,9 @@ def mask_rcnn(
         **{'rpn_post_nms_top_n_train': 1000, **kwargs},
     )
     model.roi_heads = BoxAndMaskHeads(model.roi_heads)
+    for part in (model.rpn, model.roi_heads):
+        part.fg_bg_sampler = SeededSampler(part.fg_bg_sampler)
+    model.register_forward_pre_hook(_seed_samplers, with_kwargs=True)
     predictor = model.roi_heads.box_predictor
     for layer in (model.rpn.head.cls_logits, model.rpn.head.bbox_pred, predictor.cls_score, predictor.bbox_pred):
         layer.register_forward_hook(_in_float32)
@@ -146,16 +153,60 @@ class BoxAndMaskHeads(RoIHeads):
         wanted = torch.cat([_matched_boxes(target['boxes'], index) for target, index in zip(targets, matched)])
         chosen = all_labels.nonzero()[:, 0]  # objects
         box_loss = generalized_box_iou_loss(boxes[chosen, all_labels[chosen]], wanted[chosen], reduction='sum')
+        num_samples, num_objects = _of_all_processes(all_labels.new_tensor([len(all_labels), len(chosen)]))
 
         proposals = [each[label > 0] for each, label in zip(proposals, labels)]
         matched = [index[label > 0] for index, label in zip(matched, labels)]
         mask_logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, proposals, image_shapes)))
         masks, classes = [target['masks'] for target in targets], [target['labels'] for target in targets]
         return [], {
-            'loss_classifier': nn.functional.cross_entropy(logits, all_labels),
-            'loss_box_reg': BOX_LOSS_WEIGHT * box_loss / len(all_labels),
-            'loss_mask': maskrcnn_loss(mask_logits, proposals, masks, classes, matched),
+            'loss_classifier': nn.functional.cross_entropy(logits, all_labels, reduction='sum') / num_samples,
+            'loss_box_reg': BOX_LOSS_WEIGHT * box_loss / num_samples,
+            'loss_mask': maskrcnn_loss(mask_logits, proposals, masks, classes, matched) * len(chosen) / num_objects,
         }
+
+
+class SeededSampler:
+    """As torchvision's sampler, but what it draws for an image follows from a seed, not from the rest of the batch.
+
+    Args:
+        sampler: What to take the numbers of.
+
+    Attributes:
+        seeds: Of the images of a batch.
+    """
+
+    def __init__(self, sampler: Any):
+        self.batch_size_per_image: int = sampler.batch_size_per_image
+        self.positive_fraction: float = sampler.positive_fraction
+        self.seeds: list[int] = []
+
+    def __call__(self, matched_idxs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Masks of the positives and of the negatives that are drawn for each image."""
+        drawn: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for seed, labels in zip(self.seeds, matched_idxs):
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+            positive = order[labels[order] >= 1][:int(self.batch_size_per_image * self.positive_fraction)]
+            negative = order[labels[order] == 0][:self.batch_size_per_image - len(positive)]
+            for chosen, masks in zip((positive, negative), drawn):
+                masks.append(torch.zeros_like(labels, dtype=torch.uint8).index_fill(0, chosen, 1))
+        return drawn
+
+
+def _seed_samplers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook: seeds of the images, random ones for targets that have none."""
+    targets = kwargs.get('targets', args[1] if len(args) > 1 else None)
+    seeds = [int(target['seed']) if 'seed' in target else int(torch.randint(2 ** 62, ())) for target in targets or ()]
+    model.rpn.fg_bg_sampler.seeds = model.roi_heads.fg_bg_sampler.seeds = seeds
+
+
+def _of_all_processes(counts: torch.Tensor) -> list[float]:
+    """Counts as means over all processes, so that losses do not depend on how images are dealt; at least 1."""
+    means = counts.float()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return means.clamp(min=1).tolist()
 
 
 def _matched_boxes(boxes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

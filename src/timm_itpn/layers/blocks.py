@@ -84,6 +84,8 @@ class AttentionBlock(nn.Module):
         dd: Device and dtype of the parameters.
     """
 
+    score_scale: float | None = None  # what queries still have to be scaled by, None for head_dim ** -0.5
+
     def __init__(
             self,
             dim: int,
@@ -131,11 +133,12 @@ class AttentionBlock(nn.Module):
         """Add to the tokens what the MLP makes of them."""
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
-        bias: torch.Tensor | None = None
+    def forward(
+            self, x: torch.Tensor, height: int, width: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, N, dim), of a `height` x `width` grid where there is a relative position bias -> (B, N, dim)."""
         if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(height, width)
+            own = self.rel_pos_bias(height, width)
+            bias = own if bias is None else own + bias
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias)))
         return self.feed(x)
 

@@ -1,8 +1,8 @@
-"""Blocks for inference only: what one layer does to its output, or the next one to its input, is a part of a weight.
+"""Blocks for inference only, with fewer operations for the same result.
 
-`block.fuse()` makes them: norms lose their scale and shift to the linear layer after them, which also takes the scale
-of the attention scores; layer scale goes into the linear layer before it; activations and residual sums are done by
-`ops.linear`. Sums are in another order than before, so results are equal to float error, not to the bit.
+`block.fuse()` makes them: layer scale and the scale of the attention scores go into the linear layer before them;
+activations and residual sums are done by `ops.linear`. Norms keep scale and shift, without which PyTorch's kernel for
+CPUs is slower. Sums are in another order than before, so results are equal to float error, not to the bit.
 """
 from typing import NamedTuple
 
@@ -46,17 +46,18 @@ class FusedLinear(InferenceOnly):
 
     Args:
         weight: (out_features, in_features).
-        bias: (out_features,).
+        bias: (out_features,), None for none.
         act: One of `ops.linear.ACTIVATIONS`.
         implementation: Key of `ops.linear.IMPLEMENTATIONS`, 'auto' for the first that can run where the weight is.
     """
 
     __jit_ignored_attributes__ = ['_packed']
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, act: str = 'none', implementation: str = 'auto'):
+    def __init__(
+            self, weight: torch.Tensor, bias: torch.Tensor | None, act: str = 'none', implementation: str = 'auto'):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
-        self.bias = nn.Parameter(bias.detach().contiguous(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         self.act = act
         self.asked = implementation
         self._packed: Packed | None = None
@@ -106,12 +107,12 @@ class FusedMlp(InferenceOnly):
         super().__init__()
         gated = isinstance(mlp, SwiGLU)
         act = 'silu' if gated else name_of(mlp.act)
-        self.norm1, *weights = fold_norm(norm, *weights_of(mlp.fc1_g if gated else mlp.fc1))
-        self.fc1 = FusedLinear(*weights, act=act or 'none')
+        self.norm1 = norm
+        self.fc1 = FusedLinear(*weights_of(mlp.fc1_g if gated else mlp.fc1), act=act or 'none')
         self.act = nn.Identity() if act else mlp.act
-        self.value = FusedLinear(*fold_norm(norm, *weights_of(mlp.fc1_x))[1:]) if gated else None
-        self.norm2, *weights = fold_norm(mlp.norm, *weights_of(mlp.fc2))
-        self.fc2 = FusedLinear(*fold_scale(ls, *weights))
+        self.value = FusedLinear(*weights_of(mlp.fc1_x)) if gated else None
+        self.norm2 = mlp.norm
+        self.fc2 = FusedLinear(*fold_scale(ls, *weights_of(mlp.fc2)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm1(x)
@@ -124,6 +125,7 @@ class FusedMlp(InferenceOnly):
 class FusedAttentionBlock(InferenceOnly):
     """`AttentionBlock` for inference. (B, N, dim) -> (B, N, dim)."""
     fused_attn: torch.jit.Final[bool]
+    score_scale = 1.  # it is in the weights
 
     def __init__(self, block: nn.Module):
         super().__init__()
@@ -136,7 +138,7 @@ class FusedAttentionBlock(InferenceOnly):
             bias = attn.qkv_bias.packed()
         elif type(attn.qkv_bias) is not nn.Identity:  # its biases would be lost
             raise ValueError(f'{type(attn.qkv_bias).__name__} cannot be fused: put the biases of q and v back first.')
-        self.norm, weight, bias = fold_norm(block.norm1, weight, bias)
+        self.norm = block.norm1
         dim = attn.proj.in_features
         scale = torch.ones(3 * dim, dtype=weight.dtype, device=weight.device)
         scale[:dim] = (dim // attn.num_heads) ** -0.5  # of the scores, in q
@@ -161,11 +163,12 @@ class FusedAttentionBlock(InferenceOnly):
         """Add to the tokens what the MLP makes of them."""
         return self.mlp(x)
 
-    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Tokens (B, N, dim) of a `height` x `width` grid, row-major -> (B, N, dim)."""
-        bias: torch.Tensor | None = None
+    def forward(
+            self, x: torch.Tensor, height: int, width: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (B, N, dim), of a `height` x `width` grid where there is a relative position bias -> (B, N, dim)."""
         if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(height, width)
+            own = self.rel_pos_bias(height, width)
+            bias = own if bias is None else own + bias
         q, k, v = self.project(x).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
         return self.feed(self.attend(x, (q, k, v), bias))
 
@@ -186,32 +189,6 @@ def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     if type(layer) not in (*LINEAR_LAYERS, FusedLinear):
         raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
     return layer.weight, layer.bias
-
-
-def fold_norm(
-        norm: nn.Module,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Move scale and shift of a norm into the linear layer after it.
-
-    Args:
-        norm: A norm over the last axis; other modules than LayerNorm stay as they are.
-        weight: (out_features, in_features) of the layer after it.
-        bias: (out_features,), None for none.
-
-    Returns:
-        The norm without scale and shift, weight and bias.
-    """
-    if bias is None:
-        bias = weight.new_zeros(len(weight))
-    if not isinstance(norm, nn.LayerNorm) or norm.weight is None:
-        return norm, weight, bias
-    plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
-    exact = weight.detach().double()
-    shift = exact @ norm.bias.detach().double()
-    exact = exact * norm.weight.detach().double()
-    return plain.eval(), exact.to(weight.dtype), (bias.detach().double() + shift).to(bias.dtype)
 
 
 def fold_scale(ls: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
-from .fused import FusedLinear, fold_norm, weights_of
+from .fused import FusedLinear, weights_of
 from .sizes import holds
 
 __all__ = [
@@ -121,25 +121,14 @@ class ConvPatchMerge(nn.Module):
         x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
         return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, H/2, W/2) -> (B, H/2, W/2, D)
 
-    @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """Move scale and shift of the norm into the convolution."""
-        conv = self.reduction
-        self.norm, weight, shift = fold_norm(self.norm, rearrange(conv.weight, 'o i h w -> (o h w) i'), None)
-        with torch.no_grad():
-            conv.weight.copy_(rearrange(weight, '(o h w) i -> o i h w', h=2, w=2))
-            conv.bias.add_(reduce(shift, '(o k) -> o', 'sum', k=4))
-        return self
-
 
 class LinearPatch(nn.Module):
     """What merge and split by a Linear layer have in common."""
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """Move scale and shift of the norm into the Linear layer."""
-        self.norm, *weights = fold_norm(self.norm, *weights_of(self.reduction))
-        self.reduction = FusedLinear(*weights)
+        """Pack the weight of the Linear layer."""
+        self.reduction = FusedLinear(*weights_of(self.reduction))
         return self
 
 
@@ -179,12 +168,11 @@ class ConvPatchSplit(nn.Module):
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
-        """The same as a Linear layer: the shift of the norm differs between the four positions."""
+        """The same as a Linear layer."""
         conv = self.reduction
         split = LinearPatchSplit(conv.in_channels, conv.out_channels, device='meta')
-        weight = rearrange(conv.weight, 'i o h w -> (h w o) i')
-        split.norm, *weights = fold_norm(self.norm, weight, conv.bias.repeat(4))
-        split.reduction = FusedLinear(*weights)
+        split.norm = self.norm
+        split.reduction = FusedLinear(rearrange(conv.weight, 'i o h w -> (h w o) i'), conv.bias.repeat(4))
         return split
 
 

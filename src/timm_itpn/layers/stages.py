@@ -8,6 +8,7 @@ from timm.layers import LayerNorm, trunc_normal_
 from timm.models import checkpoint
 from torch.types import Device
 
+from ..ops.attention import as_bias
 from .blocks import AttentionBlock, MlpBlock
 from .patch_embed import ConvPatchMerge
 from .pos_embed import resample_pos_embed
@@ -140,13 +141,36 @@ class AttentionStage(nn.Module):
             pos_embed = resample_pos_embed(pos_embed, new_size=[H, W], old_size=self.grid_size)
         return self.pos_drop(x.reshape(B, H * W, C) + pos_embed).reshape(B, H, W, C)
 
+    def forward_blocks(
+            self,
+            x: torch.Tensor,
+            height: int,
+            width: int,
+            start: int = 0,
+            stop: int | None = None,
+            bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Blocks `start` to `stop` - 1 on any sequence of tokens, (B, N, dim) -> (B, N, dim).
+
+        Args:
+            x: Tokens.
+            height: Of the grid that the tokens fill; read by the relative position bias only.
+            width: Likewise.
+            start: First block.
+            stop: The block to stop before, None for none.
+            bias: Added to the scores (B, num_heads, N, N), to which it broadcasts; or of bool, False where a query
+                must not see a key. Every query must see one.
+        """
+        bias = as_bias(bias, x.dtype)
+        for i, block in enumerate(self.blocks):
+            if i >= start and (stop is None or i < stop):  # TorchScript cannot slice modules
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x, height, width, bias)
+                else:
+                    x = block(x, height, width, bias)
+        return x
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.embed(x)
         B, H, W, C = x.shape
-        x = x.reshape(B, H * W, C)
-        for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, H, W)
-            else:
-                x = block(x, H, W)
-        return x.reshape(B, H, W, C)
+        return self.forward_blocks(x.reshape(B, H * W, C), H, W).reshape(B, H, W, C)

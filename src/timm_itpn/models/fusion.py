@@ -8,8 +8,8 @@ __all__ = ['fuse']
 def fuse(model: nn.Module) -> nn.Module:
     """Make a copy of a model that is faster and computes the same to float error, for inference only.
 
-    Norms lose scale and shift to the layer after them, layer scale and the scale of the scores go into the weights,
-    activations and residual sums are done where the matrix product is. What is best depends on device and type, so
+    Layer scale and the scale of the scores go into the weights, activations and residual sums are done where the matrix
+    product is. What is best depends on device and type, so
     fuse last: after loading weights, `.to()` and `.eval()`. The copy has no gradients and no training mode, its state
     dict is not that of the model, and hooks of the layers that are replaced are gone. timm's `reparameterize_model` and
     `validate.py --reparam` do the same.

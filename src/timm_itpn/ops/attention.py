@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 
 from .choose import choose
 
-__all__ = ['IMPLEMENTATIONS', 'Heads', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed']
+__all__ = [
+    'IMPLEMENTATIONS', 'Heads', 'as_bias', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed']
 
 IMPLEMENTATIONS = ('sdpa', 'reference')
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
@@ -24,6 +25,13 @@ def choose_attention(name: str = 'auto') -> str:
     """As `choose` does, among `IMPLEMENTATIONS`."""
     reason = None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
     return choose('attn_impl', name, {'sdpa': reason, 'reference': None})
+
+
+def as_bias(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A bias as it is; of a mask of bool, True where a query sees a key, one of `dtype` with 0 and -inf."""
+    if bias is not None and bias.dtype == torch.bool:
+        return torch.zeros_like(bias, dtype=dtype).masked_fill(~bias, float('-inf'))
+    return bias
 
 
 def is_transformed() -> bool:

@@ -1,154 +1,41 @@
-"""Command line of pre-training. Names are those of timm's `train.py`; a YAML file may set any of them.
-
-Nothing here imports torch, so that `--help` is quick.
-"""
+"""Command line of pre-training; like all else that is imported before a command runs, without torch."""
 import argparse
-import ast
-import sys
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from ..checks import check_regular_file
+from ..engine.arguments import PAIRS, number, positive
+from ..engine.arguments import add_arguments as add_common_arguments
 from . import MASKING_NAMES, OBJECTIVE_NAMES
 
-__all__ = ['CHANGEABLE', 'FREE', 'ConfigurableParser', 'add_arguments']
-
-# may differ when a run is resumed: they do not change what is computed
-FREE = ('run', 'config', 'resume', 'output', 'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval',
-        'figure_interval', 'log_tensorboard', 'data_dir', 'changed_data', 'device')
-# may, too, and the run says so
-CHANGEABLE = ('lr', 'lr_base', 'lr_base_size', 'min_lr', 'warmup_lr', 'clip_grad', 'amp', 'amp_dtype', 'teacher_path',
-              'grad_checkpointing', 'torchcompile', 'deterministic', 'fsdp')
+__all__ = ['add_arguments']
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all arguments."""
-    parser.add_argument('-c', '--config', type=Path, metavar='FILE.yaml', help='defaults for all other arguments')
-
     group = parser.add_argument_group('data')
     group.add_argument('--data-dir', type=Path, metavar='DIR', help='folder or tar file of images')
     group.add_argument('--dataset', default='', metavar='NAME', help="timm's name: hfds/..., wds/..., '' for a folder")
     group.add_argument('--train-split', default='train', metavar='NAME', help='split of the data set')
-    group.add_argument('--train-num-samples', type=int, metavar='N', help='number of images, for streams (wds)')
+    group.add_argument('--train-num-samples', type=positive, metavar='N', help='number of images, for streams (wds)')
     group.add_argument('--img-size', type=positive, default=224, metavar='N', help="side of student's images, pixels")
-    group.add_argument('--scale', type=float, nargs=2, default=[0.2, 1.0], help="crop, share of the image's area")
-    group.add_argument('--ratio', type=float, nargs=2, default=[3 / 4, 4 / 3], help='crop, width by height')
-    group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
+    group.add_argument('--scale', type=number(0, 1), nargs=2, default=[0.2, 1.0], help='crop, share of the area')
+    group.add_argument('--ratio', type=number(0), nargs=2, default=[3 / 4, 4 / 3], help='crop, width by height')
+    group.add_argument('--hflip', type=number(0, 1), default=0.5, help='probability of a horizontal flip')
     group.add_argument('--train-interpolation', default='bicubic', help='interpolation of the crop')
-    group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='processes that read, 0 for none')
 
     group = parser.add_argument_group('student, objective, teacher')
     group.add_argument('--model', default='fast_itpn_base', help='any model of this package')
-    pairs: dict[str, Any] = dict(nargs='*', action=_KeyValues, default={}, metavar='KEY=VALUE')
-    group.add_argument('--model-kwargs', help="the model's arguments", **pairs)
+    group.add_argument('--model-kwargs', help="the model's arguments", **PAIRS)
     group.add_argument('--objective', choices=OBJECTIVE_NAMES,
                        help='what is learned; default: clip with --teacher, pixel without')
-    group.add_argument('--objective-kwargs', help="the objective's arguments", **pairs)
+    group.add_argument('--objective-kwargs', help="the objective's arguments", **PAIRS)
     group.add_argument('--masking', choices=MASKING_NAMES, help="which tokens are masked; default: the objective's")
-    group.add_argument('--mask-ratio', type=float, help="share of masked tokens; default: the objective's")
+    group.add_argument('--mask-ratio', type=number(0, 1), help="share of masked tokens; default: the objective's")
     group.add_argument('--teacher', metavar='NAME', help="timm's name of the teacher")
     group.add_argument('--teacher-path', metavar='FILE', help='its weights; default: the published ones')
-    group.add_argument('--teacher-img-size', type=int, metavar='N', help="default: what gives the student's grid")
-    group.add_argument('--drop-path', type=float, default=0.1, help='stochastic depth rate of the last block')
-
-    group = parser.add_argument_group('optimization')
-    group.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='of a process, per step')
-    group.add_argument('--grad-accum-steps', type=positive, default=1, metavar='N', help='steps per update')
-    group.add_argument('--opt', default='adamw', help="timm's name of the optimizer")
-    group.add_argument('--opt-eps', type=float, help="epsilon, default: the optimizer's")
-    group.add_argument('--opt-betas', type=float, nargs='+', help="betas, default: the optimizer's")
-    group.add_argument('--weight-decay', type=float, default=0.05)
-    group.add_argument('--clip-grad', type=float, default=3., metavar='NORM', help='largest norm of gradients, 0: none')
-    group.add_argument('--lr', type=float, help='peak learning rate; default: from --lr-base')
-    group.add_argument('--lr-base', type=float, default=1.875e-4, help='learning rate for --lr-base-size images')
-    group.add_argument('--lr-base-size', type=int, default=256, help='images per update that --lr-base is for')
-    group.add_argument('--sched', default='cosine', help="timm's name of the schedule; steps are updates")
-    group.add_argument('--epochs', type=positive, default=1600)
-    group.add_argument('--warmup-epochs', type=int, help='default: a tenth of the epochs, at most 10')
-    group.add_argument('--warmup-lr', type=float, default=0.)
-    group.add_argument('--min-lr', type=float, default=1e-5)
-    group.add_argument('--model-ema', action='store_true', help='average the weights of the student')
-    group.add_argument('--model-ema-decay', type=float, default=0.9999)
-
-    group = parser.add_argument_group('device')
-    group.add_argument('--device', help='PyTorch device; default: cuda where there is one, else cpu')
-    group.add_argument('--amp', action='store_true', help='autocast')
-    group.add_argument('--amp-dtype', default='bfloat16', choices=('bfloat16', 'float16'))
-    group.add_argument('--grad-checkpointing', action='store_true', help='recompute blocks in the backward pass')
-    group.add_argument('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the objective')
-    group.add_argument('--fsdp', action='store_true', help='each process holds a share of the parameters (FSDP2)')
-    group.add_argument('--seed', type=int, default=42, help='seed of weights, order, crops and masks')
-    group.add_argument('--deterministic', action='store_true', help='deterministic algorithms only')
-
-    group = parser.add_argument_group('output')
-    group.add_argument('--output', type=Path, default=Path('output/pretrain'), metavar='DIR')
-    group.add_argument('--resume', metavar='auto|FILE', help='go on from the last checkpoint, or from FILE')
-    group.add_argument('--changed-data', action='store_true', help='go on though the images are others than before')
-    group.add_argument('--checkpoint-hist', type=positive, metavar='N',
-                       help='checkpoints to keep; default: 2, at the end 1')
-    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
-                       help='updates between checkpoints; 0: only after epochs')
-    group.add_argument('--log-interval', type=positive, default=50, metavar='N', help='updates per line of the log')
-    group.add_argument('--figure-interval', type=int, default=0, metavar='N', help='epochs between pictures, 0: none')
-    group.add_argument('--log-tensorboard', action='store_true', help='also write for TensorBoard')
-
-
-def positive(text: str) -> int:
-    """A number of at least 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
-class _KeyValues(argparse.Action):
-    """`KEY=VALUE` pairs as a dict; a YAML file has a mapping in their place."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        pairs: dict[str, Any] = {}
-        for pair in values:
-            key, equals, text = pair.partition('=')
-            if not equals:
-                parser.error(f'{option_string}: {pair!r} is not an argument: write KEY=VALUE.')
-            try:
-                pairs[key] = ast.literal_eval(text)
-            except (SyntaxError, ValueError):  # a plain word
-                pairs[key] = text
-        setattr(namespace, self.dest, pairs)
-
-
-class ConfigurableParser(argparse.ArgumentParser):
-    """Parser whose --config, where it has one, names a YAML file of defaults."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, rest = super().parse_known_args(args, namespace)
-        if getattr(known, 'config', None) is None:
-            return known, rest
-        first = self._read_config(known.config, known)
-        return super().parse_known_args([*first, *(sys.argv[1:] if args is None else args)], namespace)
-
-    def _read_config(self, path: Path, known: argparse.Namespace) -> list[str]:
-        """Settings of a YAML file as on a command line; exits if it cannot be read, or has a name that is not known."""
-        try:
-            check_regular_file(path)
-            settings = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            self.error(f'{path} cannot be read: {" ".join(str(error).split())}')
-        if not isinstance(settings, dict):
-            self.error(f'{path} does not hold settings: write one `name: value` per line.')
-        unknown = [str(key) for key in settings if key not in known]
-        if unknown:
-            self.error(f'{path} has settings that do not exist: {", ".join(unknown)}.')
-        options = []
-        for key, value in settings.items():
-            option = f'--{key.replace("_", "-")}'
-            if isinstance(value, dict):
-                options += [option, *(f'{name}={given!r}' for name, given in value.items())]
-            elif isinstance(value, list):
-                options += [option, *map(str, value)]
-            elif value is not None and value is not False:
-                options.append(option if value is True else f'{option}={value}')
-            elif value != self.get_default(key):
-                self.error(f'{path}: {key} cannot be {value}.')
-        return options
+    group.add_argument('--teacher-img-size', type=positive, metavar='N', help="default: what gives the student's grid")
+    group.add_argument('--drop-path', type=number(0, 1), default=0.1, help='stochastic depth rate of the last block')
+    add_common_arguments(
+        parser, output=Path('output/pretrain'), batch_size=128, epochs=1600, min_lr=1e-5, clip_grad=3.)
+    group = parser.add_argument_group('learning rate without --lr')
+    group.add_argument('--lr-base', type=number(0), default=1.875e-4, help='learning rate for --lr-base-size images')
+    group.add_argument('--lr-base-size', type=positive, default=256, help='images per update that --lr-base is for')

@@ -8,7 +8,7 @@ from timm.layers import LayerNorm, trunc_normal_
 
 from ..layers.blocks import AttentionBlock
 from .base import LevelsToTokens, Losses, Objective, init_linear
-from .student import STEM_SIDE, Student, pyramid_levels, pyramid_of, run_blocks, stage_maps, third_stage
+from .student import STEM_SIDE, Student, pyramid_levels, pyramid_of, stage_maps, third_stage
 
 __all__ = ['Clip', 'ClipDistill']
 
@@ -114,8 +114,8 @@ class ClipDistill(Objective):
         B, H, W, C = x.shape
         x = torch.where(masked[..., None], self.mask_token[:, :, None].to(x.dtype), x)
         x = third.add_positions(x).reshape(B, H * W, C)
-        x = auxiliary = run_blocks(third, x, H, W, 0, self.auxiliary_start)
-        x = run_blocks(third, x, H, W, self.auxiliary_start, len(third.blocks))
+        x = auxiliary = third.forward_blocks(x, H, W, 0, self.auxiliary_start)
+        x = third.forward_blocks(x, H, W, self.auxiliary_start)
         for block in self.cls_pt_layers:
             auxiliary = block(auxiliary, H, W)
         tokens = self.decoder_embed(pyramid_levels(self.backbone, [fine, middle, x.reshape(B, H, W, C)]))

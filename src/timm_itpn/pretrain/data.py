@@ -10,22 +10,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_dataset, get_img_extensions, is_img_extension, str_to_interp_mode
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from ..checks import check_regular_file
+from ..engine.data import to_rgb
 
-__all__ = ['Batches', 'SampleMaker', 'Samples', 'StreamedSamples', 'View', 'fingerprint', 'open_dataset', 'to_rgb']
+__all__ = ['SampleMaker', 'Samples', 'StreamedSamples', 'View', 'fingerprint', 'open_dataset']
 
 Sample = dict[str, Any]
-NUM_OTHERS = 40  # random images that are tried in place of one; if half of all are whole, one of so many is
 NUM_SIZES = 1000  # files whose sizes tell data apart
 TRAIN = ('train', 'training')  # names of a folder, one as good as the other
 
@@ -49,16 +48,15 @@ class SampleMaker(NamedTuple):
     hflip: float = 0.5  # probability of a horizontal flip
     interpolation: str = 'bicubic'  # as timm names it
 
-    def __call__(self, image: Any, unreadable: str, *number: int) -> Sample:
+    def __call__(self, image: Any, *number: int) -> Sample:
         """Make a sample.
 
         Args:
             image: PIL image.
-            unreadable: Names of the files that were tried before this one, '\\0' between them.
             number: Of the sample; the same number gives the same crop and mask.
 
         Returns:
-            'images' (3, H, W), for a teacher 'teacher_images', 'masked' (h, w), and 'unreadable'.
+            'images' (3, H, W), for a teacher 'teacher_images', and 'masked' (h, w).
         """
         generator = torch.default_generator  # the one that RandomResizedCrop draws from
         with torch.random.fork_rng(devices=[]):  # and, in this process, the model too
@@ -67,35 +65,15 @@ class SampleMaker(NamedTuple):
             flip = bool(torch.rand(()) < self.hflip)
             masked = self.masking(self.grid_size, self.num_masked, generator)
         images = [self._see(view, image, box, flip) for view in self.views]
-        return {**dict(zip(('images', 'teacher_images'), images)), 'masked': masked, 'unreadable': unreadable}
+        return {**dict(zip(('images', 'teacher_images'), images)), 'masked': masked}
 
     def _see(self, view: View, image: Any, box: tuple[int, int, int, int], flip: bool) -> torch.Tensor:
         image = TF.resized_crop(image, *box, list(view.size), str_to_interp_mode(self.interpolation))
         return TF.normalize(TF.to_tensor(TF.hflip(image) if flip else image), list(view.mean), list(view.std))
 
 
-def to_rgb(image: Any) -> Any:
-    """A PIL image in RGB, of 8 bits per channel: the upper ones of 16, and without transparency.
-
-    Raises:
-        ValueError: Nothing tells which of its values is white.
-    """
-    if image.mode == 'F':
-        raise ValueError('floats')
-    if image.mode.startswith('I'):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() >= 2 ** 16:
-            raise ValueError('more than 16 bits')
-        if image.mode != 'I' or values.max() >= 2 ** 8:  # I has 32 bits, of which files use 8 or 16
-            values = values >> 8
-        image = Image.fromarray(values.astype(np.uint8))
-    if image.mode in ('P', 'PA'):
-        image = image.convert('RGBA')  # as Pillow asks for, where the palette has transparency
-    return image.convert('RGB')
-
-
 class Samples(Dataset):
-    """Samples, in an epoch, of data that have indices; a random other image takes the place of one that is unreadable.
+    """Samples, in an epoch, of data that have indices; whatever reading them raises is passed on.
 
     Args:
         source: Gives a PIL image, or the open file of one, first of each item.
@@ -105,25 +83,18 @@ class Samples(Dataset):
     def __init__(self, source: Any, make: SampleMaker):
         self.source = source
         self.make = make
+        self.seed = make.seed
         self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        others = np.random.default_rng((self.make.seed, self.epoch, index)).integers(len(self), size=NUM_OTHERS)
-        unreadable = []
-        for at in (index, *others.tolist()):
-            try:
-                found = self.source[at][0]
-                image = to_rgb(found if isinstance(found, Image.Image) else Image.open(found))
-                break
-            except Exception as error:  # whatever a file makes one of Pillow's many readers do
-                name = getattr(self.source, 'filename', 'image {}'.format)(at)
-                unreadable.append(f'{name} ({type(error).__name__})')
-        else:
-            image = Image.new('RGB', (1, 1))  # as many names as these end the run
-        return self.make(image, '\0'.join(unreadable), self.epoch, index)
+        found = self.source[index][0]
+        return self.make(to_rgb(found if isinstance(found, Image.Image) else Image.open(found)), self.epoch, index)
+
+    def name(self, index: int) -> str:
+        return getattr(self.source, 'filename', 'image {}'.format)(index)
 
 
 class StreamedSamples(IterableDataset):
@@ -132,7 +103,8 @@ class StreamedSamples(IterableDataset):
     Everything random follows from seed, epoch, process, worker and count.
     """
 
-    def __init__(self, dataset: Any, make: SampleMaker, rank: int):
+    def __init__(self, dataset: Any, make: SampleMaker, rank: int, workers: int):
+        dataset.set_loader_cfg(num_workers=max(1, workers))
         self.dataset = dataset
         self.make = make
         self.rank = rank
@@ -143,57 +115,9 @@ class StreamedSamples(IterableDataset):
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
+        self.dataset.set_epoch(self.epoch)
         for count, (image, _) in enumerate(self.dataset):
-            yield self.make(to_rgb(image), '', self.epoch, self.rank, 0 if worker is None else worker.id, count)
-
-
-class Batches:
-    """The batches of one process; all processes together see each image at most once per epoch.
-
-    Args:
-        dataset: From `open_dataset`.
-        make: Makes the samples.
-        batch_size: Images of one process per batch.
-        workers: Processes that read, 0 for none.
-        rank: Of the process.
-        world_size: Number of processes.
-        pin_memory: For copies to a GPU.
-
-    Attributes:
-        num_images: In the dataset.
-        per_epoch: Batches of one epoch.
-        resumable: An epoch can start in the middle.
-    """
-
-    def __init__(
-            self, dataset: Any, make: SampleMaker, batch_size: int, workers: int = 0, rank: int = 0,
-            world_size: int = 1, pin_memory: bool = False):
-        self.resumable = not hasattr(dataset, 'set_loader_cfg')
-        if self.resumable:
-            self.samples: Samples | StreamedSamples = Samples(dataset, make)
-            self.order = DistributedSampler[int](self.samples, world_size, rank, seed=make.seed, drop_last=True)
-        else:
-            dataset.set_loader_cfg(num_workers=max(1, workers))
-            self.samples = StreamedSamples(dataset, make, rank)
-        self.num_images = len(self.samples)
-        self.per_epoch = self.num_images // (batch_size * world_size)
-        self.batch_size = batch_size
-        self.workers = workers
-        self.pin_memory = pin_memory
-
-    def epoch(self, epoch: int, first: int = 0) -> DataLoader:
-        """The batches of an epoch, dicts of stacked tensors, without the first ones that are done already."""
-        self.samples.epoch = epoch
-        order: list[int] | None = None
-        if self.resumable:
-            self.order.set_epoch(epoch)
-            order = list(self.order)[first * self.batch_size:]
-        elif isinstance(self.samples, StreamedSamples):
-            self.samples.dataset.set_epoch(epoch)
-        generator = torch.Generator()  # else every epoch draws a seed from the generator that the model draws from
-        return DataLoader(
-            self.samples, self.batch_size, sampler=order, num_workers=self.workers, drop_last=True,
-            pin_memory=self.pin_memory, generator=generator)
+            yield self.make(to_rgb(image), self.epoch, self.rank, 0 if worker is None else worker.id, count)
 
 
 class Folder(ReaderImageFolder):
@@ -259,13 +183,18 @@ def open_dataset(name: str, root: Path | None, split: str, **kwargs: Any) -> Any
             dataset = dataset if hasattr(dataset, 'set_loader_cfg') else getattr(dataset, 'reader', dataset)
         elif (path := Path(str(root))).is_dir():
             within = dict.fromkeys((split, *(TRAIN if split in TRAIN else ())))
-            dataset = Folder(next((path / name for name in within if (path / name).is_dir()), path))
+            folder = next((path / name for name in within if (path / name).is_dir()), path)
+            if folder == path and split not in ('', *TRAIN):
+                raise ValueError(f'it has no folder {split!r}, the --train-split')
+            dataset = Folder(folder)
         else:
             check_regular_file(path)
             dataset = ReaderImageInTar(str(path))
         if len(dataset) == 0:
             raise ValueError(f'no name in it ends in {", ".join(get_img_extensions())}')
     except Exception as error:  # whatever timm, tarfile, torchvision, datasets or webdataset raise
-        raise ValueError(f'{"--dataset " + name if name else f"--data-dir {root}"} cannot be used: '
-                         f'{" ".join(str(error).split()) or type(error).__name__}') from error
+        what, kind = (f'--dataset {name}', '') if name else (
+            f'--data-dir {root}', '; name a folder of images, or a tar file of them that is not compressed')
+        why = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'{what} cannot be used: {why}{kind}') from error
     return dataset

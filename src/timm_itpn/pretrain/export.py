@@ -3,12 +3,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from ..engine.checkpoints import save
 from ..files import replaced
 from ..weights.layout import ITPN, PRETRAIN, native_to_official
-from .checkpoints import REMEDY, not_finite, save
-from .run import WHOLE, Run
 
 __all__ = ['export', 'native_weights']
 
@@ -18,27 +16,14 @@ BRANCH = 'cls_pt_layers.'  # the auxiliary branch of `clip-distill`, whose block
 BRANCH_NAMES = {native: official for native, (official,) in ITPN.attention_block.items()}
 
 
-def export(run: Run) -> dict[str, Any]:
-    """Write the weights in both layouts; every process has to call it, the first writes.
-
-    Returns:
-        The paths and how far the run got, for JSON; nothing in other processes than the first.
-    """
-    state_dict = get_model_state_dict(run.objective, options=WHOLE)
-    if run.ema is not None:
-        averaged = get_model_state_dict(run.ema.module, options=WHOLE)
-        state_dict.update({BACKBONE + key: value for key, value in averaged.items()})
-    if run.args.rank > 0:
-        return {}
-    native = {key: value.detach().cpu().contiguous() for key, value in native_weights(state_dict).items()}
-    files: dict[str, Path] = {
-        'native': run.args.output / 'pretrained.safetensors', 'official': run.args.output / 'pretrained.pth'}
-    if bad := not_finite(native):
-        raise RuntimeError(f'{bad} is not finite after update {run.num_updates}: no weights are written. {REMEDY}')
+def export(folder: Path, state_dict: StateDict, model: str) -> dict[str, Path]:
+    """Write the weights of an objective in both layouts, with the name of the model; gives the files by layout."""
+    files = {'native': folder / 'pretrained.safetensors', 'official': folder / 'pretrained.pth'}
+    native = native_weights(state_dict)
     with replaced(files['native']) as part:
-        save_file(native, part, metadata={'format': 'pt', 'model': run.args.model})
+        save_file(native, part, metadata={'format': 'pt', 'model': model})
     save({'model': {key: value.clone() for key, value in native_to_official(native).items()}}, files['official'])
-    return {'num_updates': run.num_updates, 'skipped': run.skipped, **{key: str(path) for key, path in files.items()}}
+    return files
 
 
 def native_weights(state_dict: StateDict) -> StateDict:

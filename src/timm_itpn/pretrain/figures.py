@@ -1,5 +1,6 @@
 """Pictures of what an objective predicts, for a few images of a batch."""
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -7,18 +8,17 @@ from einops import rearrange
 from torchvision.utils import save_image
 
 from ..files import replaced
+from .base import Objective
 from .data import View
 from .pixel import STRIDE, Pixel, pixels
-from .task import PretrainTask
 
 __all__ = ['draw']
 
-NUM_IMAGES = 8
 GREY = 0.5
 
 
 @torch.no_grad()
-def draw(path: Path, task: PretrainTask, batch: dict[str, torch.Tensor]) -> None:
+def draw(path: Path, objective: Objective, view: View, batch: dict[str, torch.Tensor], target: Any) -> None:
     """Write a PNG: one column per image.
 
     Rows for objectives of pixels: image, what is visible of it, prediction. For those of a teacher: image, what is
@@ -26,13 +26,14 @@ def draw(path: Path, task: PretrainTask, batch: dict[str, torch.Tensor]) -> None
 
     Args:
         path: Of the PNG.
-        task: What predicts.
-        batch: As for the task.
+        objective: What predicts.
+        view: How the student sees images.
+        batch: 'images' and 'masked', as for the task.
+        target: The teacher's tokens, None without teacher.
     """
-    batch = {key: value[:NUM_IMAGES] for key, value in batch.items()}
     images, masked = batch['images'], batch['masked']
-    objective, view, training = task.objective, task.views[0], task.training
-    task.eval()
+    training = objective.training
+    objective.eval()
     seen = _unnormalised(images, view)
     hidden = _to_pixels(masked)
     rows = [seen, torch.where(hidden, GREY, seen)]
@@ -44,11 +45,11 @@ def draw(path: Path, task: PretrainTask, batch: dict[str, torch.Tensor]) -> None
             prediction.float() * variance.sqrt() + mean, 'b (h w) (y x c) -> b c (h y) (w x)', h=masked.shape[1],
             y=STRIDE, x=STRIDE)
         rows.append(torch.where(hidden, _unnormalised(predicted, view), seen))
-    elif (target := task.target(batch)) is not None:
+    elif target is not None:
         tokens = prediction[0] if isinstance(prediction, tuple) else prediction
         similarity = F.cosine_similarity(tokens.float(), target.float(), dim=-1).reshape(masked.shape)
         rows.append(_to_pixels(similarity).expand(-1, 3, -1, -1))
-    task.train(training)
+    objective.train(training)
     with replaced(path) as part:
         save_image(torch.cat(rows).clamp(0, 1), part, nrow=len(images), pad_value=1.)
 

@@ -1,10 +1,9 @@
 """The objectives by name, and how one is created with its student."""
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import timm
 
+from ..engine.task import creating
 from ..models import check_name
 from . import OBJECTIVE_NAMES
 from .base import Objective
@@ -12,20 +11,10 @@ from .clip import Clip, ClipDistill
 from .pixel import Mfm, Pixel
 from .student import Student, initialise
 
-__all__ = ['OBJECTIVES', 'create_objective', 'create_student', 'creating']
+__all__ = ['OBJECTIVES', 'create_objective', 'create_student']
 
 OBJECTIVES: dict[str, type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
 assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
-
-
-@contextmanager
-def creating(what: str) -> Iterator[None]:
-    """Whatever unsuitable arguments make a constructor raise is a ValueError with a sentence."""
-    try:
-        yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        why = ' '.join(str(error).split())[:300]
-        raise ValueError(f'{what} cannot be created: {type(error).__name__} {why}') from error
 
 
 def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> Student:

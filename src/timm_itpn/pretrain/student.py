@@ -5,7 +5,6 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 from timm.layers import trunc_normal_
-from timm.models import checkpoint
 
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage
@@ -13,8 +12,7 @@ from ..models.itpn import ITPN as Student
 
 __all__ = [
     'STEM_SIDE', 'Student', 'check_no_grid', 'check_student', 'initialise', 'keep_indices',
-    'pyramid_levels', 'pyramid_of', 'run_blocks', 'split_patches', 'stage_maps', 'third_stage',
-    'visible_maps']
+    'pyramid_levels', 'pyramid_of', 'split_patches', 'stage_maps', 'third_stage', 'visible_maps']
 
 STEM_SIDE = 4  # stem positions along a side of a patch
 SCALED = ('mlp.fc1', 'mlp.fc1_g', 'mlp.fc1_x', 'mlp.fc2', 'attn.proj')
@@ -107,13 +105,6 @@ def split_patches(x: torch.Tensor, side: int) -> torch.Tensor:
     return rearrange(x, 'b (h y) (w x) c -> b (h w) y x c', y=side, x=side)
 
 
-def run_blocks(stage: AttentionStage, x: torch.Tensor, height: int, width: int, first: int, last: int) -> torch.Tensor:
-    """Blocks `first` to `last` - 1 of stage 3 on tokens (B, N, dim)."""
-    for block in stage.blocks[first:last]:
-        x = checkpoint(block, x, height, width) if stage.grad_checkpointing else block(x, height, width)
-    return x
-
-
 def stage_maps(student: Student, x: torch.Tensor) -> list[torch.Tensor]:
     """Maps of the three stages for all tokens, from the stem's (B, H / 4, W / 4, dim / 4)."""
     maps = []
@@ -142,7 +133,7 @@ def visible_maps(student: Student, images: torch.Tensor, visible: torch.Tensor) 
     middle = second(fine)
     x = third.downsample(middle).flatten(1, 2)  # (B, 1, K, C) -> (B, K, C)
     x = third.pos_drop(x + torch.take_along_dim(third.pos_embed, visible[..., None], dim=1))
-    x = run_blocks(third, x, 1, x.shape[1], 0, len(third.blocks))
+    x = third.forward_blocks(x, 1, x.shape[1])
     return [fine, middle, x[:, None]]
 
 

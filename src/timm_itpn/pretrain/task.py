@@ -1,75 +1,95 @@
-"""Objective and teacher as a task of timm: only the objective is compiled, distributed and averaged."""
+"""Pre-training as a task of the engine: objective and teacher, their samples, and the files at the end."""
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
-from timm.task import TrainingTask
-from torch.nn.parallel import DistributedDataParallel
+from PIL import Image
 
+from ..engine.loop import train
+from ..engine.task import Task, creating
 from .base import Losses, Objective
-from .data import View
-from .objectives import create_objective, create_student, creating
+from .data import SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
+from .export import export
+from .figures import draw
+from .masking import MASKINGS
+from .objectives import create_objective, create_student
 from .teacher import Teacher, create_teacher
 
-__all__ = ['PretrainTask', 'create_task']
+__all__ = ['PretrainTask', 'pretrain']
+
+NUM_DRAWN = 8  # images
 
 
-class PretrainTask(TrainingTask):
+def pretrain(args: argparse.Namespace) -> dict[str, Any]:
+    """Start a run, or go on with one, as the arguments of the command say; see `engine.loop.train`."""
+    args.objective = args.objective or ('clip' if args.teacher else 'pixel')
+    return train(args, PretrainTask)
+
+
+class PretrainTask(Task):
     """One step of pre-training.
 
     Args:
-        objective: What is trained.
-        teacher: Whose tokens it predicts, None for an objective without teacher.
-        device: Where both are.
-        amp_dtype: Type of autocast, None for none; the teacher then is of that type.
+        args: Arguments of the command, see `arguments.add_arguments`.
+        device: Where objective and teacher are.
 
     Attributes:
+        teacher: Whose tokens the objective predicts, None without; of the type of autocast.
         views: How the student, and the teacher if there is one, see images.
+
+    Raises:
+        ValueError: An argument is not usable, or weights of the teacher cannot be had.
     """
+    KEY = 'objective'
+    AVERAGED = 'backbone'
+    CHANGEABLE = ('lr_base', 'lr_base_size', 'teacher_path')
 
-    def __init__(
-            self, objective: Objective, teacher: Teacher | None, device: torch.device,
-            amp_dtype: torch.dtype | None = None):
-        super().__init__(device=device, verbose=False)
-        self.objective = objective.to(device)
-        self.trainable_module: nn.Module = objective
-        self.teacher = None if teacher is None else teacher.to(device=device, dtype=amp_dtype)
-        self.amp_dtype = amp_dtype
-        self.views = [_view(objective.backbone, objective.backbone.patch_embed.img_size)]
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        dataset = open_dataset(
+            args.dataset, args.data_dir, args.train_split, batch_size=args.batch_size, seed=args.seed,
+            num_samples=args.train_num_samples)
+        objective, teacher = _create(args)
+        views = [_view(objective.backbone, objective.backbone.patch_embed.img_size)]
         if teacher is not None:
-            self.views.append(_view(teacher.model, teacher.img_size))
-
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> 'PretrainTask':
-        self.trainable_module = DistributedDataParallel(self.objective, device_ids=device_ids, **ddp_kwargs)
-        return self
+            views.append(_view(teacher.model, teacher.img_size))
+        make = SampleMaker(
+            tuple(views), objective.grid_size, MASKINGS[args.masking or objective.MASKING], objective.num_masked,
+            args.seed, tuple(args.scale), tuple(args.ratio), args.hflip, args.train_interpolation)
+        try:
+            make(Image.new('RGB', (2, 2)), 0)
+        except Exception as error:  # of torchvision, for sizes that cannot be drawn
+            raise ValueError(f'--scale, --ratio or --train-interpolation cannot be used: {error}') from error
+        samples = (StreamedSamples(dataset, make, args.rank, args.workers) if hasattr(dataset, 'set_loader_cfg')
+                   else Samples(dataset, make))
+        super().__init__(args, device, objective, samples, fingerprint(dataset))
+        self.teacher = None if teacher is None else teacher.to(device=device, dtype=self.amp_dtype)
+        self.views = views
+        self.lr_per_image = args.lr_base / args.lr_base_size
 
     def target(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """The teacher's tokens, if there is a teacher."""
         return None if self.teacher is None else self.teacher(batch['teacher_images'])
 
     def forward(self, input: Any, target: Any = None) -> Losses:
-        """Compute the loss of a batch.
-
-        Args:
-            input: 'images', 'masked', and for a teacher 'teacher_images'; see `data.SampleMaker`.
-            target: Not used: the target is in the images.
-        """
+        """Losses of a batch of `data.SampleMaker`; the target is in the images."""
         target = self.target(input)
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+        with self.autocast():
             return self.trainable_module(input['images'], input['masked'], target)
 
+    def after_update(self, progress: float) -> None:
+        self.model.after_update(progress)
 
-def create_task(args: argparse.Namespace, device: torch.device) -> PretrainTask:
-    """Create student, objective and teacher.
+    def draw(self, path: Path, batch: dict[str, torch.Tensor]) -> None:
+        batch = {key: value[:NUM_DRAWN] for key, value in batch.items()}
+        draw(path, self.model, self.views[0], batch, self.target(batch))
 
-    Args:
-        args: Arguments of the command, see `arguments.add_arguments`.
-        device: Where the task is.
+    def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
+        return export(folder, state_dict, self.args.model)
 
-    Raises:
-        ValueError: An argument is not usable, or weights of the teacher cannot be had.
-    """
+
+def _create(args: argparse.Namespace) -> tuple[Objective, Teacher | None]:
+    """Student with objective, and teacher."""
     student = create_student(
         args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
     student.set_grad_checkpointing(args.grad_checkpointing)
@@ -78,9 +98,9 @@ def create_task(args: argparse.Namespace, device: torch.device) -> PretrainTask:
         with creating(f'The teacher {args.teacher}'):
             teacher = create_teacher(
                 args.teacher, student.patch_embed.grid_size, args.teacher_img_size, args.teacher_path or '')
-    objective = create_objective(
-        args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim, **args.objective_kwargs)
-    return PretrainTask(objective, teacher, device, getattr(torch, args.amp_dtype) if args.amp else None)
+    return create_objective(
+        args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim,
+        **args.objective_kwargs), teacher
 
 
 def _view(model: Any, size: tuple[int, int]) -> View:

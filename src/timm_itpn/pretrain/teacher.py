@@ -7,8 +7,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 
+from ..engine.checkpoints import not_finite
+from ..weights.fetch import in_a_line
 from ..weights.integrity import why_no_weight_file
-from .checkpoints import not_finite
 
 __all__ = ['Teacher', 'create_teacher']
 
@@ -74,7 +75,7 @@ def create_teacher(
         checkpoint_path: File of its weights, '' for the published ones.
 
     Raises:
-        ValueError: Its grid is another; the message names the size to use. Or its weights are damaged.
+        ValueError: Its grid is another; the message names the size to use. Or its weights are damaged, or out of reach.
     """
     if checkpoint_path:
         if reason := why_no_weight_file(checkpoint_path):
@@ -82,7 +83,11 @@ def create_teacher(
     stride = _stride(timm.create_model(name, device='meta'))
     size = to_2tuple(img_size) if img_size else (grid_size[0] * stride, grid_size[1] * stride)
     overlay = dict(file=checkpoint_path) if checkpoint_path else None
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size)
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size)
+    except OSError as error:  # of the Hub's client, too
+        raise ValueError(f'The weights of the teacher {name} cannot be had ({in_a_line(error)}): try again, or name a '
+                         'file of them with --teacher-path') from error
     if bad := not_finite(dict(model.named_parameters())):
         raise ValueError(f'The weights of the teacher {name} are not finite, {bad} for one: name others')
     return Teacher(model, grid_size)

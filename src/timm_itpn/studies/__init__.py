@@ -1,3 +1,3 @@
 """Experiments: what acceleration costs in accuracy, and what pre-training gives; with their rows."""
 
-NAMES = ('acceleration', 'photographs', 'pretraining')
+NAMES = ('acceleration', 'photographs', 'pretraining', 'detection')

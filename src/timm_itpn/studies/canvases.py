@@ -4,12 +4,13 @@ Digits are scikit-learn's. The texture is a dimmed crop of one of its two photog
 the other on the other side; a plain ground has one dim colour. Digits are bright, of random position, size and colour.
 """
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['NUM_CLASSES', 'NUM_TEXTURES', 'Canvases', 'draw', 'load_digits']
+__all__ = ['NUM_CLASSES', 'NUM_TEXTURES', 'Canvases', 'draw', 'drawing', 'ground', 'integer', 'load_digits']
 
 NUM_CLASSES = 10
 NUM_TEXTURES = 2
@@ -62,9 +63,6 @@ def draw(
         stride: Pixels per token label, along a side.
         plain: Draw on a colour, not on photographs.
     """
-    from sklearn.datasets import load_sample_images
-
-    photographs = tuple(torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images)
     generator = torch.Generator().manual_seed(seed)
     images = torch.empty(num, 3, side, side, dtype=torch.uint8)
     token_labels = torch.empty(num, side // stride, side // stride, dtype=torch.int64)
@@ -74,12 +72,10 @@ def draw(
             first = torch.ones(1, side, side, dtype=torch.bool)
             canvas = (_DIM * torch.rand(3, 1, 1, generator=generator)).expand(3, side, side)
         else:
-            first = _boundary(side, generator)  # True where the first photograph is
-            ground = [_texture(photograph, side, generator) for photograph in photographs]
-            canvas = torch.where(first, ground[0], ground[1])
+            canvas, first = ground(side, generator)
         marks = torch.zeros(1, side, side)
         for _ in range(copies):
-            ink = _drawing(digits[which[i]], side, sizes, generator)
+            ink = drawing(digits[which[i]], side, sizes, generator)
             colour = 1 - 0.3 * torch.rand(3, 1, 1, generator=generator)
             canvas = canvas + ink * (colour - canvas)
             marks = torch.maximum(marks, ink)
@@ -90,7 +86,21 @@ def draw(
     return Canvases(images, labels[which], token_labels)
 
 
-def _integer(low: int, high: int, generator: torch.Generator) -> int:
+def ground(side: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops of both photographs, (3, side, side) in 0..1, and where the first one is, (1, side, side)."""
+    first = _boundary(side, generator)
+    textures = [_texture(photograph, side, generator) for photograph in _photographs()]
+    return torch.where(first, textures[0], textures[1]), first
+
+
+@cache
+def _photographs() -> list[torch.Tensor]:
+    from sklearn.datasets import load_sample_images
+
+    return [torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+
+
+def integer(low: int, high: int, generator: torch.Generator) -> int:
     """A random integer, low <= i < high."""
     return int(torch.randint(low, high, (), generator=generator))
 
@@ -106,19 +116,19 @@ def _boundary(side: int, generator: torch.Generator) -> torch.Tensor:
 def _texture(photograph: torch.Tensor, side: int, generator: torch.Generator) -> torch.Tensor:
     """A square crop of a photograph, perhaps mirrored, dimmed, (3, side, side)."""
     _, height, width = photograph.shape
-    size = _integer(height // 3, height, generator)
-    top, left = _integer(0, height - size, generator), _integer(0, width - size, generator)
+    size = integer(height // 3, height, generator)
+    top, left = integer(0, height - size, generator), integer(0, width - size, generator)
     crop = photograph[:, top:top + size, left:left + size]
-    if _integer(0, 2, generator):
+    if integer(0, 2, generator):
         crop = crop.flip(2)
     crop = F.interpolate(crop[None], (side, side), mode='bilinear', antialias=True)[0]
     return crop * (_DIM / 2 + _DIM / 2 * torch.rand((), generator=generator))
 
 
-def _drawing(digit: torch.Tensor, side: int, sizes: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
+def drawing(digit: torch.Tensor, side: int, sizes: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
     """Ink of a digit (8, 8) at a random position of an empty canvas, (1, side, side) in 0..1."""
-    size = _integer(*sizes, generator)
-    top, left = _integer(0, side - size + 1, generator), _integer(0, side - size + 1, generator)
+    size = integer(*sizes, generator)
+    top, left = integer(0, side - size + 1, generator), integer(0, side - size + 1, generator)
     ink = torch.zeros(1, side, side)
     drawn = F.interpolate(digit[None, None], (size, size), mode='bicubic')[0].clamp(0, 1)
     ink[:, top:top + size, left:left + size] = drawn

@@ -38,7 +38,7 @@ def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
     require('the experiment', 'photographs', 'elpv_dataset')
     from elpv_dataset.utils import load_dataset
 
-    images, certainty = map(torch.tensor, load_dataset()[:2])  # a copy: one is a field of records
+    images, certainty = (torch.from_numpy(array.copy()) for array in load_dataset()[:2])
     large, labels = _resized(images[:, None], _SIDE), (certainty > 0.5).long()
     held_out = torch.arange(len(labels)) % 4 == 0
     train_set, test_set = (Canvases(large[part], labels[part], labels[part]) for part in (~held_out, held_out))

@@ -24,7 +24,7 @@ from .canvases import NUM_CLASSES, Canvases, draw, load_digits
 from .results import Key, Row
 from .two_tasks import State, Training, TwoTasks, fit, normalised, test, train
 
-__all__ = ['ARMS', 'pretrain', 'study']
+__all__ = ['ARMS', 'PixelOfStage3', 'pretrain', 'study']
 
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
 _DECODER: dict[str, Any] = dict(decoder_dim=64, decoder_depth=2, decoder_num_heads=2)
@@ -38,7 +38,7 @@ _DRAWINGS = 4  # of each digit without label
 _TEST_DRAWINGS = 3
 
 
-class _PixelOfStage3(Pixel):
+class PixelOfStage3(Pixel):
     """`Pixel` whose decoder sees stage 3 and not the pyramid, which is then not trained; to compare with."""
 
     def __init__(self, student: Student, num_masked: int, **kwargs: Any):
@@ -61,7 +61,7 @@ _STARTS = {
     'scratch': _Start(),
     'pixel': _Start(Pixel),
     'pixel, new pyramid': _Start(Pixel, new_pyramid=True),
-    'pixel without pyramid, new pyramid': _Start(_PixelOfStage3, new_pyramid=True),
+    'pixel without pyramid, new pyramid': _Start(PixelOfStage3, new_pyramid=True),
     'mfm': _Start(Mfm),
     'mfm, new pyramid': _Start(Mfm, new_pyramid=True),
 }

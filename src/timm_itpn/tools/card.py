@@ -3,7 +3,7 @@ from typing import Any
 
 from ..models._timm import generate_readme
 from ..models.itpn import PAPERS
-from ..weights.sources import drive_url, hash_check, source_of
+from ..weights.sources import Source, drive_url, hash_check, source_of
 
 __all__ = ['model_card']
 
@@ -30,40 +30,34 @@ def model_card(report: dict[str, Any], pretraining: bool) -> str:
     family = next(family for family in PAPERS if name.startswith(family))
     arxiv, title = PAPERS[family]
     published = source_of(name)
-    parts = [f'{part}: {number:,} values' for part, number in report['parts'].items()]
     details: dict[str, Any] = {
         'Model': f'`{name}` of the timm plugin timm-itpn',
-        'Parts': parts,
+        'Parts': [f'{part}: {number:,} values' for part, number in report['parts'].items()],
         'Classes': report['num_classes'] or 'none: norm and classifier start new',
         'Data type': ', '.join(report['dtypes']),
-        'Provenance': provenance(report),
+        'Provenance': provenance(report, published),
     }
     if published:
         details['Contents'] = published.contents
         details['License of the weights, as their authors state it'] = published.license
         details['Reported by the authors, not measured for this copy'] = list(published.figures)
-    return generate_readme(
-        dict(
-            tags=['timm', family.replace('_', '-')],
-            license=published.license if published else 'unknown',
-            details=details,
-            usage=USAGE.format(arguments=', num_classes=10' if pretraining else ''),
-            citation=CITATION.format(family=family, title=title, arxiv=arxiv),
-        ),
-        name,
-        task_name='image-feature-extraction' if pretraining else 'image-classification',
+    card = dict(
+        tags=['timm', family.replace('_', '-')],
+        license=published.license if published else 'unknown',
+        details=details,
+        usage=USAGE.format(arguments=', num_classes=10' if pretraining else ''),
+        citation=CITATION.format(family=family, title=title, arxiv=arxiv),
     )
+    return generate_readme(card, name, task_name=f'image-{"feature-extraction" if pretraining else "classification"}')
 
 
-def provenance(report: dict[str, Any]) -> list[str]:
-    source, origin, published = report['source'], report['source']['origin'], source_of(report['model'])
+def provenance(report: dict[str, Any], published: Source | None) -> list[str]:
+    source, origin = report['source'], report['source']['origin']
     layout = f'{source["layout"]} layout' + (f', under `{source["wrapper"]}`' if source['wrapper'] else '')
-    lines = [
-        f'Converted from `{source["file"]}` ({source["bytes"]:,} bytes, {layout}), SHA-256 `{source["sha256"]}`',
-        f'On {report["date"]}, by {report["tool"]}',
-    ]
+    lines = [f'Converted from `{source["file"]}` ({source["bytes"]:,} bytes, {layout}), SHA-256 `{source["sha256"]}`']
     if origin:
-        lines.insert(1, f'That file says that it was converted from `{origin["file"]}`, SHA-256 `{origin["sha256"]}`')
+        lines.append(f'That file says that it was converted from `{origin["file"]}`, SHA-256 `{origin["sha256"]}`')
+    lines.append(f'On {report["date"]}, by {report["tool"]}')
     if published is None:
         return [*lines, 'Not a published file of the authors, as far as was said at the conversion']
     taken = 'Taken by its shapes for' if report['guessed'] else 'Said at the conversion to be'

@@ -1,4 +1,5 @@
 """A weight file of any layout, or a converted folder, opened to be converted: what it holds, what it says of itself."""
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,9 +9,10 @@ from timm.models import is_model_in_modules
 from ..models import MODULES
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
 from ..weights.integrity import check_published, sha256_of
-from ..weights.layout import layout_of
+from ..weights.layout import TRACKING, layout_of
 from ..weights.read import read_contents
 from ..weights.sources import plain_name
+from ..weights.tracker import tracker_to_native
 from .settings import Settings, from_config, from_training
 
 __all__ = ['CONFIG', 'WEIGHTS', 'Checkpoint', 'open_checkpoint']
@@ -41,7 +43,8 @@ class Checkpoint(NamedTuple):
     @property
     def published(self) -> bool:
         """Whether this may be a published file, or one converted from it."""
-        return self.layout == 'official' or '.' in self.name
+        of_tracker = any(key.startswith(TRACKING) for key in self.native)
+        return not of_tracker and (self.layout == 'official' or '.' in self.name)
 
     def report(self) -> dict[str, Any]:
         """What the file is, for JSON."""
@@ -56,6 +59,7 @@ def open_checkpoint(
         ema: bool = False,
         img_size: tuple[int, int] | None = None,
         prefix: str | None = None,
+        roles: Mapping[str, tuple[int, int]] | None = None,
 ) -> Checkpoint:
     """Open a weight file without running its pickled code; tensors are read when they are needed.
 
@@ -66,6 +70,7 @@ def open_checkpoint(
         img_size: Height and width in pixels that the position embedding is for, None for a square or what the folder
             says.
         prefix: Which of several networks to take, see `weights.checkpoint.unwrap`.
+        roles: Of a tracker's file, see `weights.tracker.tracker_to_native`.
 
     Raises:
         ValueError: It cannot be read, is damaged, or holds no weights of a model of this package, no averaged ones,
@@ -79,7 +84,7 @@ def open_checkpoint(
     if ema and not set(wrapper.split('.')) & set(AVERAGED):
         raise ValueError(f'{path} has no averaged weights ({" or ".join(AVERAGED)}): leave out --ema.')
     state_dict = _cast(state_dict, dtype)
-    native = to_native(state_dict)
+    native = to_native(tracker_to_native(state_dict, roles))
     found = [key for key in AVERAGED + PLAIN if isinstance(tree.get(key), dict)]
     others = [key for key in found if key != wrapper.partition('.')[0]]
     origin = {name: metadata.get(key, '') for name, key in (('file', 'source'), ('sha256', 'source_sha256'))}
@@ -93,7 +98,7 @@ def open_checkpoint(
         name=metadata.get('model', '') or (trained_as if is_ours else ''),
         origin=origin if all(origin.values()) else None,
         said=said,
-        asked_size=img_size,
+        asked_size=next(iter(roles.values())) if roles else img_size,
     )
 
 

@@ -21,10 +21,11 @@ from ..weights.checkpoint import StateDict, fit_to_model
 from ..weights.describe import describe
 from ..weights.integrity import sha256_of
 from ..weights.layout import native_to_official
+from ..weights.read import read_contents
 from .card import model_card
 from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from .match import choose_model, matching_models, model_args, why_not_published
-from .settings import DATA, SIZE_ARGS, check_data, class_names
+from .settings import DATA, check_data, class_names
 
 __all__ = ['convert', 'revert']
 
@@ -51,7 +52,7 @@ def convert(
         verify: Read the folder again and compare every tensor, and what the model computes.
         data: How images are prepared, by the names in `settings.DATA`, in place of what the checkpoint says.
         class_map: Text file with the names of the classes, one per line.
-        opening: `dtype`, `ema`, `img_size` and `prefix` of `open_checkpoint`.
+        opening: `dtype`, `ema`, `img_size`, `prefix` and `roles` of `open_checkpoint`.
 
     Returns:
         What was read and written, for JSON.
@@ -88,8 +89,7 @@ def _write(
     if name is None:
         name = checkpoint.name or choose_model(weights, checkpoint.published)
     said = checkpoint.said
-    own_size = dict(embed_dim=weights.embed_dim, depths=weights.depths) if said.model_args.keys() & SIZE_ARGS else {}
-    args = model_args(name, native, weights, checkpoint.img_size(weights.num_tokens), {**said.model_args, **own_size})
+    args = model_args(name, native, weights, checkpoint.img_size(weights.num_tokens), said.model_args)
     check_data(data, weights.in_chans, 'the command line')
     check_data({key: said.data[key] for key in said.data.keys() - data.keys()}, weights.in_chans, said.source)
     if '.' in name:
@@ -123,6 +123,7 @@ def _write(
         said.source: {key: value for key, value in {**said.model_args, **images}.items() if key not in data},
         "the model's defaults": {key: written[key] for key in DATA if key not in images}}
     report['class_map'] = said.class_map if not labels else ''
+    report['trained_from'] = said.model if ':' in said.model else ''  # a folder, whose config is not in the checkpoint
     (folder / CARD).write_text(model_card(report, weights.pretraining), encoding='utf-8')
     if not verify:
         return report, {}, []
@@ -206,23 +207,23 @@ def revert(path: Path, output: Path, verify: bool = False, **opening: Any) -> di
     with created(output, '-o') as part:
         report, digests = _write_official(part, open_checkpoint(path, **opening))
         if verify:
-            _compare(open_checkpoint(part).native, digests)
+            _compare(read_contents(part).tree['model'], digests)
     return {'output': str(output), **report, 'sha256': sha256_of(output), 'verified': verify}
 
 
 def _write_official(output: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], Digests]:
-    """Write the file; return what it is, and digests of the native tensors."""
+    """Write the file; return what it is, and digests of its tensors."""
     if checkpoint.layout == 'official':
         raise ValueError(f'{checkpoint.path} is in official layout already.')
     native = checkpoint.native
     weights = describe(native)
     names = [checkpoint.name] if checkpoint.name else matching_models(weights, published=False)
     if names:  # if it is of a registered model, it must have all of it
-        model_args(names[0], native, weights, checkpoint.img_size(weights.num_tokens))
+        model_args(names[0], native, weights, checkpoint.img_size(weights.num_tokens), checkpoint.said.model_args)
     official = native_to_official(native)
     for key, value in official.items():
         if value.nbytes < value.untyped_storage().nbytes():  # a part of a tensor would be saved with the whole
             official[key] = value.clone()
     torch.save({'model': official}, output)
     report = dict(source=checkpoint.report(), dtypes=_dtypes(official), parts=weights.parts)
-    return report, _digests(native)
+    return report, _digests(official)

@@ -5,7 +5,7 @@ be escaped before a terminal gets it.
 """
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from ..models import check_name
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
 from ..weights.describe import Description, describe
 from ..weights.integrity import sha256_of
-from ..weights.layout import FAST_ITPN, ITPN, layout_of
+from ..weights.layout import layout_of
 from ..weights.read import read_contents, stand_in_name
-from ..weights.sources import hash_check, plain_name
+from ..weights.sources import hash_check
+from ..weights.tracker import tracker_to_native
 from .checkpoint_file import WEIGHTS
 from .match import matching_models, model_args
 
@@ -28,13 +29,18 @@ MAX_KEYS = 8
 MAX_TEXT = 200
 
 
-def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> dict[str, Any]:
+Roles = Mapping[str, tuple[int, int]]
+
+
+def inspect(
+        path: Path, name: str | None = None, prefix: str | None = None, roles: Roles | None = None) -> dict[str, Any]:
     """What is in a weight file, for JSON.
 
     Args:
         path: File of any format, or folder that `convert` wrote.
         name: Model to compare it with, None to tell from the file.
         prefix: Which of several networks to look at, such as 'backbone'.
+        roles: Of a tracker's file, see `weights.tracker.tracker_to_native`.
 
     Raises:
         ValueError: It cannot be read, or is not a weight file; or there is no model of that name.
@@ -60,13 +66,12 @@ def inspect(path: Path, name: str | None = None, prefix: str | None = None) -> d
         'num_values': sum(value.numel() for value in tensors.values()),
         'dtypes': dict(Counter(_short(value.dtype) for value in tensors.values()).most_common()),
         'first_keys': list(tensors)[:MAX_KEYS],
-        **_network(tensors, name, contents.metadata.get('model', '')),
+        **_network(tensors, name, contents.metadata.get('model', ''), roles or {}),
     }
     facts['problem'] = problem or facts['problem']
-    tree = contents.tree if wrapper else {}
-    averaged = [key for key in AVERAGED if isinstance(tree.get(key), dict) and not wrapper.startswith(key)]
-    if averaged:
-        facts['notes'].append(f"averaged weights in {averaged[0]}: timm's loaders take those, convert does with --ema")
+    facts['notes'] = [
+        f"averaged weights in {key}: timm's loaders take those, convert does with --ema"
+        for key in AVERAGED if facts['others'].get(key, '').startswith('dict')]
     fitting = [model['name'] for model in facts['models'] if model['fits']]
     facts['model'] = name or (fitting[0] if len(fitting) == 1 else None)
     origin = contents.metadata.get('source_sha256') if facts['layout'] == 'native' else None
@@ -122,19 +127,19 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict[str, Any]:
+def _network(state_dict: StateDict, name: str | None, converted_as: str, roles: Roles) -> dict[str, Any]:
     """Layout, network and parts of the weights, and the models that they are compared with."""
     layout = layout_of(state_dict)
-    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], notes=[], problem='')
+    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], problem='')
     if not layout:
         found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no named tensors.'
         return found
     try:
-        native = to_native(state_dict)
+        native = to_native(tracker_to_native(state_dict, roles))
         weights = describe(native)
         is_square = math.isqrt(weights.num_tokens) ** 2 == weights.num_tokens
         compared = weights if is_square else weights._replace(num_tokens=1)  # the grid of no published file
-        names = matching_models(compared, published=layout == 'official' or '.' in converted_as)
+        names = matching_models(compared, published=not roles and layout == 'official' or '.' in converted_as)
     except ValueError as error:
         found['problem'] = str(error)
         return found
@@ -143,37 +148,20 @@ def _network(state_dict: StateDict, name: str | None, converted_as: str) -> dict
         found,
         parts=network.pop('parts'),
         network=network,
-        models=[_fit(each, native, weights) for each in dict.fromkeys([*names, *([name] if name else [])])],
-        notes=_notes(weights, name or (names[0] if names else '')),
+        models=[
+            _fit(each, native, weights, next(iter(roles.values()), None))
+            for each in dict.fromkeys([*names, *([name] if name else [])])],
     )
 
 
-def _fit(name: str, native: dict[str, torch.Tensor], weights: Description) -> dict[str, Any]:
+def _fit(
+        name: str, native: StateDict, weights: Description, img_size: tuple[int, int] | None) -> dict[str, Any]:
     """Whether a model holds the weights, and what it needs to be told for that."""
     try:
-        args = model_args(name, native, weights, None)
+        args = model_args(name, native, weights, img_size)
     except ValueError as error:
         return dict(name=name, fits=False, args={}, problem=str(error))
     args.pop('pretrained_cfg_overlay', None)
     if args['num_classes'] == timm.create_model(name, device='meta').num_classes:
         args.pop('num_classes')
     return dict(name=name, fits=True, args=args, problem='')
-
-
-def _notes(weights: Description, name: str) -> list[str]:
-    """What a model would not use of the weights, and what of it would start new."""
-    found = []
-    arch = plain_name(name).partition('.')[0]
-    if weights.pretraining:
-        found.append('no classifier: norm and classifier start new')
-        if weights.family == ITPN.family and not weights.rel_pos_bias:
-            found.append('no relative position bias: its tables start at zero')
-    if weights.pyramid_dim:
-        found.append('feature pyramid: the _fpn model takes it, the one without _fpn leaves it out')
-    elif timm.is_model(f'{arch}_fpn'):
-        found.append("no feature pyramid: the _fpn model needs pyramid_init='random'")
-    pretraining = {**FAST_ITPN.pretraining, **ITPN.pretraining}.values()
-    unused = [part for part in dict.fromkeys(pretraining) if part in weights.parts]
-    if unused:
-        found.append(f'for pre-training only, no model takes it: {", ".join(unused)}')
-    return found

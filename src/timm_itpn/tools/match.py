@@ -13,6 +13,7 @@ from ..weights.sources import plain_name, source_of
 
 __all__ = ['choose_model', 'matching_models', 'model_args', 'why_not_published']
 
+SIZE_ARGS = {'embed_dim', 'depths'}  # where somebody tells these, the size need not be a registered one
 OWN = dict(  # pretrained cfg of weights that are nobody's published ones
     tag='', url=None, hf_hub_id=None, hf_hub_filename=None, origin_url=None, description=None, notes=None)
 
@@ -85,14 +86,18 @@ def model_args(
     if img_size and (height // 16) * (width // 16) != weights.num_tokens:
         raise ValueError(
             f'The position embedding has {weights.num_tokens} tokens, but {height} x {width} pixels are '
-            f'{height // 16} x {width // 16}: correct --img-size.')
+            f'{height // 16} x {width // 16}: correct --img-size or --role.')
     if weights.num_classes and not all(key in native for key in CLASSIFIER):
         raise ValueError(f'The checkpoint is incomplete: of {" and ".join(CLASSIFIER)} it has one only.')
     if name.partition('.')[0].endswith('_fpn') and not weights.pyramid_dim:
         raise ValueError(
             f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
-    args = dict(told or {}, num_classes=weights.num_classes, **_args(name, weights, img_size, told), **_cfg_args(name))
-    model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
+    args = {**(told or {}), **_args(name, weights, img_size, told), **_cfg_args(name)}
+    args['num_classes'] = weights.num_classes
+    try:
+        model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
+    except Exception as error:  # whatever values of a file make the constructor raise
+        raise ValueError(f'{name} cannot be created with {told}: {error or type(error).__name__}') from error
     fit_to_model(native, model)
     return args
 
@@ -105,10 +110,14 @@ def _args(
 ) -> dict[str, Any]:
     """What a model needs to be told, beside its number of classes, to hold the weights."""
     default, default_size = _default(name, weights.pyramid_dim > 0)
-    if (file := weights.network) != (own := default.network) and 'depths' not in (told or {}):  # else it is made so
+    args: dict[str, Any] = {}
+    if SIZE_ARGS & (told or {}).keys():
+        args = dict(embed_dim=weights.embed_dim, depths=weights.depths)
+    elif (file := weights.network) != (own := default.network):
         raise ValueError(f'The checkpoint is of {file}, but the model is of {own}: name another with --model.')
     pixels = img_size or tuple(16 * side for side in weights.grid_size)
-    args: dict[str, Any] = {} if pixels == default_size else dict(img_size=pixels)
+    if pixels != default_size:
+        args['img_size'] = pixels
     for key in ('in_chans', 'pyramid_dim', 'pyramid_depth'):
         if getattr(weights, key) != getattr(default, key):
             args[key] = getattr(weights, key)

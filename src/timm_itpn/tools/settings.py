@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checks import read_text
+from ..checks import are_numbers, is_number, read_text
 from ..weights.read import StandIn
 
 __all__ = ['DATA', 'MODEL_ARGS', 'Settings', 'check_data', 'class_names', 'from_config', 'from_training']
@@ -17,13 +17,12 @@ INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
 LARGEST_SIDE = 2 ** 16  # pixels
 
-# what the outputs depend on, and neither names nor shapes of the weights tell
+# what the outputs depend on, and neither names nor shapes of the weights tell; the last two say that they tell the size
 MODEL_ARGS = (
     'num_heads', 'stem_mlp_ratio', 'mlp_ratio', 'act_layer', 'norm_layer', 'global_pool', 'dynamic_img_size',
     'dynamic_img_pad', 'acceleration', 'gather_window', 'gather_blocks', 'migrate', 'carry', 'pyramid_pool',
-    'pyramid_concat')
+    'pyramid_concat', 'embed_dim', 'depths')
 LABELS = ('label_names', 'label_descriptions')
-SIZE_ARGS = ('embed_dim', 'depths')  # told by the weights, for models whose size is no registered one
 
 
 class Settings(NamedTuple):
@@ -31,26 +30,18 @@ class Settings(NamedTuple):
     source: str  # where, in words
     data: dict[str, Any] = {}  # of timm's data config, by the names in `DATA`
     model: str = ''  # name of the model, perhaps with tag
-    model_args: dict[str, Any] = {}  # by the names in `MODEL_ARGS` and `SIZE_ARGS`
+    model_args: dict[str, Any] = {}  # by the names in `MODEL_ARGS`
     img_size: tuple[int, int] | None = None  # height and width that the model was created for
     input_size: tuple[int, int] | None = None  # of the images, if they may differ
     labels: dict[str, Any] = {}  # names of the classes, as timm's config has them
     class_map: str = ''  # the file of the names of the classes, '' for none
 
 
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high  # NaN is not
-
-
-def _are_numbers(values: Any, low: float, high: float) -> bool:
-    return isinstance(values, (list, tuple)) and len(values) > 0 and all(_is_number(x, low, high) for x in values)
-
-
 # setting -> whether a value can be one, and what it must be
 DATA: dict[str, tuple[Callable[[Any], bool], str]] = {
-    'crop_pct': (lambda value: _is_number(value, 0.1, 2), 'a number from 0.1 to 2'),
-    'mean': (lambda value: _are_numbers(value, -1e3, 1e3), 'a number for each channel'),
-    'std': (lambda value: _are_numbers(value, 1e-6, 1e3), 'a number above 0 for each channel'),
+    'crop_pct': (lambda value: is_number(value, 0.1, 2), 'a number from 0.1 to 2'),
+    'mean': (lambda value: are_numbers(value, -1e3, 1e3), 'a number for each channel'),
+    'std': (lambda value: are_numbers(value, 1e-6, 1e3), 'a number above 0 for each channel'),
     'interpolation': (lambda value: value in INTERPOLATIONS, f'one of {", ".join(INTERPOLATIONS)}'),
     'crop_mode': (lambda value: value in CROP_MODES, f'one of {", ".join(CROP_MODES)}'),
 }
@@ -89,7 +80,7 @@ def from_training(args: Any) -> Settings:
         source,
         _of(found, DATA),
         str(found.get('model', '')),
-        _of({'global_pool': found.get('gp'), **kwargs}, MODEL_ARGS + SIZE_ARGS),
+        _of({'global_pool': found.get('gp'), **kwargs}, MODEL_ARGS),
         _size(kwargs.get('img_size')) or input_size,
         input_size,
         class_map=str(found.get('class_map', '')),
@@ -107,7 +98,7 @@ def from_config(path: Path) -> Settings:
         config = json.loads(text)
         cfg, kwargs = config.get('pretrained_cfg', {}), config.get('model_args', {})
         said = from_training({**cfg, 'model_kwargs': kwargs, 'gp': config.get('global_pool')})
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f'{path} is not a config of timm ({error}): mend it, or convert a copy.') from error
     labels = {key: value for key, value in config.items() if key in LABELS and isinstance(value, (list, dict))}
     return said._replace(source=path.name, labels=labels)

@@ -1,7 +1,7 @@
 """From what a checkpoint file holds to a state dict that fits a model, with nothing dropped in silence."""
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from .layout import (
     PRETRAIN,
     PYRAMID,
     TABLE,
+    TRACKING,
     find_prefixes,
     layout_of,
     native_pyramid_depth,
@@ -56,55 +57,58 @@ def unwrap(
 
     Returns:
         Tensors of the network without the prefix of their keys, and the dotted names of what they were under, '' for
-        nothing. If there is no network of this package, the dict in which it should be.
+        nothing. If there is no network of this package, the dict with the most tensors.
 
     Raises:
         ValueError: There are several networks and `prefix` does not choose one, or there is no dict of tensors.
     """
-    found = _networks(checkpoint, None if prefix is not None else wrappers)
+    found = list(_dicts(checkpoint, None if prefix is not None else wrappers))
+    networks = [each for each in found if each.num_left is not None]
     if prefix is not None:
         end = prefix.strip('.')
-        chosen = [network for network in found if network.path == end]
-        chosen = chosen or [network for network in found if f'.{network.path}'.endswith(f'.{end}')]
+        chosen = [network for network in networks if network.path == end]
+        chosen = chosen or [network for network in networks if f'.{network.path}'.endswith(f'.{end}')]
         if not chosen:
-            raise ValueError(f'The checkpoint has no network under the prefix {prefix!r}, only under: {_paths(found)}.')
+            raise ValueError(
+                f'The checkpoint has no network under the prefix {prefix!r}, only under: {_paths(networks)}.')
     else:
-        chosen = [network for network in found if network.rank == min(each.rank for each in found)]
+        chosen = [network for network in networks if network.rank == min(each.rank for each in networks)]
     if len(chosen) > 1:
         raise ValueError(
             f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with '
             '`timm-itpn convert --prefix`, or in Python with to_native(..., prefix=).')
-    for network in chosen:
-        if network.num_left is not None:
-            _logger.info(f'Took the network under {network.path!r}; left out {network.num_left} other tensors.')
-        return network.state_dict, network.path
-    return _innermost(checkpoint, wrappers)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'This is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict of tensors.')
+    network, = chosen or [max(found, key=lambda each: len(each.state_dict), default=_Dict({}, '', (), None))]
+    if network.num_left:
+        _logger.info(f'Took the network under {network.path!r}; left out {network.num_left} other tensors.')
+    return network.state_dict, network.path
 
 
-class _Network(NamedTuple):
-    """A network in a checkpoint."""
-    state_dict: StateDict  # its tensors, without prefix
-    path: str  # dotted names of the dicts that it is in, and the prefix of its keys
-    rank: tuple[int, ...]  # of each dict, how much it is preferred
-    num_left: int | None  # tensors without its prefix, None if it has no prefix
+class _Dict(NamedTuple):
+    """Tensors in a checkpoint."""
+    state_dict: StateDict  # by their keys without prefix
+    path: str  # dotted names of the dicts that they are in, and the prefix of their keys
+    rank: tuple[int, ...]  # of each of these dicts, how much it is preferred
+    num_left: int | None  # tensors beside them that have another prefix, None if they are no network of this package
 
 
-def _networks(
-        tree: Any, wrappers: tuple[str, ...] | None, path: str = '', rank: tuple[int, ...] = (),
-) -> list[_Network]:
-    """All networks; those in a known wrapper that is not one of `wrappers` only if that is None."""
+def _dicts(tree: Any, wrappers: tuple[str, ...] | None, path: str = '', rank: tuple[int, ...] = ()) -> Iterator[_Dict]:
+    """All networks, and dicts of other tensors; those in a known wrapper that is not one of `wrappers` only if that is
+    None."""
     if not isinstance(tree, dict) or len(rank) > MAX_WRAPPERS:  # a dict may hold itself
-        return []
-    tensors = _tensors(tree)
+        return
+    tensors = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     prefixes = find_prefixes(tensors)
-    found = []
     for prefix in prefixes:
         others = tuple(other for other in prefixes if other.startswith(prefix) and other != prefix)
         state_dict = {
             key.removeprefix(prefix): value for key, value in tensors.items()
             if key.startswith(prefix) and not key.startswith(others)}
-        num_left = len(tensors) - len(state_dict) if prefix else None
-        found.append(_Network(state_dict, f'{path}{prefix}'.strip('.'), rank, num_left))
+        num_left = len(tensors) - len(state_dict) if prefix else 0
+        yield _Dict(state_dict, f'{path}{prefix}'.strip('.'), rank, num_left)
+    if tensors and not prefixes:
+        yield _Dict(tensors, path.strip('.'), rank, None)
     for key, value in tree.items():
         if wrappers is not None and key in wrappers:
             place = wrappers.index(key)
@@ -112,27 +116,10 @@ def _networks(
             continue
         else:
             place = len(wrappers or ())
-        found += _networks(value, wrappers, f'{path}{key}.', (*rank, place))
-    return found
+        yield from _dicts(value, wrappers, f'{path}{key}.', (*rank, place))
 
 
-def _innermost(checkpoint: Any, wrappers: tuple[str, ...]) -> tuple[StateDict, str]:
-    """What is in all known wrappers."""
-    names: list[str] = []
-    while isinstance(checkpoint, dict) and len(names) < MAX_WRAPPERS:
-        name = next((key for key in wrappers if isinstance(checkpoint.get(key), dict)), None)
-        if name is None:
-            return _tensors(checkpoint), '.'.join(names)
-        names.append(name)
-        checkpoint = checkpoint[name]
-    raise ValueError(f'This is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict of tensors.')
-
-
-def _tensors(tree: dict[Any, Any]) -> StateDict:
-    return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-
-
-def _paths(networks: list[_Network]) -> str:
+def _paths(networks: list[_Dict]) -> str:
     return ', '.join(repr(network.path) for network in networks) or 'none'
 
 
@@ -233,6 +220,9 @@ def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
     if left:
         parts = sorted({part_of(key, state_dict) for key in left})
         _logger.info(f'Left out {len(left)} tensors that only pre-training needs ({", ".join(parts)}).')
+    if own := _starting(TRACKING, state_dict):
+        _logger.info(f"Left out {len(own)} tensors that are a tracker's own: `JointEncoder.load` gives them.")
+        left += own
     if not _starting(PYRAMID, target) and _starting(PYRAMID, state_dict):
         _logger.info('Left out the feature pyramid: the model has none (its _fpn form with features_only=True does).')
         left += _starting(PYRAMID, state_dict)

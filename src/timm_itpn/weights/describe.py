@@ -13,6 +13,7 @@ from .layout import (
     PRETRAIN,
     PYRAMID,
     TABLE,
+    TRACKING,
     native_depths,
     native_layout,
     native_pyramid_depth,
@@ -90,6 +91,8 @@ def part_of(key: str, native: dict[str, torch.Tensor]) -> str:
     """Name of the part that a key of native weights belongs to."""
     if key.startswith(PRETRAIN):
         return pretraining_part(key.removeprefix(PRETRAIN), native_layout(native)) or 'unknown'
+    if key.startswith(TRACKING):
+        return "tracker's own"
     if key.startswith(PYRAMID):
         return 'pyramid'
     if key in CLASSIFIER:

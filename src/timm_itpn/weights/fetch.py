@@ -24,7 +24,7 @@ from .. import __version__
 from .integrity import why_no_weight_file, why_not_expected
 from .sources import drive_url, file_name, plain_name, source_of
 
-__all__ = ['cached', 'fetch']
+__all__ = ['cached', 'fetch', 'in_a_line']
 
 _logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _from_hub(repo: str, path: str, cache_dir: Folder) -> Path:
                 repo, path, cache_dir=cache_dir, force_download=force, library_name='timm-itpn',
                 library_version=__version__))
         except Exception as error:  # by version of the client: its own, those of its HTTP library, OSError
-            reason = 'HF_HUB_OFFLINE=1 forbids downloads' if constants.HF_HUB_OFFLINE else _in_a_line(error)
+            reason = 'HF_HUB_OFFLINE=1 forbids downloads' if constants.HF_HUB_OFFLINE else in_a_line(error)
             raise RuntimeError(f'{path} could not be downloaded ({reason}).') from error
         damage = why_no_weight_file(file)
         wrong = damage or why_not_expected(file)
@@ -144,7 +144,7 @@ def _from_drive(file_id: str, url: str, target: Path) -> Path:
             _download_from_drive(file_id, target)
     except (OSError, RuntimeError) as error:  # OSError: of the disk, and all of requests
         raise RuntimeError(
-            f'{target.name} could not be downloaded ({_in_a_line(error)}): run it again, or get it from {url} with a '
+            f'{target.name} could not be downloaded ({in_a_line(error)}): run it again, or get it from {url} with a '
             'browser and put it, by this name, in the folder that the environment variable TIMM_ITPN_WEIGHTS names.'
         ) from error
     return target
@@ -180,7 +180,7 @@ def _download_from_drive(file_id: str, target: Path) -> None:
         unchecked.replace(target)
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """What a client or a server said, fit for a terminal."""
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # the Hub's client says "check your connection" of a 403 or 429 too

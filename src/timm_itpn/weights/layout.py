@@ -2,7 +2,7 @@
 
 A table maps a native key to the official keys whose tensors, joined along the first axis, make it. Read one way it
 converts an official file, read the other way it writes one. What only pre-training needs keeps its official name, with
-`pretrain.` before it.
+`pretrain.` before it, and so does what is a tracker's own, with `tracking.` (see `tracker.py`).
 """
 import re
 from collections import Counter
@@ -13,13 +13,16 @@ import torch
 from einops import rearrange
 
 __all__ = [
-    'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE', 'Layout',
-    'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths', 'native_layout',
-    'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part', 'to_current',
+    'ALL_POSITIONS', 'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE',
+    'TRACKING', 'Layout', 'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths',
+    'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
+    'to_current',
 ]
 
 PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
+TRACKING = 'tracking.'
+ALL_POSITIONS = 'tracking.positions'  # position embedding of several grids, one after the other
 POS_EMBED = 'stages.2.pos_embed'
 TABLE = '.relative_position_bias_table'
 CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
@@ -274,7 +277,9 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
 
     unknown = sorted(key for key in left if not pretraining_part(key, layout))
     if unknown and strict:
-        raise ValueError(f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(unknown)}.')
+        raise ValueError(
+            f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(unknown)}. Those of a '
+            'tracker are read with --role, or by tracking.JointEncoder.load.')
     left.difference_update(unknown)
     native.update({f'{PRETRAIN}{key}': value for key, value in state_dict.items() if key in left})
     return {**native, **{key: state_dict[key] for key in unknown}}
@@ -320,15 +325,18 @@ def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     Raises:
         ValueError: A key is unknown.
     """
+    if ALL_POSITIONS in state_dict:
+        state_dict = {**state_dict, POS_EMBED: state_dict[ALL_POSITIONS]}
     layout = native_layout(state_dict)
     table = key_table(layout, native_depths(state_dict), native_pyramid_depth(state_dict))
-    unknown = [key for key in state_dict if key not in table and not key.startswith(PRETRAIN)]
+    unknown = [key for key in state_dict if key not in table and not key.startswith((PRETRAIN, TRACKING))]
     if unknown:
         raise ValueError(f'The checkpoint has keys that are not of a native {layout.family}: {", ".join(unknown)}.')
     official: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
-        if key.startswith(PRETRAIN):
-            official[key.removeprefix(PRETRAIN)] = value
+        if key not in table:
+            if key != ALL_POSITIONS:
+                official[key.removeprefix(PRETRAIN).removeprefix(TRACKING)] = value
             continue
         if re.fullmatch(layout.conv1x1, key):
             value = rearrange(value, 'o i -> o i 1 1')

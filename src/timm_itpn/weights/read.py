@@ -24,6 +24,7 @@ __all__ = ['DAMAGED', 'Contents', 'StandIn', 'UnreadableError', 'read_contents',
 
 MAX_DEPTH = 100  # of dicts and lists in one another, so that callers may recurse
 MAX_VALUES = 4_000_000  # shared ones are counted each time, as a recursion meets them
+MAX_TENSORS = 50_000  # of a safetensors file, each of which takes a fraction of a millisecond
 MAX_OPERATIONS = 4_000_000  # of a pickle; 10,000 tensors take 500,000
 KEY_OPERATIONS = 400  # what a key counts for that may be slow to hash, or have the hash of others
 ALIGNMENT = 16  # bytes; storages in legacy files begin anywhere
@@ -290,7 +291,9 @@ class _Unpickler(pickle._Unpickler):
 def _read_safetensors(path: Path, meta: bool) -> Contents:
     tree = {}
     with safe_open(str(path), framework='pt') as file:
-        for key in file.keys():
+        if len(keys := file.keys()) > MAX_TENSORS:
+            raise _Refused(f'not read: it has more than {MAX_TENSORS} tensors')
+        for key in keys:
             view = file.get_slice(key)
             if meta:
                 dtype = (view[:0] if view.get_shape() else file.get_tensor(key)).dtype

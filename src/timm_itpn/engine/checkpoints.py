@@ -16,7 +16,6 @@ from ..weights.read import UnreadableError, read_contents
 __all__ = ['REMEDY', 'Checkpoints', 'load', 'not_finite', 'random_state', 'save', 'set_random_state']
 
 LOCK_TIMEOUT_S = 10  # readers of a process that was killed end within 5 s, and hold its lock until then
-PARTS = ('.checkpoint-', '.pretrained.', '.epoch-', '.log.jsonl.', '.summary.csv.', '.not_finite-')  # of `replaced`
 REMEDY = 'Lower --lr, or use --amp-dtype bfloat16, and go on with --resume auto, or from an earlier checkpoint.'
 State = dict[str, Any]
 
@@ -44,7 +43,7 @@ class Checkpoints(NamedTuple):
         if paths and (resume is None or named and named[0].resolve().parent != self.folder.resolve()):
             raise ValueError(f'{self.folder} holds a run: go on with --resume auto, or name another folder with '
                              '--output.')
-        if not paths and (self.folder / 'pretrained.safetensors').exists():
+        if not paths and any(self.folder.glob('*.safetensors')):
             raise ValueError(f'{self.folder} holds the weights of a run: name another folder with --output.')
         return named or paths
 
@@ -74,8 +73,8 @@ class Checkpoints(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self.folder / '.lock', LOCK_TIMEOUT_S):
-                for part in self.folder.glob('.*.????????'):
-                    if part.name.startswith(PARTS) and part.is_dir():
+                for part in self.folder.glob('.*.????????'):  # of `replaced`
+                    if part.is_dir() and {path.name for path in part.iterdir()} <= {part.name[1:-9], 'plain'}:
                         shutil.rmtree(part)
                 yield
         except filelock.Timeout as error:
@@ -113,8 +112,8 @@ def save(tree: Any, path: Path) -> None:
         torch.save(tree, file)
 
 
-def load(path: Path) -> State:
-    """Read a checkpoint whose checksums are right.
+def load(path: Path, option: str = '--resume') -> State:
+    """Read a checkpoint whose checksums are right; `option` names it.
 
     Raises:
         RuntimeError: There is no such file, it is damaged, or not a checkpoint.
@@ -125,11 +124,11 @@ def load(path: Path) -> State:
     except UnreadableError as error:
         reason = error.reason
     except FileNotFoundError as error:
-        raise RuntimeError(f'{path} does not exist: name a checkpoint with --resume, or use --resume auto.') from error
+        raise RuntimeError(f'{path} does not exist: name a checkpoint with {option}.') from error
     if not reason and (not isinstance(state, dict) or 'processes' not in state):
         reason = 'not a checkpoint of a run'
     if reason or (bad := not_finite(state)):
-        raise RuntimeError(f'{path} is {reason or f"damaged ({bad} is not finite)"}: name another with --resume.')
+        raise RuntimeError(f'{path} is {reason or f"damaged ({bad} is not finite)"}: name another with {option}.')
     for _, tensor in _tensors(state):
         tensor.data = tensor.clone()  # it was mapped from the file, which may be removed
     return state

@@ -1,7 +1,7 @@
 """Log of a run: a progress bar, lines of JSON, timm's table of epochs, and TensorBoard if asked for."""
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,13 @@ class Log:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.run.num_updates)
 
-    def epoch(self, values: dict[str, float]) -> None:
+    def epoch(self, values: dict[str, float], metrics: Mapping[str, float | None]) -> None:
         """A row of the table, at the end of an epoch."""
         if self.run.unreadable:
             tqdm.write(f'epoch {self.run.epoch}: {len(self.run.unreadable)} images were skipped because they cannot be '
                        f'read, {self.run.first_unreadable()}', file=sys.stderr)
         if self.writes:
-            update_summary(self.run.epoch, values, None, str(self.folder / TABLE), lr=self.run.lr)
+            update_summary(self.run.epoch, values, metrics, str(self.folder / TABLE), lr=self.run.lr)
 
     def close(self) -> None:
         self.progress.close()

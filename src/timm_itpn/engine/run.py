@@ -1,7 +1,7 @@
 """A training run: task, batches, optimizer and schedule, their state, and one step."""
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.blocks import AttentionBlock, MlpBlock
 from .arguments import CHANGEABLE
 from .checkpoints import REMEDY, random_state, save, set_random_state
 from .data import NUM_OTHERS, Batches
-from .task import PretrainTask
+from .task import Batch, Task
 
-__all__ = ['WHOLE', 'Batch', 'Run']
+__all__ = ['Run']
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # every process has to ask, the first gets the state
 MAX_UNREADABLE = 0.5  # share of the images of an epoch
-Batch = dict[str, torch.Tensor]
 
 
 class Run:
@@ -38,15 +38,15 @@ class Run:
 
     Args:
         args: Arguments of the command, after timm's `init_distributed_device`.
-        settings: What the result depends on, all arguments but `arguments.FREE`.
-        task: Gives the losses of a batch.
-        batches: Of this process.
+        settings: What the result depends on, all arguments but those that are free.
+        task: What is trained, and on what.
 
     Attributes:
         epoch: The current one, from 0.
         batch: Batches of that epoch that are done.
         num_updates: Updates of the weights so far.
         sums: Of the losses of the epoch's updates.
+        metrics: Of the last evaluation.
         unreadable: Files of the epoch, for which others were taken; a dict to be quick.
         skipped: How many there were in all epochs.
 
@@ -54,28 +54,32 @@ class Run:
         ValueError: An argument is not usable.
     """
 
-    def __init__(self, args: argparse.Namespace, settings: dict[str, Any], task: PretrainTask, batches: Batches):
+    def __init__(self, args: argparse.Namespace, settings: dict[str, Any], task: Task):
         self.args = args
         self.settings = settings
         self.task = task
-        self.batches = batches
-        self.objective = task.objective
+        self.batches = batches = Batches(
+            task.samples, args.batch_size, args.workers, args.rank, args.world_size,
+            pin_memory=task.device.type == 'cuda')
+        self.metrics: Mapping[str, float | None] = {}
         self.images_per_update = args.batch_size * args.grad_accum_steps * args.world_size
         self.updates_per_epoch = batches.per_epoch // args.grad_accum_steps
         if self.updates_per_epoch == 0:
             raise ValueError(
-                f'{batches.num_images} images are fewer than one update takes: {args.batch_size} (--batch-size) x '
+                f'{batches.num_samples} images are fewer than one update takes: {args.batch_size} (--batch-size) x '
                 f'{args.grad_accum_steps} (--grad-accum-steps) x {args.world_size} (processes).')
         self.batches_per_epoch = self.updates_per_epoch * args.grad_accum_steps
         self.total_updates = args.epochs * self.updates_per_epoch
-        self.ema = ModelEmaV3(self.objective.backbone, decay=args.model_ema_decay) if args.model_ema else None
+        self.averaged = task.model.get_submodule(task.AVERAGED)
+        self.ema = ModelEmaV3(self.averaged, decay=args.model_ema_decay) if args.model_ema else None
         self.scaler = torch.amp.GradScaler(task.device.type, enabled=task.amp_dtype == torch.float16)
         if args.torchcompile:
-            self.objective.compile(backend=args.torchcompile)
+            task.model.get_submodule(task.COMPILED).compile(backend=args.torchcompile)
         if args.fsdp:
             self._shard()
         elif args.distributed:
-            task.prepare_distributed([task.device] if task.device.type == 'cuda' else None)
+            device_ids = [task.device] if task.device.type == 'cuda' else None
+            task.trainable_module = DistributedDataParallel(task.model, device_ids)
         self._create_optimizer()
         self.num_updates = self.skipped = 0
         self.ahead = 0  # updates by which the schedule is, since the number of images changed
@@ -87,7 +91,7 @@ class Run:
             raise ValueError('--fsdp is for several processes: start the run with torchrun.')
         if self.args.figure_interval:
             raise ValueError('--figure-interval does not work with --fsdp: the first process alone cannot predict.')
-        for module in (self.objective, self.ema.module) if self.ema is not None else (self.objective,):
+        for module in (self.task.model, self.ema.module) if self.ema is not None else (self.task.model,):
             for block in module.modules():
                 if isinstance(block, (AttentionBlock, MlpBlock)):
                     fully_shard(block)  # its parameters are brought together while it runs
@@ -95,14 +99,16 @@ class Run:
 
     def _create_optimizer(self) -> None:
         args = self.args
-        lr = args.lr if args.lr is not None else args.lr_base * self.images_per_update / args.lr_base_size
+        lr = args.lr if args.lr is not None else self.task.lr_per_image * self.images_per_update
         options = {key: value for key, value in (('eps', args.opt_eps), ('betas', args.opt_betas)) if value is not None}
         self.optimizer = create_optimizer_v2(
-            self.objective, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options)
+            self.task.model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options,
+            **self.task.optimizer_kwargs)
+        schedule = dict(
+            num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr, min_lr=args.min_lr)
+        schedule.update(self.task.schedule_kwargs(self.updates_per_epoch))
         self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
-            warmup_lr=args.warmup_lr, min_lr=args.min_lr, step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch)
+            self.optimizer, args.sched, step_on_epochs=False, updates_per_epoch=self.updates_per_epoch, **schedule)
 
     @property
     def lr(self) -> float:
@@ -121,14 +127,15 @@ class Run:
         if self.args.distributed:
             processes = [None] * self.args.world_size
             dist.all_gather_object(processes, own)
-        objective, optimizer = get_state_dict(self.objective, self.optimizer, options=WHOLE)
+        model, optimizer = get_state_dict(self.task.model, self.optimizer, options=WHOLE)
         return {
             'settings': self.settings,
             'epoch': self.epoch,
             'batch': self.batch,
             'num_updates': self.num_updates,
             'ahead': self.ahead,
-            'objective': objective,
+            'metrics': self.metrics,
+            self.task.KEY: model,
             'optimizer': optimizer,
             'scaler': self.scaler.state_dict(),
             'ema': None if self.ema is None else get_model_state_dict(self.ema.module, options=WHOLE),
@@ -145,7 +152,7 @@ class Run:
         changed = {key: f'--{key.replace("_", "-")} was {was.get(key)!r}, now {now.get(key)!r}'
                    for key in sorted({*was, *now}) if was.get(key) != now.get(key)}
         data = changed.pop('data', None)
-        told = [changed.pop(key) for key in CHANGEABLE if key in changed]
+        told = [changed.pop(key) for key in CHANGEABLE + self.task.CHANGEABLE if key in changed]
         if changed:
             raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed.values())}. Use those, or '
                              'start anew.')
@@ -155,7 +162,7 @@ class Run:
         if told and self.args.rank == 0:
             print(f'going on with other settings: {"; ".join(told)}', file=sys.stderr)
         set_state_dict(
-            self.objective, self.optimizer, model_state_dict=state['objective'], optim_state_dict=state['optimizer'],
+            self.task.model, self.optimizer, model_state_dict=state[self.task.KEY], optim_state_dict=state['optimizer'],
             options=WHOLE)
         if state['scaler']:  # --amp-dtype was float16 then, too
             self.scaler.load_state_dict(state['scaler'])
@@ -164,7 +171,7 @@ class Run:
         self.epoch, self.batch, self.num_updates = state['epoch'], state['batch'], state['num_updates']
         own = state['processes'][self.args.rank]
         self.sums, self.unreadable, self.skipped = own['sums'], own['unreadable'], own['skipped']
-        self.ahead = state['ahead']
+        self.ahead, self.metrics = state['ahead'], state.get('metrics', {})
         if data:
             self.ahead = self.epoch * self.updates_per_epoch - self.num_updates
             self.start_epoch(self.epoch)
@@ -183,8 +190,8 @@ class Run:
         """
         left = range(self.batch, self.batches_per_epoch)
         for _, batch in zip(left, self.batches.epoch(self.epoch, self.batch)):
-            self._count([text.split('\0') for text in batch.pop('unreadable') if text])
-            yield {key: value.to(self.task.device, non_blocking=True) for key, value in batch.items()}
+            self._count(batch.pop('unreadable', []))
+            yield _moved(batch, self.task.device)
         if not self.ends_epoch:
             raise RuntimeError(f'The data end after {self.batch} of {self.batches_per_epoch} batches: lower '
                                '--train-num-samples.')
@@ -194,7 +201,7 @@ class Run:
         new = {name: None for names in unreadable for name in names if name not in self.unreadable}
         self.unreadable.update(new)
         self.skipped += len(new)
-        most = MAX_UNREADABLE * self.batches.num_images / self.args.world_size
+        most = MAX_UNREADABLE * self.batches.num_samples / self.args.world_size
         if len(self.unreadable) > most or any(len(names) > NUM_OTHERS for names in unreadable):
             raise RuntimeError(f'More than half of the images of an epoch cannot be read, {self.first_unreadable()}: '
                                'mend them, or name others with --data-dir.')
@@ -218,8 +225,8 @@ class Run:
             RuntimeError: The loss is not finite; the batch is saved.
         """
         completes = (self.batch + 1) % self.args.grad_accum_steps == 0
-        if isinstance(self.objective, FSDPModule):
-            self.objective.set_requires_gradient_sync(completes)
+        if isinstance(self.task.model, FSDPModule):
+            self.task.model.set_requires_gradient_sync(completes)
         with nullcontext() if completes else self.task.no_sync():
             losses = self.task(batch)
             if not torch.isfinite(losses['loss']):
@@ -242,12 +249,21 @@ class Run:
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
         if self.args.clip_grad:
-            torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.args.clip_grad)
+            torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.args.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.num_updates += 1
         self.scheduler.step_update(self.num_updates + self.ahead)
-        self.objective.after_update((self.num_updates + self.ahead) / self.total_updates)
+        self.task.after_update((self.num_updates + self.ahead) / self.total_updates)
         if self.ema is not None:
-            self.ema.update(self.objective.backbone)
+            self.ema.update(self.averaged)
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    """A batch, with its tensors on the device."""
+    if isinstance(tree, dict):
+        return {key: _moved(value, device) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_moved(value, device) for value in tree]
+    return tree.to(device, non_blocking=True) if isinstance(tree, torch.Tensor) else tree

@@ -1,0 +1,1 @@
+"""What every kind of training stands on: options, samples and batches, updates, checkpoints, log, and their loop."""

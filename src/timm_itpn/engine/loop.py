@@ -1,0 +1,176 @@
+"""The loop of a run: epochs, with checkpoints and a log, and the weights at the end."""
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import init_distributed_device, random_seed, reduce_tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+from ..checks import check_device, require
+from ..files import FULL
+from .arguments import FREE
+from .checkpoints import REMEDY, Checkpoints, load, not_finite
+from .log import Log
+from .run import WHOLE, Run
+from .task import Batch, Task, creating
+
+__all__ = ['evaluate', 'train']
+
+Create = Callable[[argparse.Namespace, torch.device], Task]
+
+
+def train(args: argparse.Namespace, create: Create) -> dict[str, Any]:
+    """Start a run, or go on with one.
+
+    Args:
+        args: Arguments of the command, see `arguments.add_arguments`.
+        create: Creates the task on a device; it may complete the arguments.
+
+    Returns:
+        What was written, for JSON.
+
+    Raises:
+        RuntimeError: The loss is not finite, a package or the device is missing, a checkpoint cannot be read or
+            written, or weights cannot be had.
+        ValueError: An argument is not usable, or not that of the run that is to be resumed.
+    """
+    if args.log_tensorboard:
+        require('--log-tensorboard', 'tensorboard', 'tensorboard')
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(10, args.epochs // 10)
+    if args.warmup_epochs >= args.epochs:
+        raise ValueError(f'--epochs {args.epochs} end within the warm-up: --warmup-epochs {args.warmup_epochs} must be '
+                         'fewer.')
+    with _session(args):
+        checkpoints = Checkpoints(args.output, args.checkpoint_hist or 2)
+        checkpoints.to_resume(args.resume)
+        found = None if args.resume in (None, 'auto') else checkpoints.newest(args.resume)
+        task = _create_task(args, create)
+        settings = {key: value for key, value in vars(args).items() if key not in FREE + task.FREE}
+        run = Run(args, {**settings, 'data': task.fingerprint}, task)
+        random_seed(args.seed, args.rank)
+        with checkpoints.locked() if args.rank == 0 else nullcontext():
+            if (found := found or checkpoints.newest(args.resume)) is not None:
+                run.load_state_dict(found[1], found[0])
+            elif args.resume and args.rank == 0:
+                print(f'no checkpoint in {args.output}: starting', file=sys.stderr)
+            if args.rank == 0:
+                if found is not None:
+                    checkpoints.set_aside(found[0])
+                (args.output / 'args.json').write_text(json.dumps(run.settings, indent=2) + '\n', encoding='utf-8')
+            log = Log(run)
+            while run.epoch < args.epochs:
+                last = run_epoch(run, checkpoints, log)
+                if args.figure_interval and run.epoch % args.figure_interval == 0 and args.rank == 0:
+                    task.draw(args.output / f'epoch-{run.epoch:04d}.png', last)
+                _save(run, checkpoints)
+            log.close()
+            result = _export(run)
+            if result and args.checkpoint_hist is None:
+                checkpoints.prune(1)
+            return result
+
+
+def evaluate(args: argparse.Namespace, create: Create, path: Path) -> Mapping[str, float | None]:
+    """Measure a checkpoint, with the settings of its run; see `train`. The metrics are those of the first process."""
+    state = load(path, '--evaluate')
+    with _session(args):
+        vars(args).update({key: value for key, value in state['settings'].items() if key in args})
+        task = _create_task(args, create)
+        model = task.model.get_submodule(task.AVERAGED) if state['ema'] else task.model
+        with creating(f'The model of {path}'):
+            model.load_state_dict(state['ema'] or state[task.KEY])
+        return task.evaluate(model, None)
+
+
+@contextmanager
+def _session(args: argparse.Namespace) -> Iterator[None]:
+    """Tell of a full disk, and end what a run has changed in the process."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RuntimeError(f'{error.filename or args.output}: {error.strerror}. Free space there, then go on with '
+                           '--resume auto.') from error
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _create_task(args: argparse.Namespace, create: Create) -> Task:
+    """Create the task; `args` gets the device, rank and number of processes."""
+    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = init_distributed_device(args)
+    check_device(args.device)
+    random_seed(args.seed, 0)  # the same weights in all processes
+    if args.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return create(args, device)
+
+
+def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> Batch:
+    """The rest of an epoch, with checkpoints and log; gives its last batch."""
+    args = run.args
+    start = asked = time.perf_counter()
+    waited = 0.
+    task = run.task.train()
+    for batch in run.rest_of_epoch():
+        waited += time.perf_counter() - asked
+        losses = run.step(batch)
+        if losses is not None:
+            rate = run.images_per_update / (time.perf_counter() - start)
+            start = time.perf_counter()
+            log.update(images_per_s=f'{rate:.1f}', epoch=run.epoch, loss=f'{losses["loss"]:.4f}')
+            if run.num_updates % args.log_interval == 0 or run.ends_epoch:
+                skipped = run.skipped * args.world_size  # whose mean is the sum of all processes
+                means = _mean_of_processes({**losses, 'skipped': skipped}, args)
+                log.line({'epoch': run.epoch, 'lr': run.lr, **means, 'images_per_s': rate, 'waited_s': waited})
+            if run.is_recovery_point():
+                _save(run, checkpoints)
+        asked = time.perf_counter()
+    means = _mean_of_processes({name: value / run.updates_per_epoch for name, value in run.sums.items()}, args)
+    run.metrics = task.evaluate(task.model if run.ema is None else run.ema.module, run.epoch)
+    log.epoch(means, run.metrics)
+    run.start_epoch(run.epoch + 1)
+    return batch
+
+
+def _mean_of_processes(values: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
+    if not args.distributed:
+        return values
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=args.device)
+    return dict(zip(values, reduce_tensor(tensor, args.world_size).tolist()))
+
+
+def _save(run: Run, checkpoints: Checkpoints) -> None:
+    state = run.state_dict()
+    if run.args.rank == 0:
+        checkpoints.save(state, run.num_updates)
+    if run.args.distributed:
+        dist.barrier()
+
+
+def _export(run: Run) -> dict[str, Any]:
+    """Write the weights; every process has to call it, the first writes, and gives what to tell, for JSON."""
+    state: dict[str, Any] = get_model_state_dict(run.task.model, options=WHOLE)
+    if run.ema is not None:
+        averaged = get_model_state_dict(run.ema.module, options=WHOLE)
+        prefix = run.task.AVERAGED and f'{run.task.AVERAGED}.'
+        state.update({prefix + key: value for key, value in averaged.items()})
+    if run.args.rank > 0:
+        return {}
+    if bad := not_finite(state):
+        raise RuntimeError(f'{bad} is not finite after update {run.num_updates}: no weights are written. {REMEDY}')
+    files = run.task.export(run.args.output, {key: value.detach().cpu().contiguous() for key, value in state.items()})
+    return {'num_updates': run.num_updates, 'skipped': run.skipped, **run.metrics,
+            **{key: str(path) for key, path in files.items()}}

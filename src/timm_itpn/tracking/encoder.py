@@ -1,0 +1,282 @@
+"""The encoder of visual trackers: templates of the target and a search image, encoded together.
+
+Each image goes through the stem and stages 1 and 2 alone; stage 3 runs on the tokens of all of them, before and behind
+which a tracker may put tokens of its own.
+"""
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.layers import LayerNorm
+
+from ..acceleration.schedule import num_leaving, parse_schedule
+from ..layers.patch_embed import ImageSize, check_side_lengths
+from ..layers.pos_embed import role_pos_embed
+from ..layers.stages import AttentionStage
+from ..models.itpn import ITPN
+from ..ops.attention import as_bias, attention_weights
+from ..weights.checkpoint import StateDict, unwrap, why_no_weights
+from ..weights.layout import POS_EMBED, native_to_official
+from ..weights.read import read_contents
+from ..weights.tracker import mark_own, to_encoder
+from .migration import run_migrating
+
+__all__ = ['JointEncoder']
+
+Parts = Mapping[str, torch.Tensor]  # role -> images, tokens or type embeddings
+
+
+class JointEncoder(nn.Module):
+    """A model of this package for several images at once.
+
+    Args:
+        model: The model. The encoder takes it over, without its classifier, pyramid and position embedding.
+        roles: Role of an image, such as 'search' or 'template' -> its side or (height, width), multiples of 16 pixels.
+        positions: How the position embeddings of the roles are made of the model's: 'half_pixel', 'corners' or 'crop';
+            see `layers.pos_embed.role_pos_embed`.
+        migrate: Block of stage 3 -> how many tokens of an image of the first role leave there (int), or which share of
+            them (float), to come back after the last block; None for none. `forward` does so, `run` does not.
+        norm: Norm of the tokens after stage 3, None for a new LayerNorm. That of a pre-training file is
+            `model.pyramid.norm` of a Fast-iTPN with `pyramid=True`.
+
+    Attributes:
+        grid_sizes: Role -> rows and columns of its tokens.
+        pos_embed: Role -> position embedding (1, N, dim).
+
+    Raises:
+        ValueError: The model has no stage 3, or one with windows or relative position bias; a side is not a multiple of
+            16, `positions` is unknown, or more tokens would leave than there are.
+    """
+
+    def __init__(
+            self,
+            model: ITPN,
+            roles: Mapping[str, ImageSize],
+            positions: str = 'half_pixel',
+            migrate: Mapping[int, int | float] | None = None,
+            norm: nn.Module | None = None,
+    ):
+        super().__init__()
+        stage: Any = model.stages[-1]
+        if type(model.stages[-1]) is not AttentionStage or stage.blocks[0].rel_pos_bias is not None:
+            raise ValueError(
+                'The tokens of several images are no grid: create the model with rel_pos_bias=False, without '
+                'acceleration and with all stages.')
+        self.in_chans = model.in_chans
+        self.embed_dim = model.embed_dim
+        self.positions = positions
+        sizes = {role: check_side_lengths(size, 16) for role, size in roles.items()}
+        self.grid_sizes = {role: (height // 16, width // 16) for role, (height, width) in sizes.items()}
+        schedule = parse_schedule(len(stage.blocks), migrate=migrate)
+        height, width = next(iter(self.grid_sizes.values()))
+        self.leaving = num_leaving(list(schedule.migrate), height * width) if schedule else []
+        stem: Any = model.patch_embed
+        stem.strict_img_size = False
+        self.patch_embed = stem
+        self.stages = model.stages
+        own = stage.pos_embed.detach()
+        self.pos_embed = nn.ParameterDict({
+            role: nn.Parameter(role_pos_embed(own, grid_size, stage.grid_size, positions).clone())
+            for role, grid_size in self.grid_sizes.items()})
+        stage.pos_embed = None
+        self.norm = LayerNorm(self.embed_dim, device=own.device, dtype=own.dtype) if norm is None else norm
+        self.register_load_state_dict_pre_hook(convert_on_load)
+
+    def role_positions(self, pos_embed: torch.Tensor) -> StateDict:
+        """Position embeddings by their keys, of one (1, N, dim) for all roles in their order, or of a square grid.
+
+        Raises:
+            ValueError: It is neither.
+        """
+        sizes, num = self.grid_sizes, pos_embed.shape[1]
+        num_tokens, side = [height * width for height, width in sizes.values()], math.isqrt(num)
+        if num == sum(num_tokens):
+            parts = list(pos_embed.split(num_tokens, dim=1))
+        elif num == side * side:
+            parts = [role_pos_embed(pos_embed, new, (side, side), self.positions) for new in sizes.values()]
+        else:
+            raise ValueError(
+                f'The position embedding has {num} tokens, which is no square, and the roles have others, {sizes}: '
+                'create the encoder with the sizes of the file.')
+        return {f'pos_embed.{role}': part for role, part in zip(sizes, parts)}
+
+    def no_weight_decay(self) -> set[str]:
+        return {f'pos_embed.{role}' for role in self.pos_embed}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        stage: Any
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def embed(self, images: torch.Tensor, role: str, types: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens before stage 3, with positions. They do not depend on other images, so they may be kept.
+
+        Args:
+            images: (B, in_chans, H, W), or n for each sample, (B, n, in_chans, H, W).
+            role: What they are.
+            types: Type embeddings, added to the tokens: (..., N, dim), or (dim,) for all.
+
+        Returns:
+            (B, N, dim), or (B, n, N, dim).
+
+        Raises:
+            ValueError: The role is unknown, or the images are not of its size.
+        """
+        height, width = self._grid_size(role)
+        if images.ndim < 4 or images.shape[-3:] != (self.in_chans, 16 * height, 16 * width):
+            raise ValueError(
+                f'The role {role!r} takes images ({self.in_chans}, {16 * height}, {16 * width}) in batches, or their '
+                f'tokens ({height * width}, {self.embed_dim}), not {tuple(images.shape)}: resize the images.')
+        third: Any = self.stages[2]
+        x = self.stages[1](self.stages[0](self.patch_embed(images.flatten(0, -4))))  # (B, n, C, H, W) -> (B*n, h, w, C)
+        x = third.pos_drop(third.downsample(x).flatten(1, 2) + self.pos_embed[role])  # (B*n, h, w, C) -> (B*n, N, C)
+        x = x.reshape(*images.shape[:-3], *x.shape[1:])
+        return x if types is None else x + types
+
+    def _grid_size(self, role: str) -> tuple[int, int]:
+        if role not in self.grid_sizes:
+            raise ValueError(f'The role {role!r} is unknown: the encoder is for {", ".join(self.grid_sizes)}.')
+        return self.grid_sizes[role]
+
+    def join(self, parts: Parts, before: torch.Tensor | None = None, after: torch.Tensor | None = None) -> torch.Tensor:
+        """One sequence of tokens, (B, N, dim).
+
+        Args:
+            parts: Role -> tokens (B, N, dim) or (B, n, N, dim), in the order that they are to have.
+            before: Tokens to put in front, (B or 1, K, dim).
+            after: Tokens to put behind, likewise.
+        """
+        tokens = [before, *(part.flatten(1, -2) for part in parts.values()), after]  # (B, n, N, C) -> (B, n*N, C)
+        B = max(len(x) for x in tokens if x is not None)
+        return torch.cat([x.expand(B, -1, -1) for x in tokens if x is not None], dim=1)
+
+    def run(
+            self, tokens: torch.Tensor, start: int = 0, stop: int | None = None, bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Blocks `start` to `stop` - 1 of stage 3 on any tokens, (B, N, dim) -> (B, N, dim), without the norm.
+
+        Args:
+            tokens: Tokens.
+            start: First block, counted from 0 in stage 3.
+            stop: The block to stop before, None for none.
+            bias: As for `AttentionStage.forward_blocks`.
+
+        Raises:
+            ValueError: There are no such blocks.
+        """
+        stage: Any = self.stages[-1]
+        if not 0 <= start <= (len(stage.blocks) if stop is None else stop) <= len(stage.blocks):
+            raise ValueError(f'There are no blocks {start} to {stop}: stage 3 has {len(stage.blocks)}.')
+        return stage.forward_blocks(tokens, 1, tokens.shape[1], start, stop, bias)
+
+    def attention(self, tokens: torch.Tensor, block: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention probabilities (B, num_heads, N, N) of a block of stage 3, for the tokens that come to it."""
+        stage: Any = self.stages[-1]
+        layer = stage.blocks[block]
+        q, k, _ = layer.project(tokens).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
+        return attention_weights(q, k, as_bias(bias, tokens.dtype), layer.score_scale)
+
+    def split(self, tokens: torch.Tensor, parts: Parts, num_before: int = 0) -> dict[str, torch.Tensor]:
+        """Maps of the images in a sequence, role -> (B, dim, h, w) or (B, n, dim, h, w).
+
+        Args:
+            tokens: (B, N, dim).
+            parts: What was joined.
+            num_before: Tokens in front of it.
+        """
+        maps = {}
+        for role, part in parts.items():
+            num = part[0].numel() // self.embed_dim
+            x = tokens[:, num_before:num_before + num].reshape(*part.shape[:-2], *self._grid_size(role), -1)
+            maps[role] = x.movedim(-1, -3)  # (..., h, w, C) -> (..., C, h, w)
+            num_before += num
+        return maps
+
+    def forward(
+            self,
+            inputs: Parts,
+            before: torch.Tensor | None = None,
+            after: torch.Tensor | None = None,
+            types: Parts | None = None,
+            bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """All tokens after the norm, (B, N, dim), and the maps of the images as by `split`.
+
+        Args:
+            inputs: Role -> images as for `embed`, or tokens that it gave; tokens have the order of this dict.
+            before: Tokens to put in front, (B or 1, K, dim).
+            after: Tokens to put behind, likewise.
+            types: Role -> type embeddings, as for `embed`; also added to tokens that are given.
+            bias: As for `AttentionStage.forward_blocks`; not with `migrate`.
+
+        Raises:
+            ValueError: A role is unknown, or an input is neither images of its size nor their tokens; or with
+                `migrate` there is a bias, or not one image of the first role.
+        """
+        parts = {}
+        for role, x in inputs.items():
+            height, width = self._grid_size(role)
+            x = x if x.shape[-2:] == (height * width, self.embed_dim) else self.embed(x, role)
+            parts[role] = x + types[role] if types and role in types else x
+        num_before = 0 if before is None else before.shape[1]
+        tokens = self.join(parts, before, after)
+        if self.leaving:
+            tokens = self._run_migrating(tokens, parts, num_before, bias)
+        else:
+            tokens = self.run(tokens, bias=bias)
+        tokens = self.norm(tokens)
+        return tokens, self.split(tokens, parts, num_before)
+
+    def _run_migrating(
+            self, tokens: torch.Tensor, parts: Parts, first: int, bias: torch.Tensor | None) -> torch.Tensor:
+        stage: Any = self.stages[-1]
+        role = next(iter(self.grid_sizes))
+        if bias is not None or role not in parts or parts[role].ndim != 3:
+            raise ValueError(f'With migrate= one image of the role {role!r} is needed for each sample, and no bias.')
+        for other in list(parts)[:list(parts).index(role)]:
+            first += parts[other][0].numel() // self.embed_dim
+        num = parts[role].shape[1]
+        return run_migrating(stage.blocks, tokens, first, num, self.leaving, stage.grad_checkpointing)
+
+    def load(self, path: str | Path, prefix: str | None = None) -> StateDict:
+        """Load a tracker's checkpoint, or a folder that `timm-itpn convert` made of one, without running its code.
+
+        Args:
+            path: The file or folder.
+            prefix: Where in it the encoder is, such as 'encoder.body', needed only if there are several networks.
+
+        Returns:
+            The tensors that lie beside those of the encoder, by name: the tracker's own.
+
+        Raises:
+            ValueError: It lacks weights of the encoder, or has values that are not finite.
+            RuntimeError: Shapes do not fit.
+        """
+        path, target = Path(path), self.state_dict()
+        weights, _ = unwrap(read_contents(path / 'model.safetensors' if path.is_dir() else path).tree, prefix=prefix)
+        weights = to_encoder(weights, target, self.role_positions)
+        own = {key: weights.pop(key) for key in list(weights) if key not in target}
+        missing = [key for key in target if key not in weights]
+        if wrong := f'it lacks {", ".join(missing)}' if missing else why_no_weights(weights):
+            raise ValueError(f'{path} cannot be loaded: {wrong}. It has besides: {", ".join(own) or "nothing"}.')
+        self.load_state_dict(weights)
+        return own
+
+    def official_state_dict(self) -> StateDict:
+        """The weights in the authors' layout, positions of all roles in one tensor, for a tracker's own code."""
+        native = dict(self.state_dict())
+        native[POS_EMBED] = torch.cat([native.pop(f'pos_embed.{role}') for role in self.pos_embed], dim=1)
+        for leaf in ('weight', 'bias'):
+            native[f'head.norm.{leaf}'] = native.pop(f'norm.{leaf}')
+        return native_to_official(mark_own(native))
+
+
+def convert_on_load(encoder: JointEncoder, state_dict: StateDict, prefix: str, *_: Any) -> None:
+    """Convert what lies under `prefix`: PyTorch calls this before the encoder, or its tracker, loads its weights."""
+    weights = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    converted = to_encoder(weights, encoder.state_dict(), encoder.role_positions)
+    state_dict.update({prefix + key: value for key, value in converted.items()})

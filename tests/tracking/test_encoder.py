@@ -1,0 +1,175 @@
+"""Several images through one model: what may be kept, put around, hidden, asked for; and who runs it."""
+import onnxruntime
+import pytest
+import torch
+from support.small import images, small_model
+
+import timm_itpn
+from timm_itpn.tracking import JointEncoder, foreground_share
+
+ROLES = dict(search=64, template=(32, 48))
+TINY = dict(embed_dim=64, depths=(1, 1, 3))
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+def encoder_of(name='fast_itpn_tiny', roles=ROLES, positions='crop', migrate=None, **kwargs):
+    kwargs = {**TINY, **({} if name.startswith('fast') else dict(rel_pos_bias=False)), **kwargs}
+    model = small_model(name, **kwargs)
+    for block in model.stages[2].blocks:
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.2)
+        torch.nn.init.normal_(block.attn.proj.weight, std=0.2)
+    return JointEncoder(model, roles, positions, migrate).eval()
+
+
+def inputs(num=3):
+    return dict(search=images(2, 3, 64, 64), template=images(2, num, 3, 32, 48))
+
+
+def assert_close(actual, expected, atol=2e-5):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'hivit_tiny'])
+@torch.no_grad()
+def test_images_are_encoded_alone_before_stage_3_and_together_in_it(name):
+    encoder, x = encoder_of(name), inputs()
+    before, after, types = images(1, 2, 64), images(2, 1, 64), dict(search=images(64), template=images(2, 3, 6, 64))
+    tokens, maps = encoder(x, before, after, types)
+    assert tokens.shape == (2, 2 + 16 + 3 * 6 + 1, 64)
+    assert maps['search'].shape == (2, 64, 4, 4) and maps['template'].shape == (2, 3, 64, 2, 3)
+    assert torch.equal(maps['search'].flatten(2).mT, tokens[:, 2:18])
+    assert torch.equal(maps['template'].permute(0, 1, 3, 4, 2).flatten(1, 3), tokens[:, 18:-1])
+    one = encoder.embed(x['template'][:, 1], 'template', types['template'][:, 1])
+    kept = encoder.embed(x['template'], 'template', types['template'])
+    assert_close(kept[:, 1], one)
+    assert_close(encoder(dict(x, template=kept), before, after, dict(search=types['search']))[0], tokens)
+    other = x['template'].clone()
+    other[:, 2] = 0.
+    assert (encoder(dict(x, template=other), before, after, types)[1]['search'] - maps['search']).abs().max() > 1e-3
+    swapped, _ = encoder(dict(template=x['template'], search=x['search']), before, after, types)
+    assert_close(swapped[:, 20:36], maps['search'].flatten(2).mT)  # where a token is in the sequence says nothing
+    alone, _ = encoder(dict(search=x['search']))
+    assert_close(alone, encoder.norm(encoder.run(encoder.embed(x['search'], 'search'))))
+
+
+@torch.no_grad()
+def test_mask_hides_images_from_each_other():
+    encoder, x = encoder_of(), inputs()
+    sees = torch.ones(34, 34, dtype=torch.bool)
+    sees[:16, 16:] = False
+    _, maps = encoder(x, bias=sees)
+    assert_close(maps['search'], encoder(dict(search=x['search']))[1]['search'])
+    parts = {role: encoder.embed(images, role) for role, images in x.items()}
+    weights = encoder.attention(encoder.join(parts), 0, sees)
+    assert weights[:, :, :16, 16:].max() == 0. and weights[:, :, 16:, :16].min() > 0.
+
+
+@torch.no_grad()
+def test_attention_is_what_the_blocks_weigh_with():
+    encoder, x = encoder_of(attn_impl='reference'), inputs()
+    fused, seen = timm_itpn.fuse(encoder), []
+    tokens = encoder.join({role: encoder.embed(images, role) for role, images in x.items()})
+    encoder.stages[2].blocks[0].attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
+    encoder.run(tokens, 0, 1)
+    assert_close(encoder.attention(tokens, 0), seen[0])
+    assert_close(fused.attention(tokens, 0), seen[0])
+    assert_close(fused(x)[0], encoder(x)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize('migrate', [None, {0: 4, 1: 0.2}])
+def test_gradients_are_the_same_with_checkpointing_and_reach_all_parameters(migrate):
+    encoder, gradients = encoder_of(migrate=migrate).train(), []
+    for enable in (False, True):
+        encoder.set_grad_checkpointing(enable)
+        assert [stage.grad_checkpointing for stage in encoder.stages] == 3 * [enable]
+        encoder(inputs())[0].square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in encoder.named_parameters()})
+        encoder.zero_grad()
+    assert set(gradients[0]) == set(encoder.state_dict())
+    assert encoder.no_weight_decay() == {'pos_embed.search', 'pos_embed.template'}
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@torch.no_grad()
+def test_blocks_may_be_looked_between():
+    encoder, x = encoder_of(), inputs()
+    tokens = encoder.join({role: encoder.embed(images, role) for role, images in x.items()})
+    for block in range(3):
+        tokens = encoder.run(tokens, block, block + 1)
+    assert_close(encoder.norm(tokens), encoder(x)[0])
+    with pytest.raises(ValueError, match='no blocks 2 to 4: stage 3 has 3'):
+        encoder.run(tokens, 2, 4)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda e: e(dict(seach=images(2, 3, 64, 64))), "role 'seach' is unknown: the encoder is for search, template"),
+    (lambda e: e.split(images(2, 16, 64), dict(seach=images(2, 16, 64))), "role 'seach' is unknown"),
+    (lambda e: e(dict(template=images(2, 3, 64, 64))), r"'template' takes images \(3, 32, 48\) .*not \(2, 3, 64, 64\)"),
+    (lambda e: e.embed(images(3, 64, 64), 'search'), 'in batches'),
+    (lambda e: encoder_of(roles=dict(search=100)), 'both sides must be multiples of 16'),
+    (lambda e: encoder_of(migrate={0: 0.4, 1: 0.4}), 'migrate lets 6 tokens leave at block 1'),
+    (lambda e: encoder_of(migrate={0: 4})(inputs(), bias=torch.zeros(34, 34)), "one image of the role 'search' is ne"),
+    (lambda e: encoder_of(positions='nearest'), "positions 'nearest' is unknown"),
+    (lambda e: encoder_of(acceleration='full'), 'no grid: create the model with .* without acceleration'),
+    (lambda e: JointEncoder(small_model('itpn_tiny', **TINY), ROLES), 'no grid: .* with rel_pos_bias=False'),
+])
+def test_mistakes_are_one_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        change(encoder_of())
+
+
+def test_share_of_foreground_is_counted_in_pixels():
+    boxes = torch.tensor([[0.27, 0.24, 0.46, 0.52], [0.3, -0.1, 0.9, 0.35], [0.5, 0.5, 0., 0.]], dtype=torch.float64)
+    for (left, top, width, height), share in zip(boxes.tolist(), foreground_share(boxes, 48, 112)):
+        pixels = torch.tensor([
+            [left * 112 <= x < left * 112 + width * 112 and top * 48 <= y < top * 48 + height * 48 for x in range(112)]
+            for y in range(48)]).double()
+        assert torch.equal(share.reshape(3, 7), torch.nn.functional.avg_pool2d(pixels[None], 16)[0])
+
+
+class Frame(torch.nn.Module):
+    """What a tracker runs for each frame, with one input per tensor."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, search, template):
+        return self.encoder(dict(search=search, template=template))[1]['search']
+
+
+def test_one_exported_program_takes_any_number_of_kept_templates(tmp_path):
+    encoder, path = encoder_of(exportable=True, depths=(1, 1, 1)), str(tmp_path / 'frame.onnx')
+    kept, search = encoder.embed(inputs()['template'], 'template').detach()[:1], images(1, 3, 64, 64)
+    shapes = dict(search={}, template={1: torch.export.Dim('num', min=1, max=8)})
+    torch.onnx.export(Frame(encoder).eval(), (search, kept), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    for num in (1, 2, 3):
+        found, = session.run(None, dict(search=search.numpy(), template=kept[:, :num].numpy()))
+        assert_close(torch.from_numpy(found), Frame(encoder)(search, kept[:, :num]).detach(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_compiled_encoder_agrees():
+    encoder, x = encoder_of(depths=(1, 1, 1)), inputs()
+    compiled = torch.compile(timm_itpn.fuse(encoder), fullgraph=True, backend='aot_eager')
+    assert_close(compiled(x)[1]['search'], encoder(x)[1]['search'], atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_migrate_as_in_the_model():
+    x, migrate = images(2, 3, 64, 64), {0: 0.25, 1: 3}
+    encoder, plain = (encoder_of(roles=dict(search=64, template=32), migrate=m) for m in (migrate, None))
+    model = small_model('fast_itpn_tiny', **TINY, migrate=migrate)
+    weights = {key: value for key, value in encoder.state_dict().items() if key in model.state_dict()}
+    model.load_state_dict({**model.state_dict(), **weights, 'stages.2.pos_embed': encoder.pos_embed['search']})
+    expected = encoder.norm(model.forward_features(x)).permute(0, 3, 1, 2)
+    assert_close(encoder(dict(search=x))[1]['search'], expected)
+    assert (plain(dict(search=x))[1]['search'] - expected).abs().max() > 1e-3
+    template, before = images(2, 2, 3, 32, 32), images(1, 1, 64)
+    tokens, maps = encoder(dict(search=x, template=template), before)
+    behind, others = encoder(dict(template=template, search=x), before)
+    assert_close(others['search'], maps['search'])
+    assert_close(torch.cat((behind[:, :1], behind[:, 9:], behind[:, 1:9]), dim=1), tokens)
+    assert_close(timm_itpn.fuse(encoder)(dict(search=x, template=template), before)[0], tokens, atol=1e-4)
