@@ -10,6 +10,7 @@ from timm.utils.onnx import onnx_export
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_itpn
+from timm_itpn.models.detection import DetectionBackbone
 
 TINY = dict(embed_dim=64, depths=(1, 1, 1), head_init_scale=1.)
 FULL = dict(depths=(1, 1, 2), acceleration='full', gather_window=2, migrate={0: 1})
@@ -61,15 +62,27 @@ def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_buil
     model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY | acceleration)
     x, path = images(1, 3, 64, 64), tmp_path / 'model.onnx'
     with torch.no_grad():
-        expected, traced = model(x), torch.jit.trace(model, x)
-        program = torch.export.export(model, (x,))
+        expected, program, scripted = model(x), torch.export.export(model, (x,)), torch.jit.script(model)
+        if acceleration:
+            with pytest.raises(RuntimeError, match='any size cannot be traced'):
+                torch.jit.trace(model, x)
+            model = small_model(
+                name, features_only=True, dynamic_img_size=False, exportable=True, **TINY | acceleration)
+        traced = torch.jit.trace(model, x)
         assert 'timm_itpn::' not in f'{program.graph} {traced.inlined_graph}'
         torch.onnx.export(model, (x,), path, dynamo=False)
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        for outputs in (traced(x), program.module()(x), torch.jit.script(model)(x), map(torch.from_numpy, found)):
+        for outputs in (traced(x), program.module()(x), scripted(x), map(torch.from_numpy, found)):
             for actual, wanted in zip(outputs, expected, strict=True):
                 assert_same(actual, wanted)
+
+
+def test_scripted_detection_backbone_agrees():
+    model = DetectionBackbone('fast_itpn_tiny_fpn', scriptable=True, dynamic_img_size=True, num_heads=2, **TINY).eval()
+    x = images(1, 3, 64, 96)
+    with torch.no_grad():
+        assert_same(dict(torch.jit.script(model)(x)), model(x))
 
 
 @pytest.mark.parametrize('fused', [False, True], ids=['model', 'fused'])

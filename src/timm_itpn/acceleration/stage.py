@@ -59,7 +59,15 @@ class MigrationStage(AttentionStage):
         return self.run(x)[0]
 
     def run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[Left | None]]:
-        """Map (B, 2H, 2W, in_dim) -> map (B, H, W, dim), and for each block the tokens that left there, if any did."""
+        """Map (B, 2H, 2W, in_dim) -> map (B, H, W, dim), and for each block the tokens that left there, if any did.
+
+        Raises:
+            RuntimeError: It is traced by TorchScript though the image size may change: the windows would not follow.
+        """
+        if self.dynamic_grid_size and torch.jit.is_tracing():
+            raise RuntimeError(
+                'A model with acceleration and images of any size cannot be traced, since its windows would stay those '
+                'of this size: create it with dynamic_img_size=False, or use torch.jit.script.')
         x = self.embed(x)
         B, H, W, C = x.shape
         N = H * W

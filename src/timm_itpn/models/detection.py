@@ -1,5 +1,4 @@
 """A backbone for torchvision's detection models, which want one module that returns named maps of equal channels."""
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -45,4 +44,6 @@ class DetectionBackbone(nn.Module):
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps from fine to coarse: (B, in_chans, H, W) -> named (B, out_channels, ceil(H/stride), ceil(W/stride))."""
-        return OrderedDict((str(i), level) for i, level in enumerate(self.body(x)))
+        levels = self.body(x)
+        assert isinstance(levels, list)  # TorchScript reads a Union
+        return {str(i): level for i, level in enumerate(levels)}
