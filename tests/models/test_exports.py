@@ -62,20 +62,26 @@ def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_buil
     model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY | acceleration)
     x, path = images(1, 3, 64, 64), tmp_path / 'model.onnx'
     with torch.no_grad():
-        expected, program, scripted = model(x), torch.export.export(model, (x,)), torch.jit.script(model)
-        if acceleration:
-            with pytest.raises(RuntimeError, match='any size cannot be traced'):
-                torch.jit.trace(model, x)
-            model = small_model(
-                name, features_only=True, dynamic_img_size=False, exportable=True, **TINY | acceleration)
-        traced = torch.jit.trace(model, x)
+        expected, traced = model(x), torch.jit.trace(model, x)
+        program = torch.export.export(model, (x,))
         assert 'timm_itpn::' not in f'{program.graph} {traced.inlined_graph}'
         torch.onnx.export(model, (x,), path, dynamo=False)
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        for outputs in (traced(x), program.module()(x), scripted(x), map(torch.from_numpy, found)):
+        for outputs in (traced(x), program.module()(x), torch.jit.script(model)(x), map(torch.from_numpy, found)):
             for actual, wanted in zip(outputs, expected, strict=True):
                 assert_same(actual, wanted)
+
+
+def test_trace_of_an_accelerated_model_is_right_or_fails():
+    model = small_model('fast_itpn_tiny', dynamic_img_size=True, **TINY | FULL)
+    x = images(1, 3, 96, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        assert_same(traced(x), model(x))
+        for size in ((64, 96), (64, 64), (96, 96)):
+            with pytest.raises(RuntimeError, match='must match the existing size'):
+                traced(images(1, 3, *size))
 
 
 def test_scripted_detection_backbone_agrees():

@@ -8,6 +8,11 @@ from timm_itpn.cli import main
 from timm_itpn.studies import NAMES, results
 from timm_itpn.studies.results import Row
 
+NOT_RUN = {
+    'acceleration': ('light', 'light, stored', 'full', 'full, random tokens leave'),
+    'photographs': results.load('photographs').ARMS,
+    'detection': results.load('detection').ARMS,
+}
 MACHINE = Machine('A CPU', None, 4, 2, '3.11.7', '2.15.0', '1.0.31', '0.1.0', '2026-01-02')
 
 
@@ -43,15 +48,14 @@ def test_results_are_those_of_the_committed_rows(capsys):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_arm_has_committed_rows(name):
-    rows = results.measured(name)
-    if not rows:
-        pytest.skip(f'{name} has no committed rows yet')
-    assert set(results.load(name).ARMS) <= {row.arm for row in rows}
+    """But for those that studies/README.md says have not been run."""
+    missing = set(results.load(name).ARMS) - {row.arm for row in results.measured(name)}
+    assert missing == set(NOT_RUN.get(name, ()))
 
 
 @pytest.mark.parametrize('argv, message', [
     ([], 'name an experiment, one of: acceleration, photographs, pretraining, detection'),
-    (['pretraining', '--seeds', '1', '1'], '--seeds [1, 1]: give different numbers from 0 on'),
+    (['pretraining', '--seeds', '1', '1'], '--seeds [1, 1]: give different numbers from 0 to 4294967295'),
     (['pretraining', '--record', 'nope/rows.jsonl'], 'nope/rows.jsonl cannot be written: there is no folder nope'),
 ])
 def test_bad_input_is_one_sentence(argv, message, capsys):

@@ -59,17 +59,12 @@ class MigrationStage(AttentionStage):
         return self.run(x)[0]
 
     def run(self, x: torch.Tensor) -> tuple[torch.Tensor, list[Left | None]]:
-        """Map (B, 2H, 2W, in_dim) -> map (B, H, W, dim), and for each block the tokens that left there, if any did.
-
-        Raises:
-            RuntimeError: It is traced by TorchScript though the image size may change: the windows would not follow.
-        """
-        if self.dynamic_grid_size and torch.jit.is_tracing():
-            raise RuntimeError(
-                'A model with acceleration and images of any size cannot be traced, since its windows would stay those '
-                'of this size: create it with dynamic_img_size=False, or use torch.jit.script.')
+        """Map (B, 2H, 2W, in_dim) -> map (B, H, W, dim), and for each block the tokens that left there, if any did."""
         x = self.embed(x)
         B, H, W, C = x.shape
+        if torch.jit.is_tracing():
+            H, W = int(H), int(W)
+            x = x.expand(B, H, W, C)  # the windows of a trace are those of this size: it fails for another
         N = H * W
         padded = is_padded(H, W, self.gather_window)
         leaving = num_leaving(self.migrate, smallest_window(H, W, self.gather_window))
