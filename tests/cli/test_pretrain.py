@@ -49,7 +49,7 @@ def test_file_gives_defaults_and_the_command_line_wins(tmp_path):
     ('a: b: c', 'cannot be read'),
     (None, 'not a regular file'),
     ('epochs: many', "--epochs: invalid int value: 'many'"),
-    ('epochs: 0', "--epochs: 0 is not usable: give a number from 1 on"),
+    ('epochs: 0', '--epochs: 0 is not usable: give a number from 1 on'),
     ('epochs: true', '--epochs: expected one argument'),
     ('epochs: null', 'epochs cannot be None'),
     ('model_ema: "no"', "--model-ema: ignored explicit argument 'no'"),
