@@ -64,7 +64,7 @@ def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--pyramid', '--peers'], 'peers are classifiers and cannot be compared with a pyramid: leave out --peers or'),
+    (['--pyramid', '--peers'], 'peers are classifiers: leave out --peers, or --pyramid and --templates'),
     (['--model', 'itpn_tiny', '--baseline'], 'itpn_tiny has no baseline, only fast_itpn_* models have one: leave out'),
     (['--repeats', '0'], '0 repeats are too few for a median: ask for at least 3'),
     (['--mode', 'train', '--fuse'], 'a fused model cannot be trained: leave out --fuse, or the mode train'),

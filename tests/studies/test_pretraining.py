@@ -54,7 +54,7 @@ def test_network_has_the_weights_that_its_start_says(short, arm):
 
 def test_pyramid_of_the_comparison_is_not_trained():
     student = pretraining.create_student('fast_itpn_tiny', 'pixel', pretraining._SIDE, **pretraining._MODEL)
-    objective = pretraining._PixelOfStage3(student, 8, **pretraining._DECODER)
+    objective = pretraining.PixelOfStage3(student, 8, **pretraining._DECODER)
     masked = torch.arange(16).reshape(1, 4, 4) % 2 == 0
     objective(torch.randn(1, 3, 64, 64), masked)['loss'].backward()
     assert all(p.grad is None for p in student.pyramid.parameters())

@@ -40,7 +40,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         help='backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier')
 
     group.add_argument(
-        '--templates', type=int, default=0, metavar='N',
+        '--templates', type=int, metavar='N',
         help="images of half the side that are encoded with each, as trackers do; outputs are the large one's map")
 
     group = parser.add_argument_group('candidates', 'measured in turn with the model, which always takes part')
@@ -153,4 +153,4 @@ def _asked_for(args: argparse.Namespace) -> Iterator[Work]:
     for mode, size, dtype in itertools.product(args.mode or ['forward'], sizes, args.dtype or ['float32']):
         for batch in args.batch or [1 if mode == 'latency' else 8]:
             model = 'fast_itpn_base' if args.model is None else args.model
-            yield Case(model, size, batch, dtype, mode, args.pyramid, args.templates), candidates, rounds
+            yield Case(model, size, batch, dtype, mode, args.pyramid, args.templates or 0), candidates, rounds
