@@ -358,7 +358,7 @@ def test_full_disk_is_told_and_the_run_goes_on_when_there_is_room(num_bytes, dat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
-        with pytest.raises(RuntimeError, match='(too large|left on device). Free space there, then go on with --resume auto'):
+        with pytest.raises(RuntimeError, match='(too large|left on device). Free space there, then go on'):
             run(data, copied, *more)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
