@@ -24,7 +24,7 @@ def test_command_measures_starts_and_acceleration_and_goes_on(tmp_path, monkeypa
     monkeypatch.setattr(detection, '_STARTS', {name: detection._STARTS[name] for name in starts})
     monkeypatch.setattr(detection, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
     monkeypatch.setattr(detection, '_ACCELERATION', {'pixel, full': detection._ACCELERATION['pixel, full']})
-    monkeypatch.setattr(detection, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(results, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
     found = []
     for name in ('rows.jsonl', 'again.jsonl'):
         assert main(['evidence', 'detection', '--seeds', '3', '--record', str(tmp_path / name)]) == 0

@@ -18,7 +18,7 @@ def short(monkeypatch):
     for name in ('_PRETRAINING', '_TUNING'):
         monkeypatch.setattr(pretraining, name, Training(1, 2, 1e-3))
     monkeypatch.setattr(pretraining, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
-    monkeypatch.setattr(pretraining, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(results, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
 
 
 def test_command_measures_all_starts_once_and_writes_rows(short, tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..layers.blocks import AttentionBlock
 from ..layers.fused import FusedAttentionBlock
 from .gathering import attention_bias, window_heads, window_mean
-from .migration import Left, select, similarity, take
+from .migration import Left, depart
 
 __all__ = ['MigrationBlock', 'Windows']
 
@@ -57,14 +57,8 @@ class Migration(nn.Module):
         left: Left | None = None
         if num_leave > 0:
             positions = positions.expand(x.shape[0], -1, -1)
-            with torch.no_grad():
-                keys = qkv[:, :, :, 1].flatten(-2)  # tokens are compared by their keys, of all heads together
-                nearest, partners = similarity(keys, _real(windows))
-                stay, leave, partners = select(nearest, partners, positions.shape[2], num_leave)
-            left = Left(  # no views: FSDP2 warns of those
-                take(x, leave).clone(), positions.gather(2, leave),
-                take(x, partners).clone(), positions.gather(2, partners))
-            x, positions = take(x, stay), positions.gather(2, stay)
+            keys = qkv[:, :, :, 1].flatten(-2)  # tokens are compared by their keys, of all heads together
+            x, positions, left = depart(x, positions, keys, _real(windows), num_leave)
         return self.feed(x), positions, left
 
     def mix(self, x: torch.Tensor, qkv: torch.Tensor, windows: Windows) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['Left', 'replenish', 'select', 'similarity', 'take']
+__all__ = ['Left', 'depart', 'replenish', 'select', 'similarity', 'take']
 
 
 class Left(NamedTuple):
@@ -73,6 +73,34 @@ def select(
     order = torch.zeros_like(slot).scatter(-1, slot, torch.arange(num_tokens, device=slot.device).expand(slot.shape))
     leave = order[:, :, num_tokens - num_leave:]
     return order[:, :, :num_tokens - num_leave], leave, partners.gather(2, leave // 2)
+
+
+def depart(
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        keys: torch.Tensor,
+        real: torch.Tensor | None,
+        num_leave: int,
+) -> tuple[torch.Tensor, torch.Tensor, Left]:
+    """Let tokens leave.
+
+    Args:
+        x: Tokens (B, W, K, C).
+        positions: Theirs on the grid (B, W, K).
+        keys: What they are compared by (B, W, K, D).
+        real: As for `similarity`.
+        num_leave: As for `select`.
+
+    Returns:
+        Tokens and positions of those that stay, and those that left.
+    """
+    with torch.no_grad():
+        nearest, partners = similarity(keys, real)
+        stay, leave, partners = select(nearest, partners, positions.shape[2], num_leave)
+    left = Left(  # no views: FSDP2 warns of those
+        take(x, leave).clone(), positions.gather(2, leave),
+        take(x, partners).clone(), positions.gather(2, partners))
+    return take(x, stay), positions.gather(2, stay), left
 
 
 def take(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def read_image(path: Path) -> 'Image':
     """An image file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
-    from ..pretrain.data import to_rgb
+    from ..engine.data import to_rgb
 
     check_regular_file(path)
     try:

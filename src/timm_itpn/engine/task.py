@@ -66,11 +66,11 @@ class Task(TrainingTask):
 
     def draw(self, path: Path, batch: Batch) -> None:
         """Write a PNG of what the model predicts, perhaps for a batch."""
-        raise NotImplementedError
+        raise NotImplementedError  # every kind has its own
 
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
         """Write the weights at the end of a run; gives the files by what they are."""
-        raise NotImplementedError
+        raise NotImplementedError  # every kind has its own
 
 
 @contextmanager

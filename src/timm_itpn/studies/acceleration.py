@@ -11,7 +11,7 @@ import timm
 import torch
 from timm.utils import random_seed
 
-from ..acceleration import block
+from ..acceleration import migration
 from ..acceleration.stage import MigrationStage
 from ..models import itpn
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
@@ -34,8 +34,8 @@ _TEST_CANVASES = 9  # per digit
 
 class _RandomTokensLeave(MigrationStage):
     def run(self, x: torch.Tensor) -> Any:
-        similarity = block.similarity
-        with mock.patch.object(block, 'similarity', lambda keys, real: similarity(torch.randn_like(keys), real)):
+        similarity = migration.similarity
+        with mock.patch.object(migration, 'similarity', lambda keys, real: similarity(torch.randn_like(keys), real)):
             return super().run(x)
 
 

@@ -2,11 +2,8 @@
 
 All detectors see the same images in the same order. Runs are in `_FOLDER`; a study that was cut goes on with them.
 """
-import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +22,7 @@ from ..pretrain.pixel import Pixel
 from .canvases import draw, load_digits
 from .coco_digits import write_split
 from .pretraining import PixelOfStage3, pretrain
-from .results import Key, Row
+from .results import Key, Row, measure_seeds
 from .two_tasks import Training
 
 __all__ = ['ARMS', 'study']
@@ -70,10 +67,7 @@ def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
     for name, options in _SPLITS.items():
         if not (_FOLDER / 'annotations' / f'instances_{name}.json').exists():
             write_split(_FOLDER, name, **options)
-    processes = min(len(seeds), os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        for rows in pool.map(_study_seed, [seed for seed in seeds if seed not in {key[2] for key in done}]):
-            yield from rows
+    yield from measure_seeds(_study_seed, seeds, done)
 
 
 def _study_seed(seed: int) -> list[Row]:

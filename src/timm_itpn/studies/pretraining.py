@@ -3,10 +3,7 @@
 The tasks are the digit, by the classifier, and the digit at each position of the pyramid's finest level. All networks
 see the same labels in the same order; only their weights at the start differ.
 """
-import os
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import timm
@@ -21,7 +18,7 @@ from ..pretrain.objectives import create_student
 from ..pretrain.pixel import Mfm, Pixel
 from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
-from .results import Key, Row
+from .results import Key, Row, measure_seeds
 from .two_tasks import State, Training, TwoTasks, fit, normalised, test, train
 
 __all__ = ['ARMS', 'PixelOfStage3', 'pretrain', 'study']
@@ -78,10 +75,7 @@ def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
     Yields:
         A row for each seed, start and number of labels.
     """
-    processes = min(len(seeds), os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        for rows in pool.map(_study_seed, [seed for seed in seeds if seed not in {key[2] for key in done}]):
-            yield from rows
+    yield from measure_seeds(_study_seed, seeds, done)
 
 
 def _study_seed(seed: int) -> list[Row]:

@@ -1,16 +1,21 @@
 """Rows of the studies, those that come with the package, and their tables."""
 import importlib
+import os
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ..bench.machine import Machine, this_machine
 from ..bench.rows import read, table
 
-__all__ = ['Key', 'Row', 'load', 'markdown', 'measure', 'measured']
+__all__ = ['Key', 'Row', 'load', 'markdown', 'measure', 'measure_seeds', 'measured']
 
 Key = tuple[str, str, int]  # arm, measured and seed of a row
 
@@ -56,6 +61,17 @@ def measure(
         if key[1] == 'tuned':
             tune(network)
         yield Row(*key, test(network), this_machine('cpu'))
+
+
+def measure_seeds(
+        rows_of: Callable[[int], list[Row]], seeds: Iterable[int], done: Collection[Key]) -> Iterator[Row]:
+    """Rows of the seeds that have none yet; as many seeds at a time as there are cores, a thread each."""
+    measured_already = {seed for _, _, seed in done}
+    left = [seed for seed in seeds if seed not in measured_already]
+    processes = max(1, min(len(left), os.cpu_count() or 1))
+    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        for rows in pool.map(rows_of, left):
+            yield from rows
 
 
 def measured(name: str) -> list[Row]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from timm.models import checkpoint
 
-from ..acceleration.migration import Left, replenish, select, similarity, take
+from ..acceleration.migration import Left, depart, replenish
 
 __all__ = ['run_migrating']
 
@@ -42,12 +42,7 @@ def _step(
     qkv = block.project(x)
     x = block.attend(x, qkv.permute(2, 0, 3, 1, 4).unbind(0), None)
     if num_leave > 0:
-        image = x[:, None, first:last]
-        with torch.no_grad():
-            keys = qkv[:, None, first:last, 1].flatten(-2)  # (B, 1, M, dim)
-            stay, leave, partners = select(*similarity(keys), last - first, num_leave)
-        left = Left(
-            take(image, leave), positions.gather(2, leave), take(image, partners), positions.gather(2, partners))
-        x = torch.cat((x[:, :first], take(image, stay)[:, 0], x[:, last:]), dim=1)
-        positions = positions.gather(2, stay)
+        keys = qkv[:, None, first:last, 1].flatten(-2)  # (B, 1, M, dim)
+        image, positions, left = depart(x[:, None, first:last], positions, keys, None, num_leave)
+        x = torch.cat((x[:, :first], image[:, 0], x[:, last:]), dim=1)
     return block.feed(x), positions, left

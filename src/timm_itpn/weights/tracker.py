@@ -31,7 +31,7 @@ def tracker_to_native(state_dict: StateDict, roles: Mapping[str, tuple[int, int]
     """
     if not roles or layout_of(state_dict) != 'official':
         return state_dict
-    native = mark_own(to_current(state_dict, strict=False))
+    native = mark_own(to_current(state_dict, strict=False))  # a tracker has tensors of its own
     num_tokens = [height * width // 256 for height, width in roles.values()]
     positions = native.get(POS_EMBED)
     if positions is not None and len(roles) > 1 and positions.shape[1] == sum(num_tokens):
@@ -51,7 +51,7 @@ def to_encoder(
     """
     if layout_of(state_dict) != 'official' and POS_EMBED not in state_dict:
         return state_dict
-    native = to_current(state_dict, strict=False)
+    native = to_current(state_dict, strict=False)  # likewise
     positions = native.pop(POS_EMBED, None)
     positions = native.pop(ALL_POSITIONS, positions)
     native = {key.removeprefix(TRACKING): value for key, value in native.items()}
