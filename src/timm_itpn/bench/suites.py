@@ -11,6 +11,7 @@ _FUSED = Candidates(baseline=True, fuse=True)
 _ACCELERATED = Candidates(baseline=True, fuse=True, accelerations=_ALL)
 _PRETRAINING = Candidates(objective='clip')
 _FRAMES = Candidates(baseline=True, fuse=True, compile='default', onnx=True)
+_REPLAYED = Candidates(baseline=True, compile='reduce-overhead')
 _MIGRATING = Candidates(baseline=True, fuse=True, accelerations=('full',))
 
 
@@ -53,18 +54,21 @@ SUITES: dict[str, list[tuple[Case, Candidates, Rounds]]] = {
         (_frame(_BASE, 384, 2, 'train'), _PLAIN, Rounds(5, 1)),
     ],
     'gpu': [
-        (_square(_BASE, 224, 128, 'bfloat16', 'forward'),
-         Candidates(True, True, 'max-autotune', PEERS), Rounds(30, 5)),
-        (_square(_BASE, 1024, 4, 'bfloat16', 'forward'), Candidates(True, True, 'max-autotune'), Rounds(20, 5)),
-        (_square(_BASE, 224, 128, 'amp_bfloat16', 'train'), Candidates(True, False, 'max-autotune'), Rounds(20, 5)),
+        (_square(_BASE, 224, 128, 'bfloat16', 'forward'), Candidates(True, True, peers=PEERS), Rounds(30, 5)),
+        (_square(_BASE, 1024, 4, 'bfloat16', 'forward', pyramid=True), _ACCELERATED, Rounds(20, 5)),
+        (_square(_BASE, 1024, 4, 'bfloat16', 'forward'), _FUSED, Rounds(20, 5)),
+        (_square(_BASE, 224, 128, 'amp_bfloat16', 'train'), _PLAIN, Rounds(20, 5)),
         (_square(_BASE, 512, 16, 'amp_bfloat16', 'train'), _PLAIN, Rounds(20, 5)),
         (_square(_BASE, 224, 128, 'amp_bfloat16', 'train', pyramid=True), _PRETRAINING, Rounds(20, 5)),
-        (_square(_BASE, 224, 1, 'float16', 'latency'), Candidates(True, False, 'reduce-overhead'), Rounds(50, 10)),
         (_square(_BASE, 224, 128, 'float32', 'forward'), _FUSED, Rounds(10, 3)),
         (_square(_TINY, 224, 128, 'bfloat16', 'forward'), _FUSED, Rounds(30, 5)),
-        (_square(_LARGE, 224, 64, 'bfloat16', 'forward'), _FUSED, Rounds(20, 5)),
-        (_square(_BASE, 1024, 4, 'bfloat16', 'forward', pyramid=True), _ACCELERATED, Rounds(20, 5)),
+        (_square('itpn_base', 224, 128, 'bfloat16', 'forward'), Candidates(fuse=True), Rounds(30, 5)),
         (Case(_BASE, _WIDE, 4, 'bfloat16', pyramid=True), Candidates(fuse=True, accelerations=_ALL), Rounds(20, 5)),
         (_square(_BASE, 1536, 4, 'bfloat16', 'forward', pyramid=True), Candidates(accelerations=_ALL), Rounds(20, 5)),
+        (_square(_LARGE, 224, 64, 'bfloat16', 'forward'), _FUSED, Rounds(20, 5)),
+        (_square(_BASE, 224, 1, 'float16', 'latency'), Candidates(True, True, 'reduce-overhead'), Rounds(50, 10)),
+        (Case(_BASE, (224, 224), 1, 'float16', 'latency', templates=2), _REPLAYED, Rounds(50, 10)),
+        (_square(_BASE, 224, 64, 'bfloat16', 'forward'), Candidates(True, True, 'default'), Rounds(30, 5)),
+        (_square(_BASE, 224, 64, 'amp_bfloat16', 'train'), Candidates(True, False, 'default'), Rounds(20, 5)),
     ],
 }
