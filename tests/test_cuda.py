@@ -1,6 +1,7 @@
 """What only a CUDA device can show. As much of it as makes sense runs on the CPU too, so that the tests are tested."""
 import copy
 import itertools
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -48,8 +49,10 @@ def waiting_for_the_device_is_an_error(device):
         yield
         return
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode('error')
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # the mode is a prototype
+            torch.cuda.set_sync_debug_mode('error')
         yield
     finally:
         torch.cuda.set_sync_debug_mode('default')
@@ -285,6 +288,7 @@ def test_graphed_callable_has_the_gradients_of_eager(name):
 # torch.compile with all it has
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings('ignore:TensorFloat32 tensor cores')  # it is what these tests do without
 @pytest.mark.parametrize(('name', 'train', 'mode'), [
     *itertools.product([*FAMILIES, *PYRAMIDS], (False, True), ['reduce-overhead']),
     *itertools.product(FAMILIES, (False, True), ['max-autotune']),
