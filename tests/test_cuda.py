@@ -271,6 +271,7 @@ def test_graph_of_a_training_step_trains_as_eager(device, name, dynamic):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # of the function that warms up
 @every_family
 def test_graphed_callable_has_the_gradients_of_eager(name):
     model = build(name, 'cuda').train()
@@ -288,7 +289,8 @@ def test_graphed_callable_has_the_gradients_of_eager(name):
 # torch.compile with all it has
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings('ignore:TensorFloat32 tensor cores')  # it is what these tests do without
+@pytest.mark.filterwarnings(  # of PyTorch, about itself, and about TF32, which these tests do without
+    'ignore:TensorFloat32 tensor cores', 'ignore:The CUDA Graph is empty', 'ignore:TypedStorage is deprecated')
 @pytest.mark.parametrize(('name', 'train', 'mode'), [
     *itertools.product([*FAMILIES, *PYRAMIDS], (False, True), ['reduce-overhead']),
     *itertools.product(FAMILIES, (False, True), ['max-autotune']),

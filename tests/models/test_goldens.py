@@ -224,7 +224,7 @@ def test_cuda_agrees_with_float64(name, dtype, train):
     bound = 16 * max(torch.finfo(dtype).eps, 1e-4)
     assert (output - wanted).abs().max() / wanted.std() < bound
     if train and name == 'itpn_tiny':
-        wanted.sum().backward()
-        output.sum().backward()
+        for outputs in (wanted, output):
+            (1024 * outputs).sum().backward()  # float16 has no gradients as small as those of the sum
         actual, wanted = (m.stages[2].blocks[1].rel_pos_bias.relative_position_bias_table.grad for m in (model, exact))
         assert (actual.double() - wanted).abs().max() / wanted.std() < 4 * bound

@@ -47,7 +47,7 @@ def test_agrees_with_float64_as_well_as_eager_does(name, device, dtype, with_bia
             run(FORWARD[name], dtype, with_bias, device),
     ):
         rounding = 8 * torch.finfo(torch.float64).eps * exact.abs().max()  # of float64 itself
-        assert (actual - exact).abs().max() <= 2 * (yardstick - exact).abs().max() + rounding
+        assert (actual - exact).abs().max() <= 3 * (yardstick - exact).abs().max() + rounding
 
 
 @every_implementation
