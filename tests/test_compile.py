@@ -106,13 +106,11 @@ def test_autocast_compiles_into_one_graph():
         assert (output.double() - exact).abs().max() / exact.std() < 16 * torch.finfo(torch.bfloat16).eps
 
 
-def test_inductor_agrees_with_eager():
-    model = build('itpn_tiny')
-    assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
-
-
-def test_inductor_trains_as_eager():
-    model = build('fast_itpn_tiny').train()
+@pytest.mark.parametrize(('name', 'train'), [
+    ('fast_itpn_tiny', False),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (('fast_itpn_tiny', True), ('itpn_tiny', False)))])
+def test_inductor_agrees_with_eager(name, train):
+    model = build(name, embed_dim=32, num_heads=1).train(train)
     assert_agree(torch.compile(model, fullgraph=True), model, images(2, 3, 64, 64))
 
 

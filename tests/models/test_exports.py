@@ -39,8 +39,10 @@ def test_exported_program_agrees(name, dynamic):
 
 
 @pytest.mark.parametrize('name, how', [
-    *[(name, how) for name in FAMILIES for how in ('torch.onnx', 'timm', 'timm without dynamo')],
-    ('itpn_tiny', 'accelerated'),
+    ('fast_itpn_tiny', 'timm'),
+    ('itpn_tiny', 'torch.onnx'),
+    *[(name, 'timm without dynamo') for name in FAMILIES],
+    ('fast_itpn_tiny', 'accelerated'),
 ])
 def test_onnx_runtime_agrees(name, how, tmp_path):
     more = FULL if how == 'accelerated' else {}
@@ -56,8 +58,7 @@ def test_onnx_runtime_agrees(name, how, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows
-@every_acceleration
-@pytest.mark.parametrize('name', PYRAMIDS)
+@pytest.mark.parametrize('name, acceleration', zip(PYRAMIDS, ({}, FULL)))
 def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_built_for(name, acceleration, tmp_path):
     model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY | acceleration)
     x, path = images(1, 3, 64, 64), tmp_path / 'model.onnx'

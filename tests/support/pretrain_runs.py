@@ -10,7 +10,7 @@ from timm_itpn.engine.arguments import ConfigurableParser
 from timm_itpn.pretrain.arguments import add_arguments
 from timm_itpn.pretrain.task import pretrain
 
-MODEL_KWARGS = dict(embed_dim=64, depths=(1, 1, 2), num_heads=1)
+MODEL_KWARGS = dict(embed_dim=64, depths=(1, 1, 2), num_heads=1, pyramid_dim=32)
 PIXEL = ('--objective', 'pixel', '--objective-kwargs', 'decoder_dim=32', 'decoder_depth=1', 'decoder_num_heads=2')
 MFM = ('--objective', 'mfm', *PIXEL[2:])
 TEACHER = 'test_vit'
