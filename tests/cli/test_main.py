@@ -35,6 +35,23 @@ def test_output_that_is_closed_is_no_error(name, status):
     assert done.returncode == status
 
 
+@pytest.mark.parametrize('argv', [('recipe', 'nosuch'), ('list', 'hivit_base'), ('--nosuch',)])
+@pytest.mark.parametrize('stderr', ['/dev/full', 'no reader'])
+def test_stderr_that_cannot_be_written_changes_nothing(argv, stderr, monkeypatch, capsys):
+    def status():
+        try:
+            return main(argv)
+        except SystemExit as stop:
+            return stop.code
+
+    expected = status()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open('/dev/full' if stderr == '/dev/full' else writing, 'w', buffering=1) as stream:
+        monkeypatch.setattr('sys.stderr', stream)
+        assert status() == expected
+
+
 def test_any_file_name_is_printed(tmp_path, monkeypatch, capfdbinary):
     Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
     monkeypatch.chdir(os.fsencode(tmp_path))
@@ -44,6 +61,8 @@ def test_any_file_name_is_printed(tmp_path, monkeypatch, capfdbinary):
 
 
 @pytest.mark.parametrize('error, said', [
+    (ValueError('Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
+                '  File "x.py", line 1\nValueError: no such: image\n'), 'no such: image\n'),
     (KeyError('x'), "KeyError: 'x' (in test_main.py, line "),
     (MemoryError(), 'MemoryError (in test_main.py, line '),
     (RuntimeError('two\n\tlines \x1b[2J'), 'two lines \\x1b[2J\n'),

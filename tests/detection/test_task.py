@@ -14,6 +14,7 @@ from timm_itpn.cli import main
 from timm_itpn.detection.evaluate import NAMES
 from timm_itpn.detection.model import mask_rcnn
 from timm_itpn.engine.run import Run
+from timm_itpn.tools.convert import convert
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -98,6 +99,11 @@ def test_checkpoint_and_backbone_load_elsewhere(whole):
     for key, value in load_file(whole / 'backbone.safetensors').items():
         assert torch.equal(model.state_dict()[f'model.{key}'], value) and torch.equal(
             state[f'backbone.body.model.{key}'], value)
+
+
+def test_backbone_says_what_it_was_created_with(whole, tmp_path):
+    convert(whole / 'backbone.safetensors', tmp_path / 'out', verify=True)
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['model_args']['num_heads'] == 1
 
 
 def test_checkpoint_is_measured_with_the_settings_of_its_run(data, whole, capsys):

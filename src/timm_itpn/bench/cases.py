@@ -3,7 +3,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ['COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Candidates', 'Case', 'Rounds', 'check', 'parse_size']
+__all__ = [
+    'COMPILE_MODES', 'DTYPES', 'MIN_REPEATS', 'MODES', 'PEERS', 'Candidates', 'Case', 'Rounds', 'check', 'parse_size']
 
 MODES = ('forward', 'train', 'latency')
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
@@ -19,7 +20,7 @@ DTYPES: dict[str, tuple[str, str | None]] = {
 }
 
 _STRIDE = 16  # pixels per token
-_MIN_REPEATS = 3
+MIN_REPEATS = 3  # of a median
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> None:
+def check(case: Case, candidates: Candidates, device: str) -> None:
     """Raise if the case cannot be measured.
 
     Raises:
@@ -89,8 +90,6 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
     height, width = case.img_size
     if min(height, width) < _STRIDE or height % _STRIDE or width % _STRIDE:
         raise ValueError(f'images of {height} x {width} pixels are not usable: sides must be multiples of {_STRIDE}')
-    if case.batch < 1:
-        raise ValueError(f'batch {case.batch} is not usable: it must be at least 1')
     if candidates.baseline and not case.model.startswith('fast_itpn'):
         raise ValueError(f'{case.model} has no baseline, only fast_itpn_* models have one: leave out --baseline')
     if candidates.objective and (case.mode != 'train' or not case.pyramid or height != width):
@@ -102,10 +101,6 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
         raise ValueError('ONNX Runtime is measured on the CPU in float32 and without training: leave out --onnx')
     if (case.pyramid or case.templates) and candidates.peers:
         raise ValueError('peers are classifiers: leave out --peers, or --pyramid and --templates')
-    if rounds.repeats is not None and rounds.repeats < _MIN_REPEATS:
-        raise ValueError(f'{rounds.repeats} repeats are too few for a median: ask for at least {_MIN_REPEATS}')
-    if rounds.warmup is not None and rounds.warmup < 1:
-        raise ValueError(f'{rounds.warmup} rounds of warm-up are too few: ask for at least 1')
     if case.mode == 'train' and candidates.fuse:
         raise ValueError('a fused model cannot be trained: leave out --fuse, or the mode train')
     if device == 'cuda' and not torch.cuda.is_available():

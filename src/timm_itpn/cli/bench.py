@@ -9,10 +9,11 @@ from pathlib import Path
 from .. import figures
 
 # these import no torch
-from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Candidates, Case, Rounds, parse_size
+from ..bench.cases import COMPILE_MODES, DTYPES, MIN_REPEATS, MODES, PEERS, Candidates, Case, Rounds, parse_size
 from ..bench.rows import SPEEDUPS, Row, json_line, markdown, markdown_of_case, measured, read, record
 from ..bench.suites import SUITES
 from ..checks import check_output
+from ..engine.arguments import number, positive
 from ..pretrain import OBJECTIVE_NAMES
 
 _SUITE_REPLACES = (
@@ -29,7 +30,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group.add_argument(
         '--size', nargs='+', metavar='N', help='side of the images, or HEIGHTxWIDTH such as 800x1344 (default: 224)')
     group.add_argument(
-        '--batch', type=int, nargs='+', metavar='N', help='images per call (default: 8, in the mode latency 1)')
+        '--batch', type=positive, nargs='+', metavar='N', help='images per call (default: 8, in the mode latency 1)')
     group.add_argument('--dtype', nargs='+', choices=tuple(DTYPES), help='(default: float32)')
     group.add_argument(
         '--mode', nargs='+', choices=MODES,
@@ -40,7 +41,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         help='backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier')
 
     group.add_argument(
-        '--templates', type=int, metavar='N',
+        '--templates', type=positive, metavar='N',
         help="images of half the side that are encoded with each, as trackers do; outputs are the large one's map")
 
     group = parser.add_argument_group('candidates', 'measured in turn with the model, which always takes part')
@@ -65,9 +66,11 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
     group = parser.add_argument_group('how')
     group.add_argument('--device', choices=('cpu', 'cuda'), help='(default: cpu)')
-    group.add_argument('--repeats', type=int, metavar='N', help='rounds that count (default: by mode and device)')
-    group.add_argument('--warmup', type=int, metavar='N', help='rounds before them (default: by device)')
-    group.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: PyTorch's)")
+    group.add_argument('--repeats', type=number(MIN_REPEATS, kind=int), metavar='N',
+                       help='rounds that count (default: by mode and device)')
+    group.add_argument('--warmup', type=positive, metavar='N', help='rounds before them (default: by device)')
+    group.add_argument('--threads', type=number(1, os.cpu_count() or 1, int), metavar='N',
+                       help="CPU threads (default: PyTorch's)")
     group.add_argument('--suite', choices=tuple(SUITES), help='a fixed list of cases, in place of all options above')
 
     group = parser.add_argument_group('output')
@@ -99,11 +102,9 @@ def run(args: argparse.Namespace) -> None:
     from ..bench.cases import check
     from ..bench.measure import TOLERANCES, measure, measure_alone
 
-    for case, candidates, rounds in work:
-        check(case, candidates, rounds, device)
+    for case, candidates, _ in work:
+        check(case, candidates, device)
     if args.threads is not None:
-        if not 1 <= args.threads <= (os.cpu_count() or 1):
-            raise ValueError(f'{args.threads} threads are not usable: ask for 1 to {os.cpu_count()}, as many as cores')
         torch.set_num_threads(args.threads)
     rows: list[Row] = []
     for case, candidates, rounds in work:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..checks import printable
 from .arguments import PREFIX_HELP, ROLE_HELP, height_width, sizes_of_roles
-from .table import printable
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 

@@ -103,7 +103,7 @@ class DetectionTask(Task):
         for name, weights in (('detector', state_dict), ('backbone', backbone)):
             files[name] = folder / f'{name}.safetensors'
             with replaced(files[name]) as part:
-                save_file(weights, part, metadata={'format': 'pt', 'model': self.args.model})
+                save_file(weights, part, metadata=self.metadata())
         return files
 
 

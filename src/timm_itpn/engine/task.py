@@ -1,4 +1,5 @@
 """What kinds of training differ in: the model, its loss and data, its figures, and what is measured and written."""
+import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +68,11 @@ class Task(TrainingTask):
     def draw(self, path: Path, batch: Batch) -> None:
         """Write a PNG of what the model predicts, perhaps for a batch."""
         raise NotImplementedError  # every kind has its own
+
+    def metadata(self) -> dict[str, str]:
+        """For the header of a safetensors file: what the model was created with, by timm's names."""
+        said = {key: vars(self.args)[key] for key in ('model', 'model_kwargs', 'img_size') if key in self.args}
+        return {'format': 'pt', 'model': self.args.model, 'args': json.dumps(said)}
 
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
         """Write the weights at the end of a run; gives the files by what they are."""

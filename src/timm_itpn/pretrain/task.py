@@ -85,7 +85,7 @@ class PretrainTask(Task):
         draw(path, self.model, self.views[0], batch, self.target(batch))
 
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
-        return export(folder, state_dict, self.args.model)
+        return export(folder, state_dict, self.metadata())
 
 
 def _create(args: argparse.Namespace) -> tuple[Objective, Teacher | None]:
