@@ -348,11 +348,12 @@ def test_named_checkpoint_is_gone_on_from_in_its_own_folder_or_a_new_one(data, c
         run(data, copied, '--resume', 'auto')
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(data, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(data, tmp_path, capsys):
     with pytest.raises(RuntimeError, match='The loss is nan in epoch .* Lower --lr'):
         run(data, tmp_path / 'run', '--lr', '1e30', '--clip-grad', '0', '--warmup-epochs', '0')
     batch = torch.load(tmp_path / 'run' / 'not_finite-0.pt', weights_only=True)
     assert batch['images'].shape == (4, 3, 64, 64) and batch['masked'].dtype == torch.bool
+    assert capsys.readouterr().err.endswith('\n')  # of the progress bar, before the sentence
 
 
 @pytest.mark.parametrize('last', [6, 8])
@@ -443,6 +444,11 @@ def test_too_few_images_are_refused(data, tmp_path):
     (('--teacher', TEACHER), 'The objective pixel takes no teacher: leave out --teacher'),
     (('--objective-kwargs', 'width=3'), "The objective pixel cannot be created: .*'width'"),
     (('--model-kwargs', 'foo=1'), "The student fast_itpn_tiny cannot be created: TypeError .*'foo'"),
+    (('--model-kwargs', 'img_size=32'), "The student fast_itpn_tiny cannot be created: TypeError .*'img_size'"),
+    (('--model-kwargs', 'features_only=True'), 'The student fast_itpn_tiny cannot be created: AttributeError'),
+    (('--model-kwargs', 'checkpoint_path=/nosuch'), 'The student fast_itpn_tiny cannot be created: FileNotFoundError'),
+    (('--objective-kwargs', 'student=3'), "The objective pixel cannot be created: TypeError .*'student'"),
+    (('--teacher-path', 'nosuch'), '--teacher-path and .* are of a teacher: name it with --teacher'),
     (('--model-kwargs', 'depths=3'), 'The student fast_itpn_tiny cannot be created: TypeError'),
     (('--objective', 'clip', '--objective-kwargs', '--teacher', 'resnet18'), 'The teacher resnet18 cannot be created'),
     (('--objective', 'clip', '--objective-kwargs', '--teacher', 'nosuch'), 'The teacher nosuch cannot be created'),

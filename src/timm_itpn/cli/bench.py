@@ -128,10 +128,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _suite(args: argparse.Namespace) -> tuple[list[Work], str]:
     """Cases and device of --suite."""
-    values = {name: getattr(args, name) for name in _SUITE_REPLACES}
-    given = [
-        f'--{name.replace("_", "-")}' for name, value in values.items()
-        if value is not False and value not in (None, '', ())]
+    given = [f'--{name.replace("_", "-")}' for name in _SUITE_REPLACES
+             if getattr(args, name) not in (None, False, '', ())]
     if given:
         raise ValueError(f'a suite is fixed: leave out {", ".join(given)}')
     return SUITES[args.suite], 'cuda' if args.suite == 'gpu' else 'cpu'

@@ -150,7 +150,7 @@ class Run:
         Raises:
             ValueError: It is of a run with other settings or other images; they are listed.
         """
-        was, now = (json.loads(json.dumps(settings)) for settings in (state['settings'], self.settings))  # no tuples
+        was, now = (json.loads(json.dumps(each, default=str)) for each in (state['settings'], self.settings))
         changed = {key: f'{NAMES.get(key, "--" + key.replace("_", "-"))} was {was.get(key)!r}, now {now.get(key)!r}'
                    for key in sorted({*was, *now}) if was.get(key) != now.get(key)}
         data = changed.pop('data', None)

@@ -100,8 +100,8 @@ class Samples(Dataset):
 class StreamedSamples(IterableDataset, Replacing):
     """Samples, in an epoch, of a dataset of timm that can only be read from its start, as WebDataset's.
 
-    Everything random follows from seed, epoch, process, worker and count. The last whole image, or the next, takes the
-    place of one that cannot be read.
+    Everything random follows from seed, epoch, process, worker and count. The last whole image, or a black one, takes
+    the place of one that cannot be read.
     """
 
     def __init__(self, dataset: Any, make: SampleMaker, rank: int, workers: int):
@@ -115,21 +115,17 @@ class StreamedSamples(IterableDataset, Replacing):
         """Samples, each with the name of the image that it takes the place of, if it does."""
         number = (self.epoch, self.rank, getattr(get_worker_info(), 'id', 0))
         self.samples.set_epoch(self.epoch)
-        due: list[list[str]] = []  # of the samples that wait for a whole image
-        count, whole = 0, None
+        count, whole = 0, Image.new('RGB', (1, 1))
         try:
             for count, (image, _) in enumerate(self.samples, 1):
-                due.append([])
+                names: list[str] = []
                 try:
                     whole = to_rgb(image)
                 except Exception as error:  # as in `Replacing`
-                    due[-1].append(f'image {count} of worker {number[-1]} ({type(error).__name__})')
-                while whole is not None and due:
-                    yield self.make(whole, *number, count - len(due)), due.pop(0)
+                    names = [f'image {count} of worker {number[-1]} ({type(error).__name__})']
+                yield self.make(whole, *number, count - 1), names
         except Exception as error:  # whatever reads the stream raises
             raise RuntimeError(f'The data cannot be read on after {count} images: {error}.') from error
-        if due:
-            raise RuntimeError(f'No image of the data can be read, such as {due[0][0]}: name others with --data-dir.')
 
 
 class Folder(ReaderImageFolder):
