@@ -47,6 +47,14 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture
+def small_models(monkeypatch):
+    """The tiny models are small, whoever creates them in this process."""
+    from support.small import reduce_models
+    names = ('fast_itpn_tiny', 'itpn_tiny', 'hivit_tiny')
+    reduce_models([*names, *(f'{name}_fpn' for name in names[:2])], monkeypatch)
+
+
 def pytest_collection_modifyitems(items):
     import torch
     if not torch.cuda.is_available():

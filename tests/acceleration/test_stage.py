@@ -232,10 +232,9 @@ def test_config_json_keeps_the_acceleration(name, tmp_path):
 
 # compilers; exporters: tests/models/test_exports.py
 
-@every_family
-def test_one_graph_agrees_with_eager(name):
+def test_one_graph_agrees_with_eager():
     torch._dynamo.reset()
-    model = small_model(name, head_init_scale=1., **ON).train()
+    model = small_model('itpn_tiny', head_init_scale=1., **ON).train()
     results = []
     for module in (torch.compile(model, fullgraph=True, backend='aot_eager'), model):
         model.zero_grad()

@@ -10,6 +10,8 @@ from timm_itpn.acceleration.stage import MigrationStage
 from timm_itpn.bench.candidates import Kind, _in_onnx, build, build_ours
 from timm_itpn.bench.cases import Candidates, Case
 
+pytestmark = pytest.mark.usefixtures('small_models')
+
 CASE = Case('fast_itpn_tiny', (32, 32), 2)
 PYRAMID = Case('fast_itpn_tiny', (64, 32), 2, pyramid=True)
 FILE = """

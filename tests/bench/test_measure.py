@@ -6,13 +6,13 @@ import torch
 
 from timm_itpn.bench import candidates, ceiling
 from timm_itpn.bench.cases import Candidates, Case, Rounds
-from timm_itpn.bench.measure import measure
+from timm_itpn.bench.measure import measure, measure_alone
 
 CASE = Case('fast_itpn_tiny', (32, 32), 2)
 PYRAMID = Case('fast_itpn_tiny', (64, 64), 1, pyramid=True)
 QUICK = Rounds(3, 1)
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'small_models')
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +66,11 @@ def test_module_against_ours_may_return_anything(tmp_path):
         '    return Maps(3, 4, 16, 16)\n')
     _, row = measure(CASE, Candidates(against=f'{tmp_path / "mine.py"}:build'), QUICK, 'cpu')
     assert row.output_error is None and row.speedup_over_ours > 0 and row.gflop_per_image > 0
+
+
+def test_case_in_a_process_of_its_own_has_the_same_threads():
+    row, = measure_alone(CASE, Candidates(), QUICK, 'cpu')
+    assert row.machine.threads == 1 and row.case == CASE
 
 
 def test_outputs_that_differ_give_no_ratio(monkeypatch, capsys):

@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -11,6 +9,7 @@ import torch
 from support import golden
 
 from timm_itpn.cli import main
+from timm_itpn.tools import convert as conversion
 from timm_itpn.weights.integrity import sha256_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -71,31 +70,19 @@ def test_mistakes_are_one_sentence(args, message, pretraining, tmp_path, monkeyp
     assert os.listdir() == ['w.pt']
 
 
-INTERRUPTED = """
-import signal, sys, time
-from timm_itpn.cli import main
-from timm_itpn.tools import convert as conversion
+def test_interrupted_conversion_leaves_nothing(pretraining, tmp_path, monkeypatch):
+    """Ctrl-C, while the folder is being written."""
+    def interrupt(*_):
+        assert any(tmp_path.iterdir())
+        signal.raise_signal(signal.SIGINT)
 
-def model_card(*args):  # the last thing written
-    print('writing', flush=True)
-    time.sleep(60)
-
-conversion.model_card = model_card
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-def test_interrupted_conversion_leaves_nothing(pretraining, tmp_path):
-    """A real Ctrl-C, while the folder is being written."""
-    process = subprocess.Popen(
-        [sys.executable, '-c', INTERRUPTED, 'convert', str(pretraining), '-o', str(tmp_path / 'out')],
-        stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == 'writing\n'
-    assert any(tmp_path.iterdir())
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(conversion, 'model_card', interrupt)  # the last thing written
+            assert convert(pretraining, '-o', tmp_path / 'out') == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not any(tmp_path.iterdir())
     assert convert(pretraining, '-o', tmp_path / 'out') == 0
     assert timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).num_classes == 0

@@ -12,6 +12,7 @@ from timm.data import create_dataset
 from timm_itpn.cli import demo, main
 
 
+@pytest.mark.usefixtures('small_models')
 def test_demo_trains_validates_and_leaves_a_checkpoint_for_timm(tmp_path, capsys):
     output = tmp_path / 'demo'
     argv = ['demo', '--output', str(output), '--epochs', '1', '--img-size', '16', '--batch-size', '32']

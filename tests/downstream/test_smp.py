@@ -52,9 +52,9 @@ FAILS = [
 
 @pytest.fixture(scope='module')
 def photo():
-    """Every third pixel of the photograph, (1, 3, 128, 192), standardised."""
+    """Every third pixel of a part of the photograph, (1, 3, 64, 96), standardised."""
     params = smp.encoders.get_preprocessing_params(STAGES)
-    x = torch.tensor(load_sample_images().images[0])[::3, ::3][:128, :192] / 255
+    x = torch.tensor(load_sample_images().images[0])[::3, ::3][:64, :96] / 255
     x = (x - torch.tensor(params['mean'])) / torch.tensor(params['std'])
     return x.permute(2, 0, 1)[None].float()
 
@@ -92,11 +92,10 @@ def test_known_limit_is_still_there(encoder, architecture, kwargs, error, messag
         segmenter(encoder, architecture, kwargs)(photo)
 
 
-@pytest.mark.parametrize('name, kwargs', [('fast_itpn_tiny', dict(encoder_depth=4)), ('fast_itpn_tiny_fpn', {})])
-def test_pretrained_weights_arrive(name, kwargs, hub):
+def test_pretrained_weights_arrive(hub):
     buffer = io.BytesIO()
     torch.save(golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32), buffer)
     hub.commit('xche32/RELO', {'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt': buffer.getvalue()})
-    encoder = smp.UPerNet(f'tu-{name}', encoder_weights=True, **kwargs).encoder.model.state_dict()
-    expected = timm.create_model(name, pretrained=True, features_only=True).state_dict()
+    encoder = smp.UPerNet(PYRAMID, encoder_weights=True).encoder.model.state_dict()
+    expected = timm.create_model('fast_itpn_tiny_fpn', pretrained=True, features_only=True).state_dict()
     assert encoder and all(torch.equal(value, expected[key]) for key, value in encoder.items())

@@ -111,7 +111,7 @@ def test_defaults_of_torchvision_are_for_these_levels():
 
 @pytest.mark.parametrize('kind', DETECTORS)
 def test_training_step_reaches_every_parameter_of_the_backbone(kind, photo, target):
-    model = detector(kind).train()
+    model = detector(kind, **SMALL).train()
     losses = model([photo], [target])
     assert set(losses) == {
         'MaskRCNN': {'loss_objectness', 'loss_rpn_box_reg', 'loss_classifier', 'loss_box_reg', 'loss_mask'},
@@ -141,17 +141,3 @@ def test_inference_gives_boxes_in_the_photograph(kind, photo):
         if kind == 'MaskRCNN':
             assert output['masks'].shape == (count, 1, bottom, right)
             assert output['masks'].min() >= 0 and output['masks'].max() <= 1
-
-
-def test_mask_rcnn_learns_a_fixed_batch(photo, target):
-    model = detector('MaskRCNN', **SMALL).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    losses = []
-    for _ in range(5):
-        torch.manual_seed(0)  # anchors and proposals are sampled
-        loss = sum(model([photo], [target]).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]

@@ -52,8 +52,8 @@ def test_backbone_of_a_config_gives_the_features_of_timm(name, out_indices, out_
     assert_same_features(backbone, extractor, (64, 96))
 
 
-@pytest.mark.parametrize('name, out_indices', [('fast_itpn_tiny', (0, 1, 2)), ('fast_itpn_tiny_fpn', (0, 1, 2, 3, 4))])
-def test_pretrained_backbone_gives_the_features_of_timm(name, out_indices, hub):
+def test_pretrained_backbone_gives_the_features_of_timm(hub):
+    name, out_indices = 'fast_itpn_tiny_fpn', (0, 1, 2, 3, 4)
     buffer = io.BytesIO()
     torch.save(golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32), buffer)
     hub.commit('xche32/RELO', {'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt': buffer.getvalue()})
@@ -62,23 +62,6 @@ def test_pretrained_backbone_gives_the_features_of_timm(name, out_indices, hub):
     extractor = timm.create_model(
         name, pretrained=True, features_only=True, out_indices=out_indices).eval()
     assert_same_features(backbone, extractor, (64, 96))
-
-
-@pytest.mark.parametrize('name', ['fast_itpn_tiny', 'itpn_tiny'])
-def test_detector_keeps_its_outputs_in_a_file(name, tmp_path):
-    torch.manual_seed(0)
-    backbone = transformers.TimmBackboneConfig(backbone=name, out_indices=[-1])
-    config = transformers.DetrConfig(
-        backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=4, num_labels=3)
-    model = transformers.DetrForObjectDetection(config).eval()
-    model.save_pretrained(tmp_path)
-    restored = transformers.DetrForObjectDetection.from_pretrained(tmp_path).eval()
-    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        wanted, actual = model(x), restored(x)
-    assert wanted.logits.isfinite().all()
-    assert torch.equal(actual.logits, wanted.logits) and torch.equal(actual.pred_boxes, wanted.pred_boxes)
 
 
 # classifiers

