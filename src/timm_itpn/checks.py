@@ -9,6 +9,8 @@ __all__ = [
     'are_numbers', 'check_device', 'check_folder', 'check_new', 'check_output', 'check_regular_file', 'is_number',
     'printable', 'read_text', 'require']
 
+_MOVE = 'move it away'
+
 
 def require(purpose: str, extra: str, *packages: str) -> None:
     """Raise RuntimeError unless all packages are installed.
@@ -23,7 +25,7 @@ def require(purpose: str, extra: str, *packages: str) -> None:
         raise RuntimeError(f"{purpose} needs {', '.join(missing)}: pip install 'timm-itpn[{extra}]'")
 
 
-def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = 'move it away') -> None:
+def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = _MOVE) -> None:
     """Raise ValueError or OSError unless a file can be written.
 
     Args:
@@ -44,7 +46,7 @@ def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = Fa
     tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent).cleanup()  # OSError if that cannot be
 
 
-def check_new(path: Path, option: str, remedy: str = 'move it away') -> None:
+def check_new(path: Path, option: str, remedy: str = _MOVE) -> None:
     """Raise ValueError if there is something at a path, or a file where a folder above it should be."""
     if os.path.lexists(path):
         raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
