@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 
-from timm_itpn.bench.cases import PEERS, Candidates, Case, check, parse_size
+from timm_itpn.bench.cases import PEERS, Candidates, Case, Rounds, check, parse_size
 from timm_itpn.bench.suites import SUITES
 
 
@@ -21,9 +21,9 @@ def test_text_that_is_not_a_size_is_refused(text):
 @pytest.mark.parametrize('changes', [dict(mode='forward'), dict(pyramid=False), dict(img_size=(32, 48))])
 def test_step_of_pre_training_needs_training_pyramid_and_squares(changes):
     case = dict(model='fast_itpn_tiny', img_size=(32, 32), batch=2, mode='train', pyramid=True)
-    check(Case(**case), Candidates(objective='clip'), 'cpu')
+    check(Case(**case), Candidates(objective='clip'), Rounds(), 'cpu')
     with pytest.raises(ValueError, match='^a step of pre-training needs square images and the pyramid'):
-        check(Case(**{**case, **changes}), Candidates(objective='clip'), 'cpu')
+        check(Case(**{**case, **changes}), Candidates(objective='clip'), Rounds(), 'cpu')
 
 
 @pytest.mark.parametrize(('changes', 'asked', 'message'), [
@@ -35,7 +35,7 @@ def test_step_of_pre_training_needs_training_pyramid_and_squares(changes):
 ])
 def test_what_cannot_be_measured_together_is_refused(changes, asked, message):
     with pytest.raises(ValueError, match=message):
-        check(Case(**{'img_size': (64, 64), **changes}), Candidates(**asked), 'cpu')
+        check(Case(**{'img_size': (64, 64), **changes}), Candidates(**asked), Rounds(), 'cpu')
 
 
 def test_case_says_what_it_is():
@@ -48,8 +48,8 @@ def test_case_says_what_it_is():
 @pytest.mark.parametrize('name', SUITES)
 def test_every_case_of_a_suite_can_be_measured_and_is_listed_once(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    for case, candidates, _ in SUITES[name]:
-        check(case, candidates, 'cuda' if name == 'gpu' else 'cpu')
+    for case, candidates, rounds in SUITES[name]:
+        check(case, candidates, rounds, 'cuda' if name == 'gpu' else 'cpu')
     assert len({case for case, _, _ in SUITES[name]}) == len(SUITES[name])
 
 

@@ -3,8 +3,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = [
-    'COMPILE_MODES', 'DTYPES', 'MIN_REPEATS', 'MODES', 'PEERS', 'Candidates', 'Case', 'Rounds', 'check', 'parse_size']
+__all__ = ['COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Candidates', 'Case', 'Rounds', 'check', 'parse_size']
 
 MODES = ('forward', 'train', 'latency')
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
@@ -20,7 +19,7 @@ DTYPES: dict[str, tuple[str, str | None]] = {
 }
 
 _STRIDE = 16  # pixels per token
-MIN_REPEATS = 3  # of a median
+_MIN_REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def check(case: Case, candidates: Candidates, device: str) -> None:
+def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> None:
     """Raise if the case cannot be measured.
 
     Raises:
@@ -101,6 +100,8 @@ def check(case: Case, candidates: Candidates, device: str) -> None:
         raise ValueError('ONNX Runtime is measured on the CPU in float32 and without training: leave out --onnx')
     if (case.pyramid or case.templates) and candidates.peers:
         raise ValueError('peers are classifiers: leave out --peers, or --pyramid and --templates')
+    if rounds.repeats is not None and rounds.repeats < _MIN_REPEATS:
+        raise ValueError(f'{rounds.repeats} repeats are too few for a median: ask for at least {_MIN_REPEATS}')
     if case.mode == 'train' and candidates.fuse:
         raise ValueError('a fused model cannot be trained: leave out --fuse, or the mode train')
     if device == 'cuda' and not torch.cuda.is_available():

@@ -9,11 +9,11 @@ from pathlib import Path
 from .. import figures
 
 # these import no torch
-from ..bench.cases import COMPILE_MODES, DTYPES, MIN_REPEATS, MODES, PEERS, Candidates, Case, Rounds, parse_size
+from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Candidates, Case, Rounds, parse_size
 from ..bench.rows import SPEEDUPS, Row, json_line, markdown, markdown_of_case, measured, read, record
 from ..bench.suites import SUITES
 from ..checks import check_output
-from ..engine.arguments import number, positive
+from ..engine.arguments import positive
 from ..pretrain import OBJECTIVE_NAMES
 
 _SUITE_REPLACES = (
@@ -66,11 +66,9 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
     group = parser.add_argument_group('how')
     group.add_argument('--device', choices=('cpu', 'cuda'), help='(default: cpu)')
-    group.add_argument('--repeats', type=number(MIN_REPEATS, kind=int), metavar='N',
-                       help='rounds that count (default: by mode and device)')
+    group.add_argument('--repeats', type=int, metavar='N', help='rounds that count (default: by mode and device)')
     group.add_argument('--warmup', type=positive, metavar='N', help='rounds before them (default: by device)')
-    group.add_argument('--threads', type=number(1, os.cpu_count() or 1, int), metavar='N',
-                       help="CPU threads (default: PyTorch's)")
+    group.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: PyTorch's)")
     group.add_argument('--suite', choices=tuple(SUITES), help='a fixed list of cases, in place of all options above')
 
     group = parser.add_argument_group('output')
@@ -102,9 +100,11 @@ def run(args: argparse.Namespace) -> None:
     from ..bench.cases import check
     from ..bench.measure import TOLERANCES, measure, measure_alone
 
-    for case, candidates, _ in work:
-        check(case, candidates, device)
+    for case, candidates, rounds in work:
+        check(case, candidates, rounds, device)
     if args.threads is not None:
+        if not 1 <= args.threads <= (os.cpu_count() or 1):
+            raise ValueError(f'{args.threads} threads are not usable: ask for 1 to {os.cpu_count()}, as many as cores')
         torch.set_num_threads(args.threads)
     rows: list[Row] = []
     for case, candidates, rounds in work:
@@ -128,8 +128,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _suite(args: argparse.Namespace) -> tuple[list[Work], str]:
     """Cases and device of --suite."""
-    given = [f'--{name.replace("_", "-")}' for name in _SUITE_REPLACES
-             if getattr(args, name) not in (None, False, '', ())]
+    values = {name: getattr(args, name) for name in _SUITE_REPLACES}
+    given = [
+        f'--{name.replace("_", "-")}' for name, value in values.items()
+        if value is not False and value not in (None, '', ())]
     if given:
         raise ValueError(f'a suite is fixed: leave out {", ".join(given)}')
     return SUITES[args.suite], 'cuda' if args.suite == 'gpu' else 'cpu'
