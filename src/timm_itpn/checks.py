@@ -1,4 +1,4 @@
-"""What a command checks before it starts long work. Each error is one sentence that says what to do."""
+"""What a command checks before it starts work, each error a sentence that says what to do; and before it prints."""
 import importlib.util
 import os
 import tempfile
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    'are_numbers', 'check_device', 'check_new', 'check_output', 'check_regular_file', 'is_number', 'read_text',
-    'require']
+    'are_numbers', 'check_device', 'check_folder', 'check_new', 'check_output', 'check_regular_file', 'is_number',
+    'printable', 'read_text', 'require']
 
 _MOVE = 'move it away'
 
@@ -50,9 +50,14 @@ def check_new(path: Path, option: str, remedy: str = _MOVE) -> None:
     """Raise ValueError if there is something at a path, or a file where a folder above it should be."""
     if os.path.lexists(path):
         raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')
-    above = next(folder for folder in path.parents if os.path.lexists(folder))
-    if not above.is_dir():
-        raise ValueError(f'{path} cannot be written: {above} is not a folder; name another with {option}')
+    check_folder(path, option)
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Raise ValueError if there is something else than a folder at a path, or where a folder above it should be."""
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ValueError(f'{path} cannot be written: {there} is not a folder; name another with {option}')
 
 
 def check_regular_file(path: Path) -> None:
@@ -73,6 +78,12 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding='utf-8-sig')  # Windows may put a mark first
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not a text file: name another') from error
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """Text with escapes in place of what a terminal would obey, such as control characters, and cut if it is long."""
+    cut = text if len(text) <= most else f'{text[:most]}...'
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode('ascii') for char in cut)
 
 
 def is_number(value: Any, low: float = -1e15, high: float = 1e15) -> bool:

@@ -76,7 +76,7 @@ def test_interrupted_conversion_leaves_nothing(pretraining, tmp_path, monkeypatc
         assert any(tmp_path.iterdir())
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what runs in the background
     try:
         with monkeypatch.context() as patch:
             patch.setattr(conversion, 'model_card', interrupt)  # the last thing written

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import timm_itpn
 from timm_itpn.cli import main, recipe
@@ -35,6 +36,26 @@ def test_output_that_is_closed_is_no_error(name, status):
     assert done.returncode == status
 
 
+@pytest.mark.parametrize('argv, status', [(('recipe',), 0), (('recipe', 'nosuch'), 1), (('--nosuch',), 2)])
+@pytest.mark.parametrize('stderr', ['/dev/full', 'no reader'])
+def test_stderr_that_cannot_be_written_changes_nothing(argv, status, stderr, monkeypatch, capsys):
+    def tell():
+        for _ in tqdm(range(3), mininterval=0, file=sys.stderr):
+            print(9_999 * 'x', file=sys.stderr)
+        return ['done']
+
+    monkeypatch.setattr(recipe, 'names', tell)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open('/dev/full' if stderr == '/dev/full' else writing, 'w', buffering=1) as stream:
+        monkeypatch.setattr('sys.stderr', stream)
+        try:
+            assert main(argv) == status
+        except SystemExit as stop:
+            assert stop.code == status
+    assert capsys.readouterr().out == ('done\n' if status == 0 else '')
+
+
 def test_any_file_name_is_printed(tmp_path, monkeypatch, capfdbinary):
     Image.new('RGB', (32, 32)).save(tmp_path / 'x.png')
     monkeypatch.chdir(os.fsencode(tmp_path))
@@ -44,6 +65,8 @@ def test_any_file_name_is_printed(tmp_path, monkeypatch, capfdbinary):
 
 
 @pytest.mark.parametrize('error, said', [
+    (ValueError('Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n'
+                '  File "x.py", line 1\nValueError: no such: image\n'), 'no such: image\n'),
     (KeyError('x'), "KeyError: 'x' (in test_main.py, line "),
     (MemoryError(), 'MemoryError (in test_main.py, line '),
     (RuntimeError('two\n\tlines \x1b[2J'), 'two lines \\x1b[2J\n'),

@@ -43,6 +43,7 @@ def files(tmp_path_factory):
     for name in 'ab':
         Image.new('RGB', (32, 32)).save(folder / 'photos' / f'{name}.png')
     os.mkfifo(folder / 'pipe')
+    (folder / 'link').symlink_to('nothing')
     return folder
 
 
@@ -67,7 +68,7 @@ def refused(files, monkeypatch, capsys):
         lines = [line for line in captured.err.splitlines() if not line.endswith(': building')]  # progress
         assert status in (1, 2) and captured.out == '' and len(lines) == 1, captured.err
         assert lines[0].startswith('timm-itpn') and len(lines[0]) < 1000, lines[0]
-        for advice in ('remove', 'delete', 'Traceback', '.py, line'):
+        for advice in ('remove', 'delete', 'Traceback', '.py, line', '.;', '..;'):
             assert advice not in lines[0]
         return lines[0]
     return run
@@ -130,6 +131,8 @@ WRITERS = {
     'convert --reverse': ('convert', 'w.pt', '--reverse', '-o', 'OUT'),
     'demo': ('demo', '--output', 'OUT'),
     'show': (*SHOW, '--output', 'OUT'),
+    'pretrain': (*PRETRAIN[:-1], 'OUT'),
+    'detect': (*DETECT[:-1], 'OUT'),
     'bench --plot': (*BENCH, '--plot', 'OUT'),
     'bench --record': (*BENCH, '--record', 'OUT'),
     'evidence --record': ('evidence', 'pretraining', '--record', 'OUT'),
@@ -138,7 +141,9 @@ WRITERS = {
 
 @pytest.mark.parametrize('writer', WRITERS)
 def test_output_that_cannot_be_written_is_named(writer, refused, files):
-    kinds = ['images', 'pipe', 'junk/file.png', 'x' * 300 + '.png']
+    kinds = ['pipe', 'junk/file.png', 'x' * 300 + '.png']
+    kinds += [] if writer in ('pretrain', 'detect') else ['images']  # a folder may be there
+    kinds += [] if writer.endswith('--record') else ['link']  # a file takes the place of a link to nothing
     kinds += ['new/file.png'] if writer.endswith(('--plot', '--record', 'show')) else []  # others make the folder
     for kind in kinds:
         assert kind in refused([arg.replace('OUT', kind) for arg in WRITERS[writer]])
@@ -192,6 +197,7 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--batch'): ('0', '-1', 'x'),
     ('bench', '--dtype'): ('int8',),
     ('bench', '--mode'): ('fast',),
+    ('bench', '--templates'): ('-1', '0', 'x'),
     ('bench', '--repeats'): ('0', '2', '-1', 'x'),
     ('bench', '--warmup'): ('0', '-1'),
     ('bench', '--threads'): ('0', '-1', str(10 ** 6), str(10 ** 20)),

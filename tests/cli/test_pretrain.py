@@ -44,7 +44,7 @@ def test_file_gives_defaults_and_the_command_line_wins(tmp_path):
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    ('epoch: 7', 'has settings that do not exist: epoch.'),
+    ('epoch: 7', 'has settings that do not exist: epoch; see'),
     ('- 7', 'does not hold settings'),
     ('a: b: c', 'cannot be read'),
     (None, 'not a regular file'),

@@ -14,6 +14,7 @@ from timm_itpn.cli import main
 from timm_itpn.detection.evaluate import NAMES
 from timm_itpn.detection.model import mask_rcnn
 from timm_itpn.engine.run import Run
+from timm_itpn.tools.convert import convert
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -100,6 +101,11 @@ def test_checkpoint_and_backbone_load_elsewhere(whole):
             state[f'backbone.body.model.{key}'], value)
 
 
+def test_backbone_says_what_it_was_created_with(whole, tmp_path):
+    convert(whole / 'backbone.safetensors', tmp_path / 'out', verify=True)
+    assert json.loads((tmp_path / 'out' / 'config.json').read_text())['model_args']['num_heads'] == 1
+
+
 def test_checkpoint_is_measured_with_the_settings_of_its_run(data, whole, capsys):
     path = str(whole / 'checkpoint-00000004.pt')
     assert main(['detect', '--data-dir', str(data), '--evaluate', path, '--device', 'cpu', '-j', '0']) == 0
@@ -133,6 +139,7 @@ def test_broken_and_missing_images_are_skipped_and_told(data, tmp_path, capsys, 
     (('--val-split', 'test'), r'there is no .*instances_test.json. Name another, or another split with --val-split'),
     (('--model', 'fast_itpn_tiny'), 'use a model whose name ends in _fpn'),
     (('--model-kwargs', 'foo=1'), 'The detector with fast_itpn_tiny_fpn cannot be created: TypeError'),
+    (('--model-kwargs', 'drop_path_rate=0'), 'The detector with fast_itpn_tiny_fpn cannot be created: TypeError'),
     (('--detector-kwargs', 'foo=1'), "The detector has no argument 'foo'"),
     (('--crop-sides', '9', '8'), 'the smaller one comes first'),
     (('--warmup-epochs', '2'), '--epochs 2 end within the warm-up'),

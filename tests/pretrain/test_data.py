@@ -128,15 +128,27 @@ class Stream:
 def test_streams_give_the_same_samples_again_and_others_in_the_next_epoch(tmp_path):
     images = [Image.open(file) for file, _ in open_dataset('', write_images(tmp_path), 'train')]
     data = StreamedSamples(Stream(images), maker(), rank=0, workers=2)
-    first, again = list(data), list(data)
+    first, again = ([sample for sample, _ in data] for _ in range(2))
     data.epoch = 1
-    other = list(data)
+    other = [sample for sample, _ in data]
     assert len(first) == len(images) == len(other)
     assert all(torch.equal(a['images'], b['images']) and torch.equal(a['masked'], b['masked'])
                for a, b in zip(first, again))
     assert not torch.equal(first[0]['images'], other[0]['images'])
     batches = list(Batches(data, 4, workers=2).epoch(0))
     assert sum(len(batch['images']) for batch in batches) == 16  # each worker reads all of a stream that is not split
+
+
+def test_images_of_a_stream_that_cannot_be_read_are_replaced_and_named(tmp_path):
+    """By the one before."""
+    (tmp_path / 'cut.png').write_bytes((write_images(tmp_path) / 'train' / 'class0' / '000.png').read_bytes()[:-100])
+    whole, bad = Image.new('RGB', (40, 40), 'red'), Image.new('F', (4, 4))
+    data = StreamedSamples(Stream([bad, bad, whole, Image.open(tmp_path / 'cut.png'), bad]), maker(), 0, 0)
+    batch, = Batches(data, 5).epoch(0)
+    assert [len(names) for names in batch['unreadable']] == [1, 1, 0, 1, 1] and batch['images'].shape[0] == 5
+    assert batch['unreadable'][3] == ['image 4 of worker 0 (OSError)']
+    with pytest.raises(RuntimeError, match='The data cannot be read on after 1 images: '):
+        list(StreamedSamples(Stream(map(Image.Image.copy, [whole, None])), maker(), 0, 0))
 
 
 @pytest.mark.parametrize(('mode', 'value', 'expected'), [
@@ -185,6 +197,7 @@ def test_images_that_cannot_be_read_are_replaced_and_named(tmp_path):
         'h_ppm.png': b'P6 -4 4 255\n', 'i_dds.png': b'DDS ' + 200 * b'\1'}
     for name, content in bad.items():
         (folder / name).write_bytes(content)
+    (folder / os.fsdecode(b'l_\xff\x1b[2J.png')).write_bytes(b'')
     os.mkfifo(folder / 'j_pipe.png')
     (folder / 'k_link.png').symlink_to('nothing')
     data = Replacing(samples(tmp_path))
@@ -193,7 +206,7 @@ def test_images_that_cannot_be_read_are_replaced_and_named(tmp_path):
         sample, unreadable = data[i]
         assert sample['images'].shape == (3, 64, 64)
         names.update(name.split(' (')[0] for name in unreadable)
-    assert names == {f'class0/{name}' for name in (*bad, 'j_pipe.png', 'k_link.png')}
+    assert names == {f'class0/{name}' for name in (*bad, 'j_pipe.png', 'k_link.png', r'l_\udcff\x1b[2J.png')}
     first = [data[i][0]['images'] for i in (15, 16)]
     assert all(torch.equal(data[i][0]['images'], image) for i, image in zip((15, 16), first))
 

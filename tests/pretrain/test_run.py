@@ -11,6 +11,7 @@ import filelock
 import pytest
 import timm
 import torch
+from PIL import Image
 from support.pretrain_runs import (
     MFM,
     MODEL_KWARGS,
@@ -31,6 +32,7 @@ from timm_itpn.engine.checkpoints import Checkpoints, load
 from timm_itpn.engine.run import Run
 from timm_itpn.pretrain import OBJECTIVE_NAMES
 from timm_itpn.pretrain.task import pretrain
+from timm_itpn.tools.convert import convert
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -161,6 +163,14 @@ def test_models_take_what_was_learned(name, whole, kwargs_of):
                 assert torch.equal(state[key], value), key
 
 
+@pytest.mark.parametrize(('file', 'model'), [('pretrained.safetensors', None), ('pretrained.pth', 'fast_itpn_tiny')])
+def test_files_say_what_the_model_was_created_with(file, model, whole, tmp_path):
+    convert(whole('pixel') / file, tmp_path / 'out', model, verify=True)
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['architecture'] == 'fast_itpn_tiny' and config['pretrained_cfg']['input_size'] == [3, 64, 64]
+    assert config['model_args'].items() >= {**MODEL_KWARGS, 'depths': [1, 1, 2]}.items()
+
+
 @pytest.mark.parametrize('name', OBJECTIVE_NAMES)
 def test_files_of_a_run(name, whole):
     assert {path.name for path in whole(name).iterdir()} - {'.lock'} == {
@@ -225,6 +235,23 @@ def test_other_settings_are_refused_and_listed(more, message, data, copied):
     assert before == contents(copied)
 
 
+def test_settings_are_the_same_however_they_are_written(data, copied, tmp_path):
+    """A tuple of the command line, a list of a YAML file; and processes are no option."""
+    (tmp_path / 'x.yaml').write_text(json.dumps({'model_kwargs': MODEL_KWARGS}))
+    argv = command(data, copied, '--resume', 'auto', '-c', str(tmp_path / 'x.yaml'))
+    at = argv.index('--model-kwargs')
+    del argv[at:at + 1 + len(MODEL_KWARGS)]
+    args = parse(argv)
+    assert args.model_kwargs == {**MODEL_KWARGS, 'depths': [1, 1, 2]}
+    assert pretrain(args)['num_updates'] == 8
+    path = Checkpoints(copied, 1).paths()[-1]
+    state = load(path)
+    state['settings']['world_size'] = 2
+    torch.save(state, path)
+    with pytest.raises(ValueError, match='other settings: the number of processes was 2, now 1. Use'):
+        pretrain(parse(argv))
+
+
 def test_what_may_change_does_and_is_told(data, copied, capsys):
     more = ('--lr', '1e-4', '--amp', '--amp-dtype', 'float16', '--workers', '1', '--clip-grad', '1')
     assert run(data, copied, *more, '--resume', 'auto')['num_updates'] == 8
@@ -282,7 +309,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, copied, 
     path, _ = folder.newest('auto')
     told = capsys.readouterr().err
     assert path.name == 'checkpoint-00000004.pt' and 'checkpoint-00000005.pt is ' in told
-    assert told.count('\n') == 1 and told.endswith('going on from the one before.\n')
+    assert told.count('\n') == 1 and told.startswith('going on from the one before, because ') and '.;' not in told
 
 
 def test_run_goes_on_from_the_checkpoint_before_and_keeps_the_damaged_one(data, left_alone, copied, capsys):
@@ -320,11 +347,12 @@ def test_named_checkpoint_is_gone_on_from_in_its_own_folder_or_a_new_one(data, c
         run(data, copied, '--resume', 'auto')
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(data, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(data, tmp_path, capsys):
     with pytest.raises(RuntimeError, match='The loss is nan in epoch .* Lower --lr'):
         run(data, tmp_path / 'run', '--lr', '1e30', '--clip-grad', '0', '--warmup-epochs', '0')
     batch = torch.load(tmp_path / 'run' / 'not_finite-0.pt', weights_only=True)
     assert batch['images'].shape == (4, 3, 64, 64) and batch['masked'].dtype == torch.bool
+    assert capsys.readouterr().err.endswith('\n')  # of the progress bar, before the sentence
 
 
 @pytest.mark.parametrize('last', [6, 8])
@@ -375,6 +403,18 @@ def test_folder_has_one_run_at_a_time(data, copied, monkeypatch):
     assert before == contents(copied)
 
 
+def test_unreadable_images_of_a_stream_are_skipped_and_counted(data, tmp_path, monkeypatch, capsys):
+    images = [Image.new('F' if i == 3 else 'RGB', (40, 40)) for i in range(10)]
+
+    class Stream:
+        set_loader_cfg = set_epoch = lambda *_, **__: None
+        __len__, __iter__ = lambda _: len(images), lambda _: ((image, 0) for image in images)
+
+    monkeypatch.setattr('timm_itpn.pretrain.task.open_dataset', lambda *_, **__: Stream())
+    assert run(data, tmp_path / 'run', '--batch-size', '5', '--workers', '1')['skipped'] == 4
+    assert 'epoch 3: 1 images were skipped because they cannot be read, image 4 of worker 0' in capsys.readouterr().err
+
+
 def test_unreadable_images_are_skipped_and_counted(tmp_path, capsys):
     data = write_images(tmp_path / 'data')
     (data / 'train' / 'class0' / '004.png').write_bytes(b'no image')
@@ -403,6 +443,11 @@ def test_too_few_images_are_refused(data, tmp_path):
     (('--teacher', TEACHER), 'The objective pixel takes no teacher: leave out --teacher'),
     (('--objective-kwargs', 'width=3'), "The objective pixel cannot be created: .*'width'"),
     (('--model-kwargs', 'foo=1'), "The student fast_itpn_tiny cannot be created: TypeError .*'foo'"),
+    (('--model-kwargs', 'img_size=32'), "The student fast_itpn_tiny cannot be created: TypeError .*'img_size'"),
+    (('--model-kwargs', 'features_only=True'), 'The student fast_itpn_tiny cannot be created: AttributeError'),
+    (('--model-kwargs', 'checkpoint_path=/nosuch'), 'The student fast_itpn_tiny cannot be created: FileNotFoundError'),
+    (('--objective-kwargs', 'student=3'), "The objective pixel cannot be created: TypeError .*'student'"),
+    (('--teacher-path', 'nosuch'), '--teacher-path and .* are of a teacher: name it with --teacher'),
     (('--model-kwargs', 'depths=3'), 'The student fast_itpn_tiny cannot be created: TypeError'),
     (('--objective', 'clip', '--objective-kwargs', '--teacher', 'resnet18'), 'The teacher resnet18 cannot be created'),
     (('--objective', 'clip', '--objective-kwargs', '--teacher', 'nosuch'), 'The teacher nosuch cannot be created'),

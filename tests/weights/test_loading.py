@@ -323,7 +323,8 @@ def test_native_weights_that_are_loaded_as_they_are_get_a_warning(caplog):
         weights = {'model.' + key: value for key, value in model.state_dict().items()}
         weights['model.head.fc.bias'] = ODD[odd][0](weights['model.head.fc.bias'])
         caplog.clear()
-        with warnings.catch_warnings(action='ignore'):  # of torch, about complex numbers
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of torch, about complex numbers
             torch.nn.ModuleDict(dict(model=model)).load_state_dict(weights)
         assert re.search(f'cannot be right: head.fc.bias .*{ODD[odd][1]}', caplog.text)
         model.reset_classifier(5)

@@ -379,6 +379,31 @@ def test_tensors_that_reach_out_of_their_storage_are_refused(offset, size, strid
         read_contents(tmp_path / 'bad', meta)
 
 
+EXPANDED = (  # 99,999 values, of one in the file
+    b'ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x08tQ'
+    b'K\x00J\x9f\x86\x01\x00\x85K\x00\x85\x89}tR')
+
+
+@pytest.mark.parametrize(('pickled', 'refused'), [
+    (EXPANDED, False), (b'}' + EXPANDED + b'Ns', False), (EXPANDED + b'(' + EXPANDED + b'\x90', True),
+    (EXPANDED + b'NK\x01s', True), (EXPANDED + b'(NK\x01u', True), (EXPANDED + b'(' + EXPANDED + b'K\x00))tb', True),
+    (b'cbuiltins\nset\n' + EXPANDED + b'\x85R', True), (b'ccollections\nOrderedDict\n' + EXPANDED + b'\x85\x85R', True),
+    (b'cx\ny\n' + EXPANDED + b'R', True), (b'cx\ny\n' + EXPANDED + b'\x81', True),
+    (EXPANDED.replace(b'\x85K\x00\x85', b'\x85' + EXPANDED), True),
+], ids=['value', 'key', 'add', 'set item', 'set items', 'build', 'set', 'pair', 'arguments', 'new', 'size'])
+def test_pickle_may_hold_tensors_and_not_compute_with_them(pickled, refused, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'w.pt', 'w') as archive:
+        archive.writestr('w/data.pkl', b'\x80\x04' + pickled + b'.')
+        archive.writestr('w/data/0', bytes(32))
+    if not refused:
+        tree = read_contents(tmp_path / 'w.pt').tree
+        assert type(tree if isinstance(tree, torch.Tensor) else next(iter(tree))) is torch.Tensor
+        return
+    with pytest.raises(ValueError, match='is truncated, damaged or not a weight file') as error:
+        read_contents(tmp_path / 'w.pt')
+    assert 'an operation on a tensor' in str(error.value.__cause__)
+
+
 def holding_itself():
     knot = []
     knot.append([{'again': knot}])

@@ -89,8 +89,6 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
     height, width = case.img_size
     if min(height, width) < _STRIDE or height % _STRIDE or width % _STRIDE:
         raise ValueError(f'images of {height} x {width} pixels are not usable: sides must be multiples of {_STRIDE}')
-    if case.batch < 1:
-        raise ValueError(f'batch {case.batch} is not usable: it must be at least 1')
     if candidates.baseline and not case.model.startswith('fast_itpn'):
         raise ValueError(f'{case.model} has no baseline, only fast_itpn_* models have one: leave out --baseline')
     if candidates.objective and (case.mode != 'train' or not case.pyramid or height != width):
@@ -104,8 +102,6 @@ def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> No
         raise ValueError('peers are classifiers: leave out --peers, or --pyramid and --templates')
     if rounds.repeats is not None and rounds.repeats < _MIN_REPEATS:
         raise ValueError(f'{rounds.repeats} repeats are too few for a median: ask for at least {_MIN_REPEATS}')
-    if rounds.warmup is not None and rounds.warmup < 1:
-        raise ValueError(f'{rounds.warmup} rounds of warm-up are too few: ask for at least 1')
     if case.mode == 'train' and candidates.fuse:
         raise ValueError('a fused model cannot be trained: leave out --fuse, or the mode train')
     if device == 'cuda' and not torch.cuda.is_available():

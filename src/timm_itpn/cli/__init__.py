@@ -3,20 +3,21 @@
 Results go to stdout, progress to stderr. Exit status: 0 done, 1 it could not be done, 2 the command line cannot be
 read, 130 interrupted, 141 nobody reads the output any more. Whatever goes wrong in a command becomes one line here.
 """
+import contextlib
 import io
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
+from ..checks import printable
 from ..engine.arguments import ConfigurableParser
 from . import bench, convert, demo, detect, evidence, inspect, pretrain, recipe, show
 from . import list as list_command  # list would hide Python's
-from .table import printable
 
 COMMANDS = (bench, convert, demo, detect, evidence, inspect, list_command, pretrain, recipe, show)
 
@@ -44,28 +45,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=_Parser)
     for command in COMMANDS:
         command.add_parser(subparsers)
-    _open_output()
-    try:
-        args = parser.parse_args(argv)
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'timm-itpn: its models')  # commands fail for the same reason, and say it
+    with _output(), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'timm-itpn: its models')  # commands fail for the same reason, and say it
+        try:
+            args = parser.parse_args(argv)
             args.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # such as that to `head`
-        return 141
-    except Exception as error:
-        print(f'timm-itpn: {_sentence(error)}', file=sys.stderr)
-        return 1
-    finally:
-        _give_up_output()
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # such as that to `head`
+            return 141
+        except Exception as error:
+            print(f'timm-itpn: {_sentence(error)}', file=sys.stderr)
+            return 1
     return 0
 
 
 def _sentence(error: Exception) -> str:
     """An error in one line; it may name keys of a file, so it is escaped."""
-    text = ' '.join(str(error).split())
+    text = str(error).strip()
+    if '\nOriginal Traceback (' in text:  # of a process that reads
+        text = text.splitlines()[-1].partition(': ')[2]
+    text = ' '.join(text.split())
     if not isinstance(error, _SAID) or not text:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f'{Path(last.filename).name}, line {last.lineno}'
@@ -73,16 +74,34 @@ def _sentence(error: Exception) -> str:
     return printable(text)
 
 
-def _open_output() -> None:
+class _Stderr:
+    """A stream for what a command tells meanwhile; where that cannot be written, it is lost, and the work goes on."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.stream, name)
+
+        def called(*args: Any) -> Any:
+            with contextlib.suppress(OSError):
+                return found(*args)
+        return called if name in ('write', 'flush') else found
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
     """Have a stdout and a stderr also where a shell has closed them, and a stdout for every file name."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, 'w') for stream in (sys.stdout, sys.stderr))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='surrogateescape')
-
-
-def _give_up_output() -> None:
-    """Let go of output that cannot be written, or Python complains about it at its end."""
+    stderr: Any = _Stderr(sys.stderr)
     try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.redirect_stderr(stderr):
+            yield
+    finally:
+        for stream in (sys.stdout, stderr.stream):
+            try:
+                stream.flush()
+            except OSError:  # Python would complain at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

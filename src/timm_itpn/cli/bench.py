@@ -13,6 +13,7 @@ from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Candidates, Case,
 from ..bench.rows import SPEEDUPS, Row, json_line, markdown, markdown_of_case, measured, read, record
 from ..bench.suites import SUITES
 from ..checks import check_output
+from ..engine.arguments import positive
 from ..pretrain import OBJECTIVE_NAMES
 
 _SUITE_REPLACES = (
@@ -29,7 +30,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group.add_argument(
         '--size', nargs='+', metavar='N', help='side of the images, or HEIGHTxWIDTH such as 800x1344 (default: 224)')
     group.add_argument(
-        '--batch', type=int, nargs='+', metavar='N', help='images per call (default: 8, in the mode latency 1)')
+        '--batch', type=positive, nargs='+', metavar='N', help='images per call (default: 8, in the mode latency 1)')
     group.add_argument('--dtype', nargs='+', choices=tuple(DTYPES), help='(default: float32)')
     group.add_argument(
         '--mode', nargs='+', choices=MODES,
@@ -40,7 +41,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
         help='backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier')
 
     group.add_argument(
-        '--templates', type=int, metavar='N',
+        '--templates', type=positive, metavar='N',
         help="images of half the side that are encoded with each, as trackers do; outputs are the large one's map")
 
     group = parser.add_argument_group('candidates', 'measured in turn with the model, which always takes part')
@@ -66,7 +67,7 @@ def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]'
     group = parser.add_argument_group('how')
     group.add_argument('--device', choices=('cpu', 'cuda'), help='(default: cpu)')
     group.add_argument('--repeats', type=int, metavar='N', help='rounds that count (default: by mode and device)')
-    group.add_argument('--warmup', type=int, metavar='N', help='rounds before them (default: by device)')
+    group.add_argument('--warmup', type=positive, metavar='N', help='rounds before them (default: by device)')
     group.add_argument('--threads', type=int, metavar='N', help="CPU threads (default: PyTorch's)")
     group.add_argument('--suite', choices=tuple(SUITES), help='a fixed list of cases, in place of all options above')
 

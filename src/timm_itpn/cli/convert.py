@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..checks import printable
 from .arguments import PREFIX_HELP, ROLE_HELP, height_width, sizes_of_roles
-from .table import printable
 
 DTYPES = ('float32', 'float16', 'bfloat16')
 
@@ -57,10 +57,9 @@ def run(args: argparse.Namespace) -> None:
     if args.reverse and of_folder:
         names = ', '.join(f'--{key.replace("_", "-")}' for key in of_folder)
         raise ValueError(f'{names} has no meaning with --reverse: leave it out')
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    img_size = height_width(args.img_size)
     options: dict[str, Any] = dict(
-        dtype=dtype, ema=args.ema, img_size=img_size, verify=args.verify, prefix=args.prefix)
+        dtype=getattr(torch, args.dtype) if args.dtype else None, ema=args.ema, img_size=height_width(args.img_size),
+        verify=args.verify, prefix=args.prefix)
     if args.reverse:
         report = revert(args.checkpoint, args.output, **options)
     else:

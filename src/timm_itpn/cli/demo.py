@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import check_device, require
+from ..engine.arguments import number, positive
 from ..files import created
 
 NUM_CLASSES = 10
@@ -22,8 +23,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--model', default='fast_itpn_tiny', help='any model of this package')
     parser.add_argument('--pretrained', action='store_true', help='start from the published weights')
     parser.add_argument('--img-size', type=int, default=32, help='side of the images in pixels, a multiple of 16')
-    parser.add_argument('--epochs', type=int, default=5, help=f'passes over the {NUM_TRAINING:,} training images')
-    parser.add_argument('--batch-size', type=int, default=64, help='images per update')
+    parser.add_argument('--epochs', type=positive, default=5, help=f'passes over the {NUM_TRAINING:,} training images')
+    parser.add_argument('--batch-size', type=number(1, NUM_TRAINING, int), default=64, help='images per update')
     parser.add_argument('--lr', type=float, default=5e-4, help='peak learning rate')
     parser.add_argument('--device', default='cpu', help='PyTorch device')
     parser.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation')
@@ -32,9 +33,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require('the demo', 'demo', 'sklearn', 'matplotlib', 'tqdm')
-    for name, most in (('epochs', sys.maxsize), ('batch_size', NUM_TRAINING)):
-        if not 1 <= getattr(args, name) <= most:
-            raise ValueError(f'--{name.replace("_", "-")} {getattr(args, name)}: give a number from 1 to {most}')
     check_device(args.device)
 
     import timm
@@ -88,10 +86,10 @@ def write_digits(folder: Path) -> None:
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(numbers, test_size=0.2, random_state=0, stratify=digits.target)
     for split, members in (('train', train), ('val', val)):
-        for number in members:
-            path = folder / split / str(digits.target[number]) / f'{number:04d}.png'
+        for member in members:
+            path = folder / split / str(digits.target[member]) / f'{member:04d}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
-            grey = np.round(digits.images[number] * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+            grey = np.round(digits.images[member] * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
             Image.fromarray(grey).save(path)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checks import printable
 from .arguments import PREFIX_HELP, ROLE_HELP, sizes_of_roles
-from .table import printable, two_columns
 
 MAX_LINES = 12
 LAYOUTS = {'official': "official (the authors' names)", 'native': 'native (the names of this package)'}
@@ -68,7 +68,10 @@ def table(facts: dict[str, Any]) -> str:
         ('problem', [facts['problem']] if facts['problem'] else []),
         ('notes', facts['notes']),
     ]
-    return two_columns((name, [printable(line) for line in lines]) for name, lines in rows)
+    shown = [(name, lines) for name, lines in rows if lines]
+    width = max(len(name) for name, _ in shown)
+    return '\n'.join(
+        f'{"" if i else name:<{width}}  {printable(line)}' for name, lines in shown for i, line in enumerate(lines))
 
 
 def with_args(args: dict[str, Any]) -> str:

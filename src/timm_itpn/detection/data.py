@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..checks import printable
 from ..engine.data import to_rgb
 from .coco import read_coco
 
@@ -41,12 +42,11 @@ class CocoDataset(Dataset):
         ids: Of the images, in the order of the samples.
         category_ids: In the order of the labels.
         num_classes: Categories and the background.
-        num_missing: Images that were skipped.
         fingerprint: What tells these data from others.
         epoch: Other epochs have other random numbers.
 
     Raises:
-        RuntimeError: An image cannot be read, or is not of the size that the file says.
+        RuntimeError: An image is not of the size that the file says. Pillow raises anything if it cannot be read.
         ValueError: The file cannot be used, or no image is there.
     """
 
@@ -61,13 +61,12 @@ class CocoDataset(Dataset):
         self.labels = {category: i for i, category in enumerate(self.category_ids, start=1)}
         self.ids = [number for number in sorted(self.coco.imgs) if self._path(number).is_file()]
         missing = sorted(self.coco.imgs.keys() - set(self.ids))
-        self.num_missing = len(missing)
         if not self.ids:
             raise ValueError(f'{image_dir} has none of the images of {annotations}: name the folder that they are in.')
         if missing:
             _logger.warning(
                 f'Skipped {len(missing)} of {len(self.coco.imgs)} images, which are missing, such as '
-                f'{self._path(missing[0])}.')
+                f'{printable(str(self._path(missing[0])))}.')
         checksum = zlib.crc32(repr(self.ids).encode(), zlib.crc32(annotations.read_bytes()))
         self.fingerprint = f'{len(self.ids)} images ({checksum:08x})'
         num_empty = sum(not self.coco.imgToAnns.get(number) for number in self.ids)
@@ -101,11 +100,8 @@ class CocoDataset(Dataset):
 
     def _image(self, number: int) -> tv_tensors.Image:
         path, row = self._path(number), self.coco.imgs[number]
-        try:
-            with Image.open(path) as file:
-                image = to_rgb(file)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
-            raise RuntimeError(f'{path} cannot be read as an image: {error}.') from error
+        with Image.open(path) as file:
+            image = to_rgb(file)
         if image.size != (row['width'], row['height']):
             raise RuntimeError(
                 f'{path} has {image.width} x {image.height} pixels, but its annotations are for {row["width"]} x '

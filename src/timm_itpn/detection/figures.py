@@ -33,7 +33,7 @@ def draw(path: Path, model: nn.Module, dataset: CocoDataset, num_images: int, de
     for index in range(len(dataset)):
         try:
             image, target = dataset[index]
-        except RuntimeError:  # of a file that cannot be read, which the evaluation names
+        except Exception:  # of a file that cannot be read, which the evaluation names
             continue
         output = model([image.to(device)])[0]
         output['masks'] = output['masks'][:, 0]

@@ -103,7 +103,7 @@ class DetectionTask(Task):
         for name, weights in (('detector', state_dict), ('backbone', backbone)):
             files[name] = folder / f'{name}.safetensors'
             with replaced(files[name]) as part:
-                save_file(weights, part, metadata={'format': 'pt', 'model': self.args.model})
+                save_file(weights, part, metadata=self.metadata())
         return files
 
 
@@ -132,12 +132,12 @@ def _complete(args: argparse.Namespace, dataset: CocoDataset) -> None:
 
 
 def _create_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
-    backbone = dict(drop_path_rate=args.drop_path, **args.model_kwargs)
-    if not args.evaluate:
-        backbone['pretrained'] = args.pretrained or bool(args.pretrained_path)
-        if args.pretrained_path:
-            backbone['pretrained_cfg_overlay'] = dict(file=args.pretrained_path)
     with creating(f'The detector with {args.model}'):
+        backbone = dict(drop_path_rate=args.drop_path, **args.model_kwargs)
+        if not args.evaluate:
+            backbone['pretrained'] = args.pretrained or bool(args.pretrained_path)
+            if args.pretrained_path:
+                backbone['pretrained_cfg_overlay'] = dict(file=args.pretrained_path)
         model = mask_rcnn(
             args.model, num_classes, backbone, args.head_dim, NORMS[args.head_norm], min_size=max(args.short_sides),
             max_size=args.max_side, box_batch_size_per_image=args.box_samples,

@@ -99,7 +99,7 @@ class _KeyValues(argparse.Action):
         for pair in values:
             key, equals, text = pair.partition('=')
             if not equals:
-                parser.error(f'{option_string}: {pair!r} is not an argument: write KEY=VALUE.')
+                parser.error(f'{option_string}: {pair!r} is not an argument: write KEY=VALUE')
             try:
                 pairs[key] = ast.literal_eval(text)
             except (SyntaxError, ValueError):  # a plain word
@@ -131,10 +131,10 @@ class ConfigurableParser(argparse.ArgumentParser):
         except (OSError, ValueError, yaml.YAMLError) as error:
             self.error(f'{path} cannot be read: {" ".join(str(error).split())}')
         if not isinstance(settings, dict):
-            self.error(f'{path} does not hold settings: write one `name: value` per line.')
+            self.error(f'{path} does not hold settings: write one `name: value` per line')
         unknown = [str(key) for key in settings if key not in known]
         if unknown:
-            self.error(f'{path} has settings that do not exist: {", ".join(unknown)}.')
+            self.error(f'{path} has settings that do not exist: {", ".join(unknown)}')
         options = []
         for key, value in settings.items():
             option = f'--{key.replace("_", "-")}'
@@ -145,5 +145,5 @@ class ConfigurableParser(argparse.ArgumentParser):
             elif value is not None and value is not False:
                 options.append(option if value is True else f'{option}={value}')
             elif value != self.get_default(key):
-                self.error(f'{path}: {key} cannot be {value}.')
+                self.error(f'{path}: {key} cannot be {value}')
         return options

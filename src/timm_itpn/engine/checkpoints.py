@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import filelock
 import torch
 
+from ..checks import check_folder
 from ..files import replaced
 from ..weights.read import UnreadableError, read_contents
 
@@ -36,8 +37,9 @@ class Checkpoints(NamedTuple):
             resume: 'auto', a file, or None to start.
 
         Raises:
-            ValueError: The folder holds a run that would be overwritten.
+            ValueError: The folder holds a run that would be overwritten, or cannot be one.
         """
+        check_folder(self.folder, '--output')
         paths = self.paths()[::-1]
         named = [] if resume in (None, 'auto') else [Path(str(resume))]
         if paths and (resume is None or named and named[0].resolve().parent != self.folder.resolve()):
@@ -60,7 +62,7 @@ class Checkpoints(NamedTuple):
             except (OSError, RuntimeError, ValueError) as error:
                 if path == paths[-1]:
                     raise
-                print(f'{error}; going on from the one before.', file=sys.stderr)
+                print(f'going on from the one before, because {str(error).removesuffix(".")}', file=sys.stderr)
         return None
 
     @contextmanager

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
+from ..checks import printable
+
 __all__ = ['NUM_OTHERS', 'Batches', 'Replacing', 'load', 'to_rgb']
 
 NUM_OTHERS = 40  # random samples that are tried in place of one; if half of all are whole, one of so many is
@@ -58,7 +60,7 @@ class Replacing(Dataset):
             try:
                 return self.samples[at], unreadable
             except Exception as error:  # whatever a file makes one of Pillow's many readers do
-                unreadable.append(f'{self.samples.name(at)} ({type(error).__name__})')
+                unreadable.append(printable(f'{self.samples.name(at)} ({type(error).__name__})'))
         return None, unreadable
 
     def collate(self, items: list[tuple[Any, list[str]]]) -> dict[str, Any]:
@@ -70,15 +72,14 @@ class Replacing(Dataset):
 
 def load(samples: Any, **options: Any) -> DataLoader:
     """A loader that does not touch the generator which a model draws from."""
-    collate = getattr(samples, 'collate', None)
-    return DataLoader(samples, collate_fn=collate, generator=torch.Generator(), **options)
+    return DataLoader(samples, collate_fn=getattr(samples, 'collate', None), generator=torch.Generator(), **options)
 
 
 class Batches:
     """The batches of one process; all processes together see each sample at most once per epoch.
 
     Args:
-        samples: Data set with `seed` and `epoch`; what `Replacing` takes, or an iterable one, which has no order.
+        samples: Data set with `seed` and `epoch`; what `Replacing` takes, or an iterable one of what it gives.
         batch_size: Samples of one process per batch.
         workers: Processes that read, 0 for none.
         rank: Of the process.

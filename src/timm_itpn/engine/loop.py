@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,13 @@ def train(args: argparse.Namespace, create: Create) -> dict[str, Any]:
             if args.rank == 0:
                 if found is not None:
                     checkpoints.set_aside(found[0])
-                (args.output / 'args.json').write_text(json.dumps(run.settings, indent=2) + '\n', encoding='utf-8')
-            log = Log(run)
-            while run.epoch < args.epochs:
-                last = run_epoch(run, checkpoints, log)
-                if args.figure_interval and run.epoch % args.figure_interval == 0 and args.rank == 0:
-                    task.draw(args.output / f'epoch-{run.epoch:04d}.png', last)
-                _save(run, checkpoints)
-            log.close()
+                (args.output / 'args.json').write_text(json.dumps(run.settings, indent=2, default=str) + '\n')
+            with closing(Log(run)) as log:
+                while run.epoch < args.epochs:
+                    last = run_epoch(run, checkpoints, log)
+                    if args.figure_interval and run.epoch % args.figure_interval == 0 and args.rank == 0:
+                        task.draw(args.output / f'epoch-{run.epoch:04d}.png', last)
+                    _save(run, checkpoints)
             result = _export(run)
             if result and args.checkpoint_hist is None:
                 checkpoints.prune(1)

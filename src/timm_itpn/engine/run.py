@@ -1,5 +1,6 @@
 """A training run: task, batches, optimizer and schedule, their state, and one step."""
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ __all__ = ['Run']
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # every process has to ask, the first gets the state
 MAX_UNREADABLE = 0.5  # share of the images of an epoch
+NAMES = {'data': '', 'world_size': 'the number of processes'}  # of settings that are no options
 
 
 class Run:
@@ -148,8 +150,8 @@ class Run:
         Raises:
             ValueError: It is of a run with other settings or other images; they are listed.
         """
-        was, now = state['settings'], self.settings
-        changed = {key: f'--{key.replace("_", "-")} was {was.get(key)!r}, now {now.get(key)!r}'
+        was, now = (json.loads(json.dumps(each, default=str)) for each in (state['settings'], self.settings))
+        changed = {key: f'{NAMES.get(key, "--" + key.replace("_", "-"))} was {was.get(key)!r}, now {now.get(key)!r}'
                    for key in sorted({*was, *now}) if was.get(key) != now.get(key)}
         data = changed.pop('data', None)
         told = [changed.pop(key) for key in CHANGEABLE + self.task.CHANGEABLE if key in changed]
@@ -157,7 +159,7 @@ class Run:
             raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed.values())}. Use those, or '
                              'start anew.')
         if data and not self.args.changed_data:
-            raise ValueError(f'{path} is of a run with other data: {data.removeprefix("--data ")}. Name those with '
+            raise ValueError(f'{path} is of a run with other data:{data}. Name those with '
                              '--data-dir, or begin the epoch again with these by --changed-data.')
         if told and self.args.rank == 0:
             print(f'going on with other settings: {"; ".join(told)}', file=sys.stderr)

@@ -1,4 +1,5 @@
 """What kinds of training differ in: the model, its loss and data, its figures, and what is measured and written."""
+import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,6 +69,11 @@ class Task(TrainingTask):
         """Write a PNG of what the model predicts, perhaps for a batch."""
         raise NotImplementedError  # every kind has its own
 
+    def metadata(self) -> dict[str, str]:
+        """For the header of a safetensors file: what the model was created with, by timm's names."""
+        said = {key: vars(self.args)[key] for key in ('model', 'model_kwargs', 'img_size') if key in self.args}
+        return {'format': 'pt', 'model': self.args.model, 'args': json.dumps(said, default=str)}
+
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
         """Write the weights at the end of a run; gives the files by what they are."""
         raise NotImplementedError  # every kind has its own
@@ -78,6 +84,6 @@ def creating(what: str) -> Iterator[None]:
     """Whatever unsuitable arguments make a constructor raise is a ValueError with a sentence."""
     try:
         yield
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError) as error:
         why = ' '.join(str(error).split())[:300]
         raise ValueError(f'{what} cannot be created: {type(error).__name__} {why}') from error

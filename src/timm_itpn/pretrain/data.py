@@ -20,7 +20,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from ..checks import check_regular_file
-from ..engine.data import to_rgb
+from ..engine.data import Replacing, to_rgb
 
 __all__ = ['SampleMaker', 'Samples', 'StreamedSamples', 'View', 'fingerprint', 'open_dataset']
 
@@ -97,27 +97,35 @@ class Samples(Dataset):
         return getattr(self.source, 'filename', 'image {}'.format)(index)
 
 
-class StreamedSamples(IterableDataset):
+class StreamedSamples(IterableDataset, Replacing):
     """Samples, in an epoch, of a dataset of timm that can only be read from its start, as WebDataset's.
 
-    Everything random follows from seed, epoch, process, worker and count.
+    Everything random follows from seed, epoch, process, worker and count. The last whole image, or a black one, takes
+    the place of one that cannot be read.
     """
 
     def __init__(self, dataset: Any, make: SampleMaker, rank: int, workers: int):
+        super().__init__(dataset)
         dataset.set_loader_cfg(num_workers=max(1, workers))
-        self.dataset = dataset
         self.make = make
         self.rank = rank
         self.epoch = 0
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        self.dataset.set_epoch(self.epoch)
-        for count, (image, _) in enumerate(self.dataset):
-            yield self.make(to_rgb(image), self.epoch, self.rank, 0 if worker is None else worker.id, count)
+    def __iter__(self) -> Iterator[tuple[Sample, list[str]]]:
+        """Samples, each with the name of the image that it takes the place of, if it does."""
+        number = (self.epoch, self.rank, getattr(get_worker_info(), 'id', 0))
+        self.samples.set_epoch(self.epoch)
+        count, whole = 0, Image.new('RGB', (1, 1))
+        try:
+            for count, (image, _) in enumerate(self.samples, 1):
+                names: list[str] = []
+                try:
+                    whole = to_rgb(image)
+                except Exception as error:  # as in `Replacing`
+                    names = [f'image {count} of worker {number[-1]} ({type(error).__name__})']
+                yield self.make(whole, *number, count - 1), names
+        except Exception as error:  # whatever reads the stream raises
+            raise RuntimeError(f'The data cannot be read on after {count} images: {error}.') from error
 
 
 class Folder(ReaderImageFolder):

@@ -1,4 +1,5 @@
 """The weights at the end of a run, as files that models load."""
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ BRANCH = 'cls_pt_layers.'  # the auxiliary branch of `clip-distill`, whose block
 BRANCH_NAMES = {native: official for native, (official,) in ITPN.attention_block.items()}
 
 
-def export(folder: Path, state_dict: StateDict, model: str) -> dict[str, Path]:
-    """Write the weights of an objective in both layouts, with the name of the model; gives the files by layout."""
+def export(folder: Path, state_dict: StateDict, metadata: dict[str, str]) -> dict[str, Path]:
+    """Write the weights of an objective in both layouts, with what they are; gives the files by layout."""
     files = {'native': folder / 'pretrained.safetensors', 'official': folder / 'pretrained.pth'}
     native = native_weights(state_dict)
     with replaced(files['native']) as part:
-        save_file(native, part, metadata={'format': 'pt', 'model': model})
-    save({'model': {key: value.clone() for key, value in native_to_official(native).items()}}, files['official'])
+        save_file(native, part, metadata=metadata)
+    official = {key: value.clone() for key, value in native_to_official(native).items()}
+    save({'model': official, 'args': json.loads(metadata['args'])}, files['official'])
     return files
 
 

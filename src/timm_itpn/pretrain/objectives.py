@@ -3,7 +3,6 @@ from typing import Any
 
 import timm
 
-from ..engine.task import creating
 from ..models import check_name
 from . import OBJECTIVE_NAMES
 from .base import Objective
@@ -27,13 +26,12 @@ def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> S
         kwargs: For the model.
 
     Raises:
-        ValueError: There is no such model, or an argument is not usable.
+        ValueError: There is no such model. Constructors raise anything for arguments that are not usable.
     """
     check_name(name)
     family: Any = timm.create_model(name, device='meta').family
     needs = OBJECTIVES[objective].STUDENT.get(family, {})
-    with creating(f'The student {name}'):
-        student: Any = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
+    student: Any = timm.create_model(name, img_size=img_size, num_classes=0, **{**needs, **kwargs})
     if student.pyramid is not None:
         student.prune_intermediate_layers([0, 1, 2])  # the head; the pyramid stays
     return student
@@ -52,8 +50,8 @@ def create_objective(
         kwargs: For the objective.
 
     Raises:
-        ValueError: The objective needs a teacher, or takes none; an argument is unknown; the student does not fit; or
-            there are not so many tokens.
+        ValueError: The objective needs a teacher, or takes none; the student does not fit; or there are not so many
+            tokens.
     """
     cls = OBJECTIVES[name]
     if cls.TEACHER and teacher_dim is None:
@@ -69,5 +67,4 @@ def create_objective(
     if cls.TEACHER:
         kwargs['teacher_dim'] = teacher_dim
     initialise(student)
-    with creating(f'The objective {name}'):
-        return cls(student, num_masked, **kwargs)
+    return cls(student, num_masked, **kwargs)

@@ -85,22 +85,26 @@ class PretrainTask(Task):
         draw(path, self.model, self.views[0], batch, self.target(batch))
 
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
-        return export(folder, state_dict, self.args.model)
+        return export(folder, state_dict, self.metadata())
 
 
 def _create(args: argparse.Namespace) -> tuple[Objective, Teacher | None]:
     """Student with objective, and teacher."""
-    student = create_student(
-        args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
+    with creating(f'The student {args.model}'):
+        student = create_student(
+            args.model, args.objective, args.img_size, drop_path_rate=args.drop_path, **args.model_kwargs)
     student.set_grad_checkpointing(args.grad_checkpointing)
     teacher: Teacher | None = None
     if args.teacher is not None:
         with creating(f'The teacher {args.teacher}'):
             teacher = create_teacher(
                 args.teacher, student.patch_embed.grid_size, args.teacher_img_size, args.teacher_path or '')
-    return create_objective(
-        args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim,
-        **args.objective_kwargs), teacher
+    elif args.teacher_path or args.teacher_img_size:
+        raise ValueError('--teacher-path and --teacher-img-size are of a teacher: name it with --teacher.')
+    with creating(f'The objective {args.objective}'):
+        return create_objective(
+            args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim,
+            **args.objective_kwargs), teacher
 
 
 def _view(model: Any, size: tuple[int, int]) -> View:

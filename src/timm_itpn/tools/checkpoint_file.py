@@ -90,7 +90,7 @@ def open_checkpoint(
     origin = {name: metadata.get(key, '') for name, key in (('file', 'source'), ('sha256', 'source_sha256'))}
     config = path.with_name(CONFIG)
     has_config = path.name == WEIGHTS and config.is_file()
-    said = from_config(config) if has_config else from_training(tree.get('args'))
+    said = from_config(config) if has_config else from_training(metadata.get('args', tree.get('args')))
     layout, trained_as = layout_of(state_dict), plain_name(said.model.partition('.')[0])
     is_ours = layout == 'native' and is_model_in_modules(trained_as, MODULES)
     return Checkpoint(

@@ -28,7 +28,6 @@ __all__ = ['inspect']
 MAX_KEYS = 8
 MAX_TEXT = 200
 
-
 Roles = Mapping[str, tuple[int, int]]
 
 

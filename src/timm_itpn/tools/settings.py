@@ -3,6 +3,7 @@
 timm's `train.py` leaves its arguments in the file, a converted folder has a config. Both may be from anyone, so values
 are checked, and nothing that would load or fetch a file is taken.
 """
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -63,12 +64,14 @@ def check_data(data: dict[str, Any], in_chans: int, source: str) -> None:
 
 
 def from_training(args: Any) -> Settings:
-    """The arguments of timm's `train.py`, an `argparse.Namespace` or a dict; what is None or empty is the default.
+    """The arguments of timm's `train.py`, a `Namespace`, a dict or JSON; what is None or empty is the default.
 
     Raises:
         ValueError: The arguments of the model cannot be read.
     """
     source = "the checkpoint's args"
+    with contextlib.suppress(RecursionError, TypeError, ValueError):
+        args = json.loads(args)
     said = args if isinstance(args, dict) else vars(args) if isinstance(args, StandIn) else {}
     wanted = (*DATA, 'model', 'model_kwargs', 'gp', 'img_size', 'input_size', 'class_map')
     found: dict[str, Any] = {key: value for key in wanted if (value := _plain(said.get(key)))}

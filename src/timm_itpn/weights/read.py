@@ -161,6 +161,14 @@ class _Dict(dict):
         pass
 
 
+class _Tensor(torch.Tensor):
+    """A tensor while the pickle is read, which may not compute with it: a few bytes can be expanded to any size."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise ValueError('an operation on a tensor')
+
+
 # where on the stack the keys are that an operation puts into a dict or a set
 KEYS = {
     pickle.SETITEM[0]: slice(-2, -1), pickle.SETITEMS[0]: slice(None, None, 2), pickle.DICT[0]: slice(None, None, 2),
@@ -198,6 +206,7 @@ class _Unpickler(pickle._Unpickler):
         self.storages: dict[str, torch.UntypedStorage] = {}
         self.num_operations = 0
         self.stand_ins: dict[str, type[StandIn]] = {}
+        self.tensors: list[torch.Tensor] = []
         self.rebuilt: dict[str, Any] = {
             'torch._utils._rebuild_tensor': self.tensor,
             'torch._utils._rebuild_tensor_v2': self.tensor,
@@ -213,6 +222,12 @@ class _Unpickler(pickle._Unpickler):
             'builtins.frozenset': self.frozenset,
             '__builtin__.frozenset': self.frozenset,
         }
+
+    def load(self) -> Any:
+        tree = super().load()
+        for tensor in self.tensors:
+            tensor.__class__ = torch.Tensor
+        return tree
 
     def count(self, number: int, keys: Iterable[Any] = ()) -> None:
         """Count operations, and what it takes to hash keys and to compare them."""
@@ -262,7 +277,10 @@ class _Unpickler(pickle._Unpickler):
         end = offset + 1 + sum((length - 1) * step for length, step in zip(size, stride)) if all(size) else 0
         if min((offset, *size, *stride)) < 0 or end * dtype.itemsize > storage.data.nbytes():
             raise ValueError('a tensor that is not within its storage')
-        return torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, size, stride)
+        tensor = torch.empty(0, dtype=dtype, device=storage.data.device).set_(storage.data, offset, size, stride)
+        tensor.__class__ = _Tensor
+        self.tensors.append(tensor)
+        return tensor
 
     def tensor_with_attributes(self, function: Any, kind: Any, args: Any, *_: Any) -> Any:
         return function(*args)  # something that find_class or a call of it gave
