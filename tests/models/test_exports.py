@@ -58,7 +58,7 @@ def test_onnx_runtime_agrees(name, how, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows
-@pytest.mark.parametrize('name, acceleration', zip(PYRAMIDS, ({}, FULL)))
+@pytest.mark.parametrize('name, acceleration', list(zip(PYRAMIDS, ({}, FULL))))
 def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_built_for(name, acceleration, tmp_path):
     model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY | acceleration)
     x, path = images(1, 3, 64, 64), tmp_path / 'model.onnx'

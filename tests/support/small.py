@@ -28,11 +28,18 @@ def reduce_models(names, monkeypatch):
     """Models of these names become small, as if they were registered so."""
     from timm_itpn.tools import match
 
-    monkeypatch.setattr(match, '_default', match._default.__wrapped__)  # or it would keep these for other tests
+    monkeypatch.setattr(match, '_default', _default_of_reduced(tuple(names)))  # or it would keep these for other tests
     sizes = {key: SMALL[key] for key in ('embed_dim', 'depths', 'num_heads')}
     for name in names:
         create = functools.partial(timm.models.model_entrypoint(name), **sizes)
         monkeypatch.setitem(timm.models._registry._model_entrypoints, name, create)
+
+
+@functools.cache
+def _default_of_reduced(names):
+    """What the tools keep of models, while those of these names are small."""
+    from timm_itpn.tools import match
+    return functools.cache(match._default.__wrapped__)
 
 
 def images(*shape, dtype=torch.float32):
