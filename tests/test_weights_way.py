@@ -18,8 +18,7 @@ from timm_itpn.weights.layout import native_to_official
 GOLDENS = {'fast_itpn_tiny_fpn': 'fast_itpn_tiny_mim'}  # full size
 NAMES = [
     *timm.list_models(module=MODULES),
-    'itpn_base.clip_in1k', 'itpn_base.pixel_in1k', 'itpn_large.clip_in1k', 'itpn_large.pixel_in1k',
-    'itpn_base_fpn.clip_in1k', 'itpn_base_fpn.pixel_in1k',
+    'itpn_base.clip_in1k', 'itpn_base_fpn.pixel_in1k',
 ]
 CASES = [(name, 'float16', True) for name in NAMES] + [(name, 'float32', False) for name in GOLDENS]
 

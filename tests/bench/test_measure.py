@@ -68,6 +68,7 @@ def test_module_against_ours_may_return_anything(tmp_path):
     assert row.output_error is None and row.speedup_over_ours > 0 and row.gflop_per_image > 0
 
 
+@pytest.mark.slow  # importing everything once more
 def test_case_in_a_process_of_its_own_has_the_same_threads():
     row, = measure_alone(CASE, Candidates(), QUICK, 'cpu')
     assert row.machine.threads == 1 and row.case == CASE

@@ -52,9 +52,9 @@ FAILS = [
 
 @pytest.fixture(scope='module')
 def photo():
-    """Every third pixel of a part of the photograph, (1, 3, 64, 96), standardised."""
+    """Every third pixel of a part of the photograph, (1, 3, 128, 128), standardised."""
     params = smp.encoders.get_preprocessing_params(STAGES)
-    x = torch.tensor(load_sample_images().images[0])[::3, ::3][:64, :96] / 255
+    x = torch.tensor(load_sample_images().images[0])[::3, ::3][:128, :128] / 255
     x = (x - torch.tensor(params['mean'])) / torch.tensor(params['std'])
     return x.permute(2, 0, 1)[None].float()
 

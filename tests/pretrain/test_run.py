@@ -125,7 +125,7 @@ def test_another_seed_changes_it(whole, data, tmp_path):
     ('clip', ('--grad-checkpointing',)),
     ('mfm', ('--grad-checkpointing',)),
     ('clip', ('--torchcompile', 'aot_eager')),
-    ('clip', ('--amp',)),
+    ('pixel', ('--amp',)),
     ('mfm', ('--amp', '--amp-dtype', 'float16')),
 ])
 def test_options_compute_nearly_the_same(name, more, whole, data, kwargs_of, tmp_path, monkeypatch):
