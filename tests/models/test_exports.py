@@ -38,6 +38,7 @@ def test_exported_program_agrees(name, dynamic):
             assert_same(program.module()(x), model(x))
 
 
+@pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows
 @pytest.mark.parametrize('name, how', [
     ('fast_itpn_tiny', 'timm'),
     ('itpn_tiny', 'torch.onnx'),
@@ -57,7 +58,7 @@ def test_onnx_runtime_agrees(name, how, tmp_path):
     assert_same(torch.from_numpy(output), model(x).detach())
 
 
-@pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows
+@pytest.mark.filterwarnings('ignore:Constant folding')
 @pytest.mark.parametrize('name, acceleration', list(zip(PYRAMIDS, ({}, FULL))))
 def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_built_for(name, acceleration, tmp_path):
     model = small_model(name, features_only=True, dynamic_img_size=True, exportable=True, **TINY | acceleration)

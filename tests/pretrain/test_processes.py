@@ -62,10 +62,11 @@ def test_killed_processes_resume_to_the_same_weights(data, tmp_path):
 
 
 def test_run_that_is_killed_while_it_writes_ends_with_the_same_weights(data, tmp_path, one_thread):
-    """In a checkpoint, before the table is trimmed, and between the files of the weights."""
+    """In a checkpoint, before that has its name, before the table is trimmed, and between the files of the weights."""
     more = ('--epochs', '2', '--recovery-interval', '1', '--drop-path', '0.3')
     args = command(data, tmp_path / 'killed', *more, '--resume', 'auto')
-    for strike in (('checkpoint-00000003.pt', 'write'), ('summary.csv', 'rename'), ('pretrained.pth', 'write')):
+    for strike in (('checkpoint-00000003.pt', 'write'), ('checkpoint-00000004.pt', 'rename'), ('summary.csv', 'rename'),
+                   ('pretrained.pth', 'write')):
         process = start(args, strike)
         process.join(PATIENCE_S)
         assert process.exitcode == -9
