@@ -1,5 +1,6 @@
 """Compilers, tracers and exporters take the models, and what they make computes the same."""
 import functools
+import itertools
 
 import onnxruntime
 import pytest
@@ -24,18 +25,54 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(('name', 'dynamic'), [('fast_itpn_tiny', False), ('itpn_tiny', False), ('itpn_tiny', True)])
-def test_exported_program_agrees(name, dynamic):
-    model = small_model(name, **TINY, dynamic_img_size=dynamic)
-    shapes = None
-    if dynamic:
-        height, width = (torch.export.Dim(name, min=2, max=16) for name in ('height', 'width'))
-        shapes = {'x': {0: torch.export.Dim('batch', min=1, max=8), 2: 16 * height, 3: 16 * width}}
-    program = torch.export.export(model, (images(2, 3, 64, 96 if dynamic else 64),), dynamic_shapes=shapes)
+@every_family
+def test_exported_program_agrees(name):
+    model = small_model(name, **TINY)
+    x = images(2, 3, 64, 64)
+    program = torch.export.export(model, (x,))
     with torch.no_grad():
-        for size in ((2, 3, 64, 64), (3, 3, 128, 48), (1, 3, 80, 112)) if dynamic else ((2, 3, 64, 64),):
+        assert_same(program.module()(x), model(x))
+
+
+def exported(model, how, path):
+    """A function of images of any size; the example is not as large as the model is built for."""
+    x = images(2, 3, 160, 96)
+    height, width = (torch.export.Dim(name, min=5, max=16) for name in ('height', 'width'))
+    shapes = {'x': {0: torch.export.Dim('batch', min=1, max=8), 2: 16 * height, 3: 16 * width}}
+    if how == 'torch.jit.trace':
+        return torch.jit.trace(model, x)
+    if how == 'torch.export':
+        return torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    if how == 'ONNX, dynamo=True':
+        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
+    else:
+        axes = {0: 'batch', 2: 'height', 3: 'width'}
+        torch.onnx.export(model, (x,), path, dynamo=False, input_names=['x'], dynamic_axes={'x': axes})
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    return lambda x: [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
+
+
+def any_size():
+    """All models in all ways; those that take long, all but one of their kind, are not run by default."""
+    for name, how in itertools.product(
+            [*FAMILIES, *PYRAMIDS], ('torch.jit.trace', 'ONNX, dynamo=False', 'ONNX, dynamo=True', 'torch.export')):
+        quick = how.endswith(('trace', 'False')) or (name, how) == ('itpn_tiny_fpn', 'torch.export')
+        yield pytest.param(name, how, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.filterwarnings('ignore:Constant folding', 'ignore:# .axis name')  # of the exporters
+@pytest.mark.parametrize('name, how', [*any_size()])
+def test_images_of_any_size(name, how, tmp_path):
+    more = dict(features_only=True) if name in PYRAMIDS else {}
+    model = small_model(name, img_size=96, dynamic_img_size=True, exportable=True, **TINY, **more)
+    with torch.no_grad():
+        run = exported(model, how, str(tmp_path / 'model.onnx'))
+        for size in ((2, 3, 96, 96), (3, 3, 160, 96), (1, 3, 80, 112)):
             x = images(*size)
-            assert_same(program.module()(x), model(x))
+            found, expected = run(x), model(x)
+            for actual, wanted in zip(*(a if isinstance(a, (list, tuple)) else [a] for a in (found, expected))):
+                assert_same(actual, wanted)
 
 
 @pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows

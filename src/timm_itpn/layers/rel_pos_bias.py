@@ -18,6 +18,9 @@ from .sizes import same_grid
 
 __all__ = ['RelPosBias', 'resample_table']
 
+Neighbours = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # left, right, and the weight of the right one
+
+MAX_SIDE = 128  # tokens, of graphs that take any size; 2048 pixels
 MAX_CACHED = 2 ** 23  # elements of a bias that is kept; 512 pixels with 8 heads. At 1024, 24 of them would be 13 GB.
 
 
@@ -34,32 +37,58 @@ def resample_table(table: torch.Tensor, new_size: tuple[int, int], old_size: tup
     """
     if tuple(new_size) == tuple(old_size):
         return table
+    neighbours = [_neighbours(old_size[dim], new_size[dim], dim, table.device) for dim in (0, 1)]
+    return _interpolated(table, old_size, neighbours)
+
+
+def _interpolated(table: torch.Tensor, old_size: tuple[int, int], neighbours: list[Neighbours]) -> torch.Tensor:
     values = table.to(torch.promote_types(table.dtype, torch.float32))
     values = values.reshape(2 * old_size[0] - 1, 2 * old_size[1] - 1, -1)
-    for dim in (0, 1):
-        left, right, weight = _neighbours(old_size[dim], new_size[dim], dim, table.device)
+    for dim, (left, right, weight) in enumerate(neighbours):
         values = torch.lerp(values.index_select(dim, left), values.index_select(dim, right), weight.type_as(values))
     return values.flatten(0, 1).to(table.dtype)  # (2H-1, 2W-1, num_heads) -> ((2H-1) * (2W-1), num_heads)
 
 
-def _neighbours(old: int, new: int, dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def resample_table_in_graph(
+        table: torch.Tensor, height: int, width: int, old_size: tuple[int, int]) -> torch.Tensor:
+    """As `resample_table`, in operators that every exporter knows, for a grid whose sizes only the graph knows.
+
+    Runtimes fail at a side of more than `MAX_SIDE` tokens.
+    """
+    offsets = [torch.arange(1 - new, new, device=table.device) for new in (height, width)]
+    same = (offsets[0][-1:] == old_size[0] - 1) & (offsets[1][-1:] == old_size[1] - 1)
+    neighbours = []
+    for dim, (old, targets) in enumerate(zip(old_size, offsets)):
+        steps = torch.arange(1 - old, old, device=table.device, dtype=torch.float32)
+        of_all = torch.stack([_positions(old, new, steps) for new in range(1, MAX_SIDE + 1)])
+        positions = torch.where(same[:, None], steps, of_all.index_select(0, targets[-1:]))[0]
+        left = (positions < targets[:, None]).sum(dim=1) - 1
+        neighbours.append(_weighted(positions, targets.float(), left, dim))
+    return _interpolated(table, old_size, neighbours)
+
+
+def _neighbours(old: int, new: int, dim: int, device: torch.device) -> Neighbours:
     """For each new offset along axis `dim`: the old ones left and right of it, and the weight of the right one.
 
     Old offset i stands at 1 + q + ... + q ** (i - 1), so that the last is at the end of the new ones. Nothing is copied
     from host to device, which would have to wait.
     """
     targets = torch.arange(1 - new, new, device=device, dtype=torch.float32)
-    if old == 1:
-        left = right = torch.zeros_like(targets, dtype=torch.int64)
-        weight = torch.zeros_like(targets)
-    else:
-        q = _stretch(old - 1, new - 1)
-        steps = torch.arange(1 - old, old, device=device, dtype=torch.float32)
-        positions = steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
-        left = (torch.searchsorted(positions, targets) - 1).clamp(0, 2 * old - 3)
-        right = left + 1
-        start, end = positions.index_select(0, left), positions.index_select(0, right)
-        weight = ((targets - start) / (end - start)).clamp(0, 1)
+    positions = _positions(old, new, torch.arange(1 - old, old, device=device, dtype=torch.float32))
+    return _weighted(positions, targets, torch.searchsorted(positions, targets) - 1, dim)
+
+
+def _positions(old: int, new: int, steps: torch.Tensor) -> torch.Tensor:
+    q = _stretch(old - 1, new - 1)
+    return steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
+
+
+def _weighted(positions: torch.Tensor, targets: torch.Tensor, left: torch.Tensor, dim: int) -> Neighbours:
+    last = positions.shape[0] - 1
+    left = left.clamp(0, max(0, last - 1))
+    right = (left + 1).clamp(max=last)
+    start, end = positions.index_select(0, left), positions.index_select(0, right)
+    weight = ((targets - start) / (end - start)).clamp(0, 1) if last else torch.zeros_like(start)
     return left, right, weight.reshape(-1, 1, 1) if dim == 0 else weight.reshape(-1, 1)
 
 
@@ -93,7 +122,7 @@ def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
     rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
     columns = x[:, None] - x + width - 1  # (width, width)
     index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
-    if not is_exporting():  # the remainder would hold the program to some sizes
+    if not is_exporting() and not torch.jit.is_tracing():  # the remainder would hold the program to some sizes
         index = F.pad(index, (0, -(height * width) % 8))
     if not torch.jit.is_scripting():
         if is_transformed():
@@ -236,6 +265,8 @@ class RelPosBias(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(height, int) and not torch.compiler.is_compiling():  # not a stand-in of a tracer
                 return resample_table(table, (height, width), self.window_size)  # has every derivative
+            if torch.jit.is_tracing() or is_exporting():
+                return resample_table_in_graph(table, height, width, self.window_size)
         return torch.ops.timm_itpn.resampled_rel_pos_table(
             table, height, width, self.window_size[0], self.window_size[1])
 

@@ -9,11 +9,11 @@ __all__ = ['holds', 'same_grid']
 def holds(condition: bool) -> bool:
     """A condition on sizes; in a program that is exported, whether it is true of all sizes that the program takes.
 
-    Asking it in `if` would hold such a program to the sizes for which the answer is that of the example. FX, which has
-    no sizes, gets False.
+    Asking it in `if` would hold such a program to the sizes for which the answer is that of the example. Tracers do not
+    know of all sizes, and get False.
     """
     if not torch.jit.is_scripting():
-        if isinstance(condition, torch.fx.Proxy):
+        if isinstance(condition, (torch.fx.Proxy, torch.Tensor)):
             return False
         if is_exporting():
             return statically_known_true(condition)
@@ -21,5 +21,7 @@ def holds(condition: bool) -> bool:
 
 
 def same_grid(new_size: tuple[int, int], old_size: tuple[int, int]) -> bool:
-    """Whether two grids (height, width) are the same, see `holds`."""
+    """Whether two grids (height, width) are the same, see `holds`; to `torch.jit.trace`, in the example."""
+    if torch.jit.is_tracing():
+        return bool(new_size[0] == old_size[0]) and bool(new_size[1] == old_size[1])
     return holds(new_size[0] == old_size[0]) and holds(new_size[1] == old_size[1])
