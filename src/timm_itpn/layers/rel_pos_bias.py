@@ -60,8 +60,8 @@ def resample_table_in_graph(
     neighbours = []
     for dim, (old, targets) in enumerate(zip(old_size, offsets)):
         steps = torch.arange(1 - old, old, device=table.device, dtype=torch.float32)
-        of_all = torch.stack([_positions(old, new, steps) for new in range(1, MAX_SIDE + 1)])
-        positions = torch.where(same[:, None], steps, of_all.index_select(0, targets[-1:]))[0]
+        of_all = torch.tensor(_positions(old), device=table.device)  # a constant of the graph
+        positions = torch.where(same, steps, of_all.index_select(0, targets[-1:])[0])
         left = (positions < targets[:, None]).sum(dim=1) - 1
         neighbours.append(_weighted(positions, targets.float(), left, dim))
     return _interpolated(table, old_size, neighbours)
@@ -74,13 +74,18 @@ def _neighbours(old: int, new: int, dim: int, device: torch.device) -> Neighbour
     from host to device, which would have to wait.
     """
     targets = torch.arange(1 - new, new, device=device, dtype=torch.float32)
-    positions = _positions(old, new, torch.arange(1 - old, old, device=device, dtype=torch.float32))
+    q = _stretch(old - 1, new - 1)
+    steps = torch.arange(1 - old, old, device=device, dtype=torch.float32)
+    positions = steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
     return _weighted(positions, targets, torch.searchsorted(positions, targets) - 1, dim)
 
 
-def _positions(old: int, new: int, steps: torch.Tensor) -> torch.Tensor:
-    q = _stretch(old - 1, new - 1)
-    return steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
+@functools.cache
+def _positions(old: int) -> list[list[float]]:
+    """Where the old offsets stand along an axis, for each new side from 1 to `MAX_SIDE`."""
+    return [
+        [math.copysign(math.expm1(abs(step) * math.log(q)) / (q - 1), step) for step in range(1 - old, old)]
+        for q in (_stretch(old - 1, new) for new in range(MAX_SIDE))]
 
 
 def _weighted(positions: torch.Tensor, targets: torch.Tensor, left: torch.Tensor, dim: int) -> Neighbours:
