@@ -15,7 +15,7 @@ from torch.types import Device
 from .blocks import MlpBlock
 from .patch_embed import ConvPatchSplit
 from .run import run_blocks
-from .sizes import holds
+from .sizes import holds, up_to
 
 __all__ = ['FeaturePyramid']
 
@@ -45,7 +45,7 @@ class Halve(nn.Module):
         x = x.permute(0, 3, 1, 2)
         H, W = x.shape[-2], x.shape[-1]
         if not (holds(H % 2 == 0) and holds(W % 2 == 0)):
-            x = F.pad(x, (0, W % 2, 0, H % 2), mode='replicate')
+            x = F.pad(x, (0, up_to(W, 2) - W, 0, up_to(H, 2) - H), mode='replicate')
         return self.pool(x).permute(0, 2, 3, 1)
 
 

@@ -3,7 +3,7 @@ import torch
 from timm.layers import is_exporting
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ['holds', 'same_grid']
+__all__ = ['holds', 'same_grid', 'up_to']
 
 
 def holds(condition: bool) -> bool:
@@ -25,3 +25,8 @@ def same_grid(new_size: tuple[int, int], old_size: tuple[int, int]) -> bool:
     if torch.jit.is_tracing():
         return bool(new_size[0] == old_size[0]) and bool(new_size[1] == old_size[1])
     return holds(new_size[0] == old_size[0]) and holds(new_size[1] == old_size[1])
+
+
+def up_to(size: int, multiple: int) -> int:
+    """The next multiple, without a remainder, which OpenVINO cannot take of a size."""
+    return (size + multiple - 1) // multiple * multiple
