@@ -50,9 +50,11 @@ def one_thread():
 @pytest.fixture
 def small_models(monkeypatch):
     """The tiny models are small, whoever creates them in this process."""
+    import timm
     from support.small import reduce_models
-    names = ('fast_itpn_tiny', 'itpn_tiny', 'hivit_tiny')
-    reduce_models([*names, *(f'{name}_fpn' for name in names[:2])], monkeypatch)
+
+    from timm_itpn.models import MODULES
+    reduce_models(timm.list_models('*_tiny*', module=MODULES), monkeypatch)
 
 
 def pytest_collection_modifyitems(items):

@@ -11,10 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import golden
-from support.small import SMALL, images, reduce_models, small_model
+from support.small import SMALL, images, small_model
 
 from timm_itpn import __version__
-from timm_itpn.models import MODULES
 from timm_itpn.tools import convert as conversion
 from timm_itpn.tools.convert import convert, revert
 from timm_itpn.weights.integrity import sha256_of
@@ -49,10 +48,8 @@ def pretraining(tmp_path_factory):
 
 
 @pytest.fixture
-def small_file(tmp_path, monkeypatch):
+def small_file(tmp_path, small_models):
     """Writes w.pt, an official checkpoint of a tiny model, which is smaller in these tests; gives the model."""
-    reduce_models(timm.list_models('*_tiny*', module=MODULES), monkeypatch)
-
     def write(name='fast_itpn_tiny', **kwargs):
         model = small_model(name, **kwargs)
         torch.save({'model': native_to_official(model.state_dict())}, tmp_path / 'w.pt')

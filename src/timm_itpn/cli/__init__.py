@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         except BrokenPipeError:  # such as that to `head`
             return 141
-        except Exception as error:
+        except Exception as error:  # whatever a command raises is told in one line
             print(f'timm-itpn: {_sentence(error)}', file=sys.stderr)
             return 1
     return 0

@@ -32,7 +32,6 @@ __all__ = ['Run']
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # every process has to ask, the first gets the state
 MAX_UNREADABLE = 0.5  # share of the images of an epoch
-NAMES = {'data': '', 'world_size': 'the number of processes'}  # of settings that are no options
 
 
 class Run:
@@ -151,15 +150,15 @@ class Run:
             ValueError: It is of a run with other settings or other images; they are listed.
         """
         was, now = (json.loads(json.dumps(each, default=str)) for each in (state['settings'], self.settings))
-        changed = {key: f'{NAMES.get(key, "--" + key.replace("_", "-"))} was {was.get(key)!r}, now {now.get(key)!r}'
+        changed = {key: f'{_option(key)} was {was.get(key)!r}, now {now.get(key)!r}'
                    for key in sorted({*was, *now}) if was.get(key) != now.get(key)}
-        data = changed.pop('data', None)
+        data = changed.pop('data', '')
         told = [changed.pop(key) for key in CHANGEABLE + self.task.CHANGEABLE if key in changed]
         if changed:
             raise ValueError(f'{path} is of a run with other settings: {"; ".join(changed.values())}. Use those, or '
                              'start anew.')
         if data and not self.args.changed_data:
-            raise ValueError(f'{path} is of a run with other data:{data}. Name those with '
+            raise ValueError(f'{path} is of a run with other {data}. Name those with '
                              '--data-dir, or begin the epoch again with these by --changed-data.')
         if told and self.args.rank == 0:
             print(f'going on with other settings: {"; ".join(told)}', file=sys.stderr)
@@ -260,6 +259,12 @@ class Run:
         self.task.after_update((self.num_updates + self.ahead) / self.total_updates)
         if self.ema is not None:
             self.ema.update(self.averaged)
+
+
+def _option(setting: str) -> str:
+    """A setting by the name that a user knows."""
+    names = {'data': 'data:', 'world_size': 'the number of processes'}
+    return names.get(setting, f'--{setting.replace("_", "-")}')
 
 
 def _moved(tree: Any, device: torch.device) -> Any:

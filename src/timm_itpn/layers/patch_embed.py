@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
 from .fused import FusedLinear, weights_of
-from .sizes import holds, up_to
+from .sizes import padded
 
 __all__ = [
     'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
@@ -35,8 +34,7 @@ def check_input(x: torch.Tensor, height: int, width: int, stride: int, dynamic: 
     """Return `x` (B, C, H, W), padded if need be, or raise ValueError if the model cannot take its size."""
     H, W = x.shape[-2], x.shape[-1]
     if pad:
-        if not holds(H % stride == 0) or not holds(W % stride == 0):
-            x = F.pad(x, (0, up_to(W, stride) - W, 0, up_to(H, stride) - H), mode='replicate')
+        x = padded(x, stride)
     elif dynamic:
         if H % stride != 0 or W % stride != 0:
             raise ValueError(f'Input of {H} x {W} pixels: both sides must be multiples of {stride}; resize or pad it.')

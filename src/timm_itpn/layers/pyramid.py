@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import LayerNorm
 from torch.types import Device
 
 from .blocks import MlpBlock
 from .patch_embed import ConvPatchSplit
 from .run import run_blocks
-from .sizes import holds, up_to
+from .sizes import padded
 
 __all__ = ['FeaturePyramid']
 
@@ -42,11 +41,7 @@ class Halve(nn.Module):
         self.pool = POOLS[pool]()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 3, 1, 2)
-        H, W = x.shape[-2], x.shape[-1]
-        if not (holds(H % 2 == 0) and holds(W % 2 == 0)):
-            x = F.pad(x, (0, up_to(W, 2) - W, 0, up_to(H, 2) - H), mode='replicate')
-        return self.pool(x).permute(0, 2, 3, 1)
+        return self.pool(padded(x.permute(0, 3, 1, 2), 2)).permute(0, 2, 3, 1)
 
 
 class PyramidLevel(nn.Module):

@@ -62,8 +62,7 @@ def resample_table_in_graph(
         steps = torch.arange(1 - old, old, device=table.device, dtype=torch.float32)
         of_all = torch.tensor(_positions(old), device=table.device)  # a constant of the graph
         positions = torch.where(same, steps, of_all.index_select(0, targets[-1:])[0])
-        left = (positions < targets[:, None]).sum(dim=1) - 1
-        neighbours.append(_weighted(positions, targets.float(), left, dim))
+        neighbours.append(_weighted(positions, targets.float(), dim))
     return _interpolated(table, old_size, neighbours)
 
 
@@ -77,20 +76,20 @@ def _neighbours(old: int, new: int, dim: int, device: torch.device) -> Neighbour
     q = _stretch(old - 1, new - 1)
     steps = torch.arange(1 - old, old, device=device, dtype=torch.float32)
     positions = steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
-    return _weighted(positions, targets, torch.searchsorted(positions, targets) - 1, dim)
+    return _weighted(positions, targets, dim)
 
 
 @functools.cache
 def _positions(old: int) -> list[list[float]]:
-    """Where the old offsets stand along an axis, for each new side from 1 to `MAX_SIDE`."""
+    """Where the old offsets stand along an axis, for each new side from 1 to `MAX_SIDE`; ONNX has no expm1."""
     return [
         [math.copysign(math.expm1(abs(step) * math.log(q)) / (q - 1), step) for step in range(1 - old, old)]
         for q in (_stretch(old - 1, new) for new in range(MAX_SIDE))]
 
 
-def _weighted(positions: torch.Tensor, targets: torch.Tensor, left: torch.Tensor, dim: int) -> Neighbours:
+def _weighted(positions: torch.Tensor, targets: torch.Tensor, dim: int) -> Neighbours:
     last = positions.shape[0] - 1
-    left = left.clamp(0, max(0, last - 1))
+    left = ((positions < targets[:, None]).sum(dim=1) - 1).clamp(0, max(0, last - 1))
     right = (left + 1).clamp(max=last)
     start, end = positions.index_select(0, left), positions.index_select(0, right)
     weight = ((targets - start) / (end - start)).clamp(0, 1) if last else torch.zeros_like(start)

@@ -1,9 +1,10 @@
 """Sizes that are known when a forward is traced, and those that are not."""
 import torch
+import torch.nn.functional as F
 from timm.layers import is_exporting
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ['holds', 'same_grid', 'up_to']
+__all__ = ['holds', 'padded', 'same_grid']
 
 
 def holds(condition: bool) -> bool:
@@ -27,6 +28,11 @@ def same_grid(new_size: tuple[int, int], old_size: tuple[int, int]) -> bool:
     return holds(new_size[0] == old_size[0]) and holds(new_size[1] == old_size[1])
 
 
-def up_to(size: int, multiple: int) -> int:
-    """The next multiple, without a remainder, which OpenVINO cannot take of a size."""
-    return (size + multiple - 1) // multiple * multiple
+def padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Repeat the last row and column of (B, C, H, W) until both sides are multiples."""
+    H, W = x.shape[-2], x.shape[-1]
+    if holds(H % multiple == 0) and holds(W % multiple == 0):
+        return x
+    below = (H + multiple - 1) // multiple * multiple - H  # OpenVINO cannot take the remainder of a size
+    right = (W + multiple - 1) // multiple * multiple - W
+    return F.pad(x, (0, right, 0, below), mode='replicate')
