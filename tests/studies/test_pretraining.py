@@ -41,7 +41,7 @@ def test_network_has_the_weights_that_its_start_says(short, arm):
     untrained = pretraining._network(start, {}, seed=0).model.state_dict()
     state = {}
     if start.objective:
-        state = pretraining.pretrain(start.objective, canvases, pretraining._PRETRAINING, seed=0)
+        state = pretraining.pretrain(start.objective, canvases, pretraining._PRETRAINING, 0, 'cpu')
     network = pretraining._network(start, state, seed=1).model.state_dict()
     new = pretraining._network(start, {}, seed=1).model.state_dict()
     for key, value in network.items():

@@ -4,15 +4,16 @@ import sys
 from pathlib import Path
 
 from .. import studies
-from ..checks import check_output, require
+from ..checks import check_device, check_output, require
 
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     parser = subparsers.add_parser('evidence', help='measure what acceleration costs, and pre-training gives')
     parser.add_argument('study', nargs='?', choices=studies.NAMES, help='the experiment')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='(default: cpu)')
     parser.add_argument(
-        '--record', type=Path, metavar='FILE.jsonl', help='file for the rows; those that it has are not measured again')
+        '--record', type=Path, metavar='FILE.jsonl', help='file for the rows; seeds that it has are not measured again')
     parser.add_argument(
         '--measured', action='store_true', help='measure nothing, print the tables that come with the package')
     parser.set_defaults(run=run)
@@ -33,11 +34,12 @@ def run(args: argparse.Namespace) -> None:
     require('the experiment', 'demo', 'sklearn')
     if len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2 ** 32:
         raise ValueError(f'--seeds {args.seeds}: give different numbers from 0 to {2 ** 32 - 1}')
+    check_device(args.device)
     if args.record:
         check_output(args.record, '--record', overwrite=True)
 
     rows = read(args.record, results.Row.of_json) if args.record and args.record.exists() else []
-    for row in results.load(args.study).study(args.seeds, {row.key for row in rows}):
+    for row in results.load(args.study).study(args.seeds, {row.seed for row in rows}, args.device):
         print(row, file=sys.stderr, flush=True)
         rows.append(row)
         if args.record:

@@ -14,8 +14,8 @@ from timm.utils import random_seed
 from ..acceleration import migration
 from ..acceleration.stage import MigrationStage
 from ..models import itpn
-from .canvases import NUM_CLASSES, Canvases, draw, load_digits
-from .results import Key, Row, measure
+from .canvases import NUM_CLASSES, draw, load_digits
+from .results import Row, measure, measure_seeds
 from .two_tasks import State, Training, TwoTasks, test, train
 
 __all__ = ['ARMS', 'SETTINGS', 'study']
@@ -61,39 +61,39 @@ _CONTROLS = {'full, random tokens leave': _RandomTokensLeave, 'full, not repleni
 ARMS = (*SETTINGS, *_CONTROLS)
 
 
-def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
-    """Train, measure, fine-tune and measure again.
+def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
+    """Train, measure, fine-tune and measure again; as many seeds at a time as there are cores.
 
     Args:
         seeds: Of weights and order; the data are the same for all.
-        done: Rows that are not wanted.
+        done: Seeds that are not wanted.
+        device: 'cpu' or 'cuda'.
 
     Yields:
-        A row for each setting, as it is and fine-tuned.
+        A row for each seed and setting, as it is and fine-tuned.
     """
+    yield from measure_seeds(_study_seed, seeds, done, device)
+
+
+def _study_seed(seed: int, device: str) -> list[Row]:
     train_digits, test_digits = load_digits(test=False), load_digits(test=True)
-    small = draw(*train_digits, num=6 * len(train_digits[1]), side=_SMALL_SIDE, copies=1, seed=0)
     train_set = draw(*train_digits, num=3 * len(train_digits[1]), side=_SIDE, copies=3, seed=1)
     # on those of seed 2 the settings were chosen
     test_set = draw(*test_digits, num=_TEST_CANVASES * len(test_digits[1]), side=_SIDE, copies=3, seed=4)
-    for seed in seeds:
-        yield from measure(
-            ARMS, seed, done, partial(_train_off, small, train_set, seed), _network,
-            partial(train, data=train_set, training=_TUNING, seed=seed), partial(test, data=test_set))
 
-
-def _train_off(small: Canvases, train_set: Canvases, seed: int) -> State:
-    """State of a network that is trained without acceleration, on small canvases first."""
     random_seed(seed)
-    network = _network('off')
+    network = _network('off', device)
     network.model.set_input_size(_SMALL_SIDE)
+    small = draw(*train_digits, num=6 * len(train_digits[1]), side=_SMALL_SIDE, copies=1, seed=0)
     train(network, small, _SMALL_TRAINING, seed)
     network.model.set_input_size(_SIDE)
     train(network, train_set, _TRAINING, seed)
-    return network.state_dict()
+    return measure(
+        ARMS, seed, device, partial(_network, device=device, state=network.state_dict()),
+        partial(train, data=train_set, training=_TUNING, seed=seed), partial(test, data=test_set))
 
 
-def _network(arm: str, state: State | None = None) -> TwoTasks:
+def _network(arm: str, device: str, state: State | None = None) -> TwoTasks:
     kwargs = dict(SETTINGS.get(arm, SETTINGS['full']), **_MODEL)
     if arm != 'off':
         kwargs['gather_window'] = _WINDOW
@@ -101,4 +101,4 @@ def _network(arm: str, state: State | None = None) -> TwoTasks:
         network = TwoTasks(timm.create_model('fast_itpn_tiny', **kwargs))
     if state is not None:
         network.load_state_dict(state)
-    return network
+    return network.to(device)

@@ -22,7 +22,7 @@ from ..pretrain.pixel import Pixel
 from .canvases import draw, load_digits
 from .coco_digits import write_split
 from .pretraining import PixelOfStage3, pretrain
-from .results import Key, Row, measure_seeds
+from .results import Row, measure_seeds
 from .two_tasks import Training
 
 __all__ = ['ARMS', 'study']
@@ -53,12 +53,13 @@ _ACCELERATION: dict[str, dict[str, Any]] = {
 ARMS = (*_STARTS, *list(_ACCELERATION)[1:])
 
 
-def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
+def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
     """Pre-train, train, measure on larger images, as it is and fine-tuned; as many seeds at a time as there are cores.
 
     Args:
         seeds: Of weights, order and masks; the data are the same for all.
-        done: Rows that are not wanted; of a seed it is all or none.
+        done: Seeds that are not wanted.
+        device: 'cpu' or 'cuda', which trains; times are the CPU's.
 
     Yields:
         A row for each seed, and start or acceleration.
@@ -67,32 +68,32 @@ def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
     for name, options in _SPLITS.items():
         if not (_FOLDER / 'annotations' / f'instances_{name}.json').exists():
             write_split(_FOLDER, name, **options)
-    yield from measure_seeds(_study_seed, seeds, done)
+    yield from measure_seeds(_study_seed, seeds, done, device)
 
 
-def _study_seed(seed: int) -> list[Row]:
+def _study_seed(seed: int, device: str) -> list[Row]:
     rows = []
     for arm, (objective_type, new_pyramid) in _STARTS.items():
         weights = () if objective_type is None else (
-            '--pretrained-path', str(_weights(objective_type, new_pyramid, seed)))
-        run = _arguments(f'{arm}-{seed}', seed, _SIDE, {}, *_TRAINING, *weights)
+            '--pretrained-path', str(_weights(objective_type, new_pyramid, seed, device)))
+        run = _arguments(f'{arm}-{seed}', seed, device, _SIDE, {}, *_TRAINING, *weights)
         detect(_parsed(run))
         rows.append(_row(arm, 'trained', seed, run))
     trained = ('--initial-checkpoint', str(_FOLDER / f'pixel-{seed}' / 'detector.safetensors'))
     for arm, kwargs in _ACCELERATION.items():
-        run = _arguments(f'{arm}-tuned-{seed}', seed, _LARGE, kwargs, *_TUNING, *trained)
+        run = _arguments(f'{arm}-tuned-{seed}', seed, device, _LARGE, kwargs, *_TUNING, *trained)
         rows.append(_row(arm, 'larger images', seed, run, trained))
         detect(_parsed(run))
         rows.append(_row(arm, 'tuned to them', seed, run))
     return rows
 
 
-def _weights(objective_type: type[Pixel], new_pyramid: bool, seed: int) -> Path:
+def _weights(objective_type: type[Pixel], new_pyramid: bool, seed: int, device: str) -> Path:
     """File of a student after pre-training; starts share what is pre-trained alike."""
     path = _FOLDER / f'{objective_type.__name__}-{seed}.safetensors'
     if not path.exists():
         canvases = draw(*load_digits(test=False), num=2000, side=_SIDE, copies=2, seed=4)
-        state = pretrain(objective_type, canvases, _PRETRAINING, seed, _NUM_MASKED, _MODEL)
+        state = pretrain(objective_type, canvases, _PRETRAINING, seed, device, _NUM_MASKED, _MODEL)
         fresh = timm.create_model('fast_itpn_tiny', num_classes=0, pyramid=True, img_size=_SIDE, **_MODEL).state_dict()
         pyramid = {key: value for key, value in fresh.items() if key.startswith('pyramid.')}
         for file, weights in ((path.with_stem(f'{path.stem}-new'), {**state, **pyramid}), (path, state)):
@@ -101,11 +102,12 @@ def _weights(objective_type: type[Pixel], new_pyramid: bool, seed: int) -> Path:
     return path.with_stem(f'{path.stem}-new') if new_pyramid else path
 
 
-def _arguments(name: str, seed: int, side: int, model_kwargs: dict[str, Any], *more: str) -> list[str]:
+def _arguments(
+        name: str, seed: int, device: str, side: int, model_kwargs: dict[str, Any], *more: str) -> list[str]:
     """Command line of a run, which ends with the folder."""
     kwargs = [f'{key}={value!r}' for key, value in {**_MODEL, **model_kwargs}.items()]
     val = 'val' if side == _SIDE else 'large_val'
-    return ['--data-dir', str(_FOLDER), '--val-split', val, '--seed', str(seed), '--model-kwargs', *kwargs,
+    return ['--data-dir', str(_FOLDER), '--val-split', val, '--seed', str(seed), '--device', device, '--model-kwargs', *kwargs,
             '--short-sides', str(side), '--max-side', str(side), '--crop-short-sides', str(side),
             '--crop-sides', str(7 * side // 8), str(side), *_OPTIONS, *more, '--output', str(_FOLDER / name)]
 
@@ -131,4 +133,4 @@ def _row(arm: str, measured: str, seed: int, run: list[str], checkpoint: Sequenc
             task.model.eval()([image])
             times.append(1000 * (time.process_time() - start))
     scores = {name.replace('_', ' '): 100 * (metrics[name] or 0.) for name in ('box_AP', 'mask_AP')}
-    return Row(arm, measured, seed, {**scores, 'ms': median(times)}, this_machine('cpu'))
+    return Row(arm, measured, seed, {**scores, 'ms': median(times)}, this_machine(args.device))

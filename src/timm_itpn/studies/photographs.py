@@ -16,7 +16,7 @@ from ..pretrain.pixel import Pixel
 from .acceleration import SETTINGS
 from .canvases import Canvases
 from .pretraining import pretrain
-from .results import Key, Row, measure
+from .results import Row, measure, measure_seeds
 from .two_tasks import State, Training, fit, normalised
 
 __all__ = ['ARMS', 'study']
@@ -33,20 +33,26 @@ _PRETRAINED = 'off, pre-trained on them'
 ARMS = (*SETTINGS, _PRETRAINED)
 
 
-def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
+def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
     """As `acceleration.study`."""
     require('the experiment', 'photographs', 'elpv_dataset')
+    yield from measure_seeds(_study_seed, seeds, done, device)
+
+
+def _study_seed(seed: int, device: str) -> list[Row]:
     from elpv_dataset.utils import load_dataset
 
     images, certainty = (torch.from_numpy(array.copy()) for array in load_dataset()[:2])
     large, labels = _resized(images[:, None], _SIDE), (certainty > 0.5).long()
     held_out = torch.arange(len(labels)) % 4 == 0
     train_set, test_set = (Canvases(large[part], labels[part], labels[part]) for part in (~held_out, held_out))
-    for seed in seeds:
-        for arms in (SETTINGS, [_PRETRAINED]):
-            yield from measure(
-                arms, seed, done, partial(_train_off, train_set, seed, _PRETRAINED in arms), _model,
-                partial(_train, data=train_set, training=_TUNING, seed=seed), partial(_test, data=test_set))
+    rows = []
+    for arms in (SETTINGS, [_PRETRAINED]):
+        state = _train_off(train_set, seed, _PRETRAINED in arms, device)
+        rows += measure(
+            arms, seed, device, partial(_model, state=state, device=device),
+            partial(_train, data=train_set, training=_TUNING, seed=seed), partial(_test, data=test_set))
+    return rows
 
 
 def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -54,24 +60,26 @@ def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(images[:, :1], (side, side), mode='bilinear', antialias=True).expand(-1, 3, -1, -1)
 
 
-def _train_off(data: Canvases, seed: int, pretrained: bool) -> State:
+def _train_off(data: Canvases, seed: int, pretrained: bool, device: str) -> State:
     """State of a network that is trained without acceleration, on small images first."""
     sets = {side: data._replace(images=_resized(data.images, side)) for side in _TRAININGS}
     side = min(sets)
-    state = pretrain(Pixel, sets[side], _PRETRAINING, seed, _NUM_MASKED, _MODEL, _DECODER) if pretrained else {}
+    state: State = {}
+    if pretrained:
+        state = pretrain(Pixel, sets[side], _PRETRAINING, seed, device, _NUM_MASKED, _MODEL, _DECODER)
     random_seed(seed)
-    model = _model('off', state, img_size=side)
+    model = _model('off', state, device, img_size=side)
     for side, training in _TRAININGS.items():
         model.set_input_size(side)
         _train(model, sets[side], training, seed)
     return model.state_dict()
 
 
-def _model(arm: str, state: State, **kwargs: Any) -> Any:
+def _model(arm: str, state: State, device: str, **kwargs: Any) -> Any:
     """A classifier with the weights of `state`, as far as they are there; all others are new."""
     model = timm.create_model('fast_itpn_tiny', **{'img_size': _SIDE, **_MODEL, **SETTINGS.get(arm, {}), **kwargs})
     model.load_state_dict({key: state.get(key, value) for key, value in model.state_dict().items()})
-    return model
+    return model.to(device)
 
 
 def _train(model: Any, data: Canvases, training: Training, seed: int) -> None:
@@ -89,6 +97,6 @@ def _test(model: Any, data: Canvases) -> dict[str, float]:
     """Accuracy, and average precision of the class of the defective, in percent."""
     from sklearn.metrics import average_precision_score
 
-    logits = torch.cat([model.eval()(normalised(images, model)) for images in data.images.split(32)])
+    logits = torch.cat([model.eval()(normalised(images, model)).cpu() for images in data.images.split(32)])
     right = (logits.argmax(dim=1) == data.labels).float().mean().item()
     return {'top-1': 100 * right, 'AP': 100 * average_precision_score(data.labels, logits[:, 1] - logits[:, 0])}

@@ -18,7 +18,7 @@ from ..pretrain.objectives import create_student
 from ..pretrain.pixel import Mfm, Pixel
 from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
-from .results import Key, Row, measure_seeds
+from .results import Row, measure_seeds
 from .two_tasks import State, Training, TwoTasks, fit, normalised, test, train
 
 __all__ = ['ARMS', 'PixelOfStage3', 'pretrain', 'study']
@@ -65,20 +65,21 @@ _STARTS = {
 ARMS = tuple(_STARTS)
 
 
-def study(seeds: Sequence[int], done: Collection[Key] = ()) -> Iterator[Row]:
+def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
     """Pre-train, fine-tune with few labels, and measure; as many seeds at a time as there are cores.
 
     Args:
         seeds: Of weights, order and masks; the data are the same for all.
-        done: Rows that are not wanted; of a seed it is all or none.
+        done: Seeds that are not wanted.
+        device: 'cpu' or 'cuda'.
 
     Yields:
         A row for each seed, start and number of labels.
     """
-    yield from measure_seeds(_study_seed, seeds, done)
+    yield from measure_seeds(_study_seed, seeds, done, device)
 
 
-def _study_seed(seed: int) -> list[Row]:
+def _study_seed(seed: int, device: str) -> list[Row]:
     digits, labels = load_digits(test=False)
     unlabelled = draw(digits, labels, num=_DRAWINGS * len(labels), seed=1, **_CANVAS)
     test_digits, test_labels = load_digits(test=True)
@@ -88,11 +89,11 @@ def _study_seed(seed: int) -> list[Row]:
     rows: list[Row] = []
     for arm, start in _STARTS.items():
         if start.objective is not None and start.objective not in states:
-            states[start.objective] = pretrain(start.objective, unlabelled, _PRETRAINING, seed)
+            states[start.objective] = pretrain(start.objective, unlabelled, _PRETRAINING, seed, device)
         for num, train_set in train_sets.items():
-            network = _network(start, states[start.objective], seed)
+            network = _network(start, states[start.objective], seed).to(device)
             train(network, train_set, _TUNING, seed)
-            rows.append(Row(arm, f'{num} labels', seed, test(network, test_set), this_machine('cpu')))
+            rows.append(Row(arm, f'{num} labels', seed, test(network, test_set), this_machine(device)))
     return rows
 
 
@@ -107,6 +108,7 @@ def pretrain(
         data: Canvases,
         training: Training,
         seed: int,
+        device: str,
         num_masked: int = _NUM_MASKED,
         model: dict[str, Any] = _MODEL,
         decoder: dict[str, Any] = _DECODER,
@@ -115,12 +117,12 @@ def pretrain(
     random_seed(seed)
     student = create_student('fast_itpn_tiny', objective_type.NAME, data.images.shape[3], **model)
     initialise(student)
-    objective = objective_type(student, num_masked, **decoder)
+    objective = objective_type(student, num_masked, **decoder).to(device)
     generator = torch.Generator().manual_seed(seed)
 
     def loss_of(batch: Canvases) -> torch.Tensor:
         masked = torch.stack([random_masking(objective.grid_size, num_masked, generator) for _ in batch.labels])
-        return objective(normalised(batch.images, student), masked)['loss']
+        return objective(normalised(batch.images, student), masked.to(device))['loss']
 
     fit(objective, loss_of, data, training, seed, objective.after_update, max_norm=3., betas=(0.9, 0.95))
     return student.state_dict()

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +16,7 @@ import torch
 from ..bench.machine import Machine, this_machine
 from ..bench.rows import read, table
 
-__all__ = ['Key', 'Row', 'load', 'markdown', 'measure', 'measure_seeds', 'measured']
-
-Key = tuple[str, str, int]  # arm, measured and seed of a row
+__all__ = ['Row', 'load', 'markdown', 'measure', 'measure_seeds', 'measured']
 
 _SETTLED = 'Settled, and no longer in the study; the code that made these rows is at commit 418d90c:'
 
@@ -30,10 +29,6 @@ class Row:
     seed: int  # of weights and order
     scores: dict[str, float]  # by name, in percent
     machine: Machine
-
-    @property
-    def key(self) -> Key:
-        return self.arm, self.measured, self.seed
 
     @classmethod
     def of_json(cls, machine: dict[str, Any], **values: Any) -> 'Row':
@@ -50,27 +45,37 @@ def load(name: str) -> ModuleType:
 
 
 def measure(
-        arms: Iterable[str], seed: int, done: Collection[Key], start: Callable[[], Any],
-        make: Callable[[str, Any], Any], tune: Callable[[Any], None], test: Callable[[Any], dict[str, float]],
-) -> Iterator[Row]:
-    """Rows of networks that `make` makes of arms and of one start, as they are and tuned; what is done is left out."""
-    keys = [key for kind in ('as it is', 'tuned') for arm in arms if (key := (arm, kind, seed)) not in done]
-    state = start() if keys else None
-    for key in keys:
-        network = make(key[0], state)
-        if key[1] == 'tuned':
-            tune(network)
-        yield Row(*key, test(network), this_machine('cpu'))
+        arms: Iterable[str], seed: int, device: str, make: Callable[[str], Any], tune: Callable[[Any], None],
+        test: Callable[[Any], dict[str, float]],
+) -> list[Row]:
+    """Rows of the networks of all arms, as they are and tuned."""
+    rows = []
+    for arm in arms:
+        network = make(arm)
+        rows.append(Row(arm, 'as it is', seed, test(network), this_machine(device)))
+        tune(network)
+        rows.append(Row(arm, 'tuned', seed, test(network), this_machine(device)))
+    return rows
 
 
 def measure_seeds(
-        rows_of: Callable[[int], list[Row]], seeds: Iterable[int], done: Collection[Key]) -> Iterator[Row]:
-    """Rows of the seeds that have none yet; as many seeds at a time as there are cores, a thread each."""
-    measured_already = {seed for _, _, seed in done}
-    left = [seed for seed in seeds if seed not in measured_already]
+        rows_of: Callable[[int, str], list[Row]], seeds: Iterable[int], done: Collection[int], device: str,
+) -> Iterator[Row]:
+    """Rows of the seeds that are not done; as many seeds at a time as there are cores, a thread each.
+
+    Args:
+        rows_of: Measures one seed on a device; a function that another process can import.
+        seeds: Of weights and order.
+        done: Seeds that are not wanted.
+        device: 'cpu' or 'cuda'.
+
+    Yields:
+        The rows of a seed when all of it is measured.
+    """
+    left = [seed for seed in seeds if seed not in done]
     processes = max(1, min(len(left), os.cpu_count() or 1))
     with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        for rows in pool.map(rows_of, left):
+        for rows in pool.map(rows_of, left, repeat(device)):
             yield from rows
 
 

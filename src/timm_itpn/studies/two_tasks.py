@@ -50,8 +50,9 @@ class TwoTasks(nn.Module):
 
 
 def normalised(images: torch.Tensor, model: Any) -> torch.Tensor:
-    """uint8 to what the model takes."""
-    return TF.normalize(images / 255, list(model.pretrained_cfg['mean']), list(model.pretrained_cfg['std']))
+    """uint8 to what the model takes, where the model is."""
+    device = next(model.parameters()).device
+    return TF.normalize(images.to(device) / 255, list(model.pretrained_cfg['mean']), list(model.pretrained_cfg['std']))
 
 
 def fit(
@@ -68,7 +69,7 @@ def fit(
 
     Args:
         module: What is trained.
-        loss_of: Loss of a batch.
+        loss_of: Loss of a batch, which is on the module's device.
         data: What batches are taken from.
         training: How long.
         seed: Of the order, and of all that is random in the model.
@@ -82,10 +83,11 @@ def fit(
         optimizer, training.updates, lr_min=training.lr / 100, warmup_t=int(_WARMUP * training.updates),
         warmup_lr_init=training.lr / 100, warmup_prefix=False, t_in_epochs=False)
     module.train()
+    device = next(module.parameters()).device
     for i, batch in enumerate(_batches(data, training, seed)):
         scheduler.step_update(i)
         optimizer.zero_grad()
-        loss_of(batch).backward()
+        loss_of(Canvases(*(values.to(device) for values in batch))).backward()
         nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         optimizer.step()
         after_update((i + 1) / training.updates)
@@ -93,7 +95,7 @@ def fit(
 
 def train(network: TwoTasks, data: Canvases, training: Training, seed: int) -> None:
     """Train both tasks."""
-    weight = torch.tensor(NUM_TEXTURES * [_TEXTURE_WEIGHT] + NUM_CLASSES * [1.])
+    weight = network.tokens.weight.new_tensor(NUM_TEXTURES * [_TEXTURE_WEIGHT] + NUM_CLASSES * [1.])
 
     def loss_of(batch: Canvases) -> torch.Tensor:
         logits, token_logits = network(normalised(batch.images, network.model))
@@ -120,7 +122,7 @@ def test(network: nn.Module, data: Canvases) -> dict[str, float]:
     random_seed(0)
     right, counts = 0, torch.zeros(_NUM_TOKEN_CLASSES ** 2)
     for images, labels, token_labels in zip(*(values.split(_TEST_BATCH) for values in data)):
-        logits, token_logits = network(normalised(images, network.model))
+        logits, token_logits = (output.cpu() for output in network(normalised(images, network.model)))
         right += int((logits.argmax(dim=1) == labels).sum())
         pairs = token_labels * _NUM_TOKEN_CLASSES + token_logits.argmax(dim=3)
         counts += torch.bincount(pairs.flatten(), minlength=len(counts))
