@@ -24,8 +24,8 @@ def short(monkeypatch):
     update = Training(1, 2, 1e-3)
     for name, value in dict(
             _SIDE=64, _NUM_MASKED=2, _PRETRAINING=update, _TRAININGS={32: update, 64: update}, _TUNING=update,
-            _MODEL=dict(embed_dim=64, depths=(1, 1, 2), num_heads=2),
-            _DECODER=dict(decoder_dim=32, decoder_depth=1, decoder_num_heads=1)).items():
+            _MODEL=dict(photographs._MODEL, embed_dim=64, depths=(1, 1, 2), num_heads=2),
+            _DECODER=dict(photographs._DECODER, decoder_dim=32, decoder_depth=1, decoder_num_heads=1)).items():
         monkeypatch.setattr(photographs, name, value)
 
 

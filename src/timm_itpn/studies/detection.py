@@ -2,10 +2,8 @@
 
 All detectors see the same images in the same order. Runs are in `_FOLDER`; a study that was cut goes on with them.
 """
-import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import timm
@@ -19,6 +17,7 @@ from ..detection.task import DetectionTask, detect
 from ..engine.arguments import ConfigurableParser
 from ..files import replaced
 from ..pretrain.pixel import Pixel
+from .acceleration import SETTINGS
 from .canvases import draw, load_digits
 from .coco_digits import write_split
 from .pretraining import PixelOfStage3, pretrain
@@ -41,15 +40,13 @@ _OPTIONS = (
     '99', '--warmup-updates', '25')
 _TRAINING = ('--epochs', '10')
 _TUNING = ('--epochs', '1', '--lr', '3e-4', '--train-split', 'large_train')
-_NUM_TIMED = 20  # images
 
 # what is pre-trained, and whether the detector gets a new pyramid; the first is accelerated
 _STARTS: dict[str, tuple[type[Pixel] | None, bool]] = {
     'pixel': (Pixel, False), 'scratch': (None, True), 'pixel, new pyramid': (Pixel, True),
     'pixel without pyramid, new pyramid': (PixelOfStage3, True)}
-_ACCELERATION: dict[str, dict[str, Any]] = {
-    'pixel': {}, 'pixel, light': dict(acceleration='light', gather_window=8),
-    'pixel, full': dict(acceleration='full', gather_window=8)}
+_ACCELERATION: dict[str, dict[str, Any]] = {'pixel': {}} | {
+    f'pixel, {name}': dict(kwargs, gather_window=8) for name, kwargs in SETTINGS.items() if kwargs}
 ARMS = (*_STARTS, *list(_ACCELERATION)[1:])
 
 
@@ -59,7 +56,7 @@ def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu')
     Args:
         seeds: Of weights, order and masks; the data are the same for all.
         done: Seeds that are not wanted.
-        device: 'cpu' or 'cuda', which trains; times are the CPU's.
+        device: 'cpu' or 'cuda', which trains; it is the CPU that is measured with.
 
     Yields:
         A row for each seed, and start or acceleration.
@@ -125,12 +122,5 @@ def _row(arm: str, measured: str, seed: int, run: list[str], checkpoint: Sequenc
     vars(args).update(rank=0, world_size=1, distributed=False)
     task = DetectionTask(args, torch.device('cpu'))
     metrics = task.evaluate(task.model)
-    times = []
-    with torch.inference_mode():
-        for i in range(_NUM_TIMED):
-            image, _ = task.val_set[i]
-            start = time.process_time()
-            task.model.eval()([image])
-            times.append(1000 * (time.process_time() - start))
     scores = {name.replace('_', ' '): 100 * (metrics[name] or 0.) for name in ('box_AP', 'mask_AP')}
-    return Row(arm, measured, seed, {**scores, 'ms': median(times)}, this_machine(args.device))
+    return Row(arm, measured, seed, scores, this_machine(args.device))

@@ -22,7 +22,7 @@ from .two_tasks import State, Training, fit, normalised
 __all__ = ['ARMS', 'study']
 
 _SIDE = 320  # pixels
-_MODEL: dict[str, Any] = dict(embed_dim=128, depths=(1, 1, 6), num_heads=4, num_classes=2)
+_MODEL: dict[str, Any] = dict(embed_dim=128, depths=(1, 1, 6), num_heads=4)
 _DECODER: dict[str, Any] = dict(decoder_dim=128, decoder_depth=2, decoder_num_heads=4)
 _NUM_MASKED = 48  # of the 64 tokens of the smaller side
 _PRETRAINING = Training(1200, 64, 2e-3)
@@ -77,7 +77,8 @@ def _train_off(data: Canvases, seed: int, pretrained: bool, device: str) -> Stat
 
 def _model(arm: str, state: State, device: str, **kwargs: Any) -> Any:
     """A classifier with the weights of `state`, as far as they are there; all others are new."""
-    model = timm.create_model('fast_itpn_tiny', **{'img_size': _SIDE, **_MODEL, **SETTINGS.get(arm, {}), **kwargs})
+    kwargs = {'img_size': _SIDE, 'num_classes': 2, **_MODEL, **SETTINGS.get(arm, {}), **kwargs}
+    model = timm.create_model('fast_itpn_tiny', **kwargs)
     model.load_state_dict({key: state.get(key, value) for key, value in model.state_dict().items()})
     return model.to(device)
 

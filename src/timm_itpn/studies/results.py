@@ -18,8 +18,6 @@ from ..bench.rows import read, table
 
 __all__ = ['Row', 'load', 'markdown', 'measure', 'measure_seeds', 'measured']
 
-_SETTLED = 'Settled, and no longer in the study; the code that made these rows is at commit 418d90c:'
-
 
 @dataclass(frozen=True)
 class Row:
@@ -87,24 +85,19 @@ def measured(name: str) -> list[Row]:
 
 def markdown(name: str, rows: Sequence[Row]) -> str:
     """The tables of a study: means over seeds, in brackets the difference from the first arm with the same seeds."""
-    arms = load(name).ARMS
-    rows = sorted(rows, key=lambda row: arms.index(row.arm) if row.arm in arms else len(arms))
-    reference = [row for row in rows if row.arm == arms[0]]
-    text = f'{rows[0].machine}:\n\n{_table([row for row in rows if row.arm in arms], reference)}'
-    settled = [row for row in rows if row.arm not in arms]
-    return f'{text}\n\n{_SETTLED}\n\n{_table(settled, reference)}' if settled else text
-
-
-def _table(rows: Sequence[Row], reference: Sequence[Row]) -> str:
+    first, *_ = arms = load(name).ARMS
     columns = list(dict.fromkeys((row.measured, score) for row in rows for score in row.scores))
     lines = []
-    for arm in dict.fromkeys(row.arm for row in rows):
+    for arm in arms:
         cells = []
         for kind, score in columns:
-            values = {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (arm, kind)}
-            others = [row.scores[score] for row in reference if row.measured == kind and row.seed in values]
-            mean = statistics.fmean(values.values()) if values else None
-            versus = f' ({mean - statistics.fmean(others):+.2f})' if mean and others and arm != reference[0].arm else ''
-            cells.append('' if mean is None else f'{mean:.2f}{versus}')
-        lines.append([arm, *cells, str(len({row.seed for row in rows if row.arm == arm}))])
-    return table(['arm', *(f'{score}, {kind}' for kind, score in columns), 'seeds'], lines)
+            values, others = (
+                {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (this, kind)}
+                for this in (arm, first))
+            shared = [values[seed] - others[seed] for seed in values.keys() & others.keys()]
+            versus = f' ({statistics.fmean(shared):+.2f})' if shared and arm != first else ''
+            cells.append(f'{statistics.fmean(values.values()):.2f}{versus}' if values else '')
+        if any(cells):
+            lines.append([arm, *cells, str(len({row.seed for row in rows if row.arm == arm}))])
+    header = ['arm', *(f'{score}, {kind}' for kind, score in columns), 'seeds']
+    return f'{rows[0].machine}:\n\n{table(header, lines)}'
