@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 from timm_itpn.cli import main
-from timm_itpn.detection.data import train_transforms
+from timm_itpn.detection.data import MAX_SIDE, SIDES, train_transforms
 from timm_itpn.detection.model import mask_rcnn
 from timm_itpn.detection.optim import param_groups
 from timm_itpn.models import MODULES
@@ -54,7 +54,7 @@ def test_mask_rcnn_recipe_is_what_the_room_takes(name, numbers, capsys):
     assert all(getattr(args, key) == value for key, value in recipe.items())
     keys = ('epochs', 'decay_milestones', 'lr', 'layer_decay', 'drop_path')
     assert tuple(recipe[key] for key in keys) == numbers
-    resize, crop = train_transforms().transforms[1].transforms
+    resize, crop = train_transforms(max_side=MAX_SIDE, **SIDES).transforms[1].transforms
     assert (recipe['short_sides'], recipe['max_side']) == (resize.min_size, resize.max_size)
     assert recipe['crop_short_sides'] == crop.transforms[0].min_size
     assert recipe['crop_sides'] == [crop.transforms[1].smallest, crop.transforms[1].largest]

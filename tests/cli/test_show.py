@@ -211,10 +211,6 @@ def test_departures_are_those_of_the_model():
     departed = []
     for block in model.stages[2].blocks:
         block.register_forward_hook(lambda module, args, output: departed.append(output[2]))
-    left, partners, windows = show_figures.departures(model, torch.randn(1, 3, 64, 96))
-    assert windows.tolist() == [[0, 0]]
-    blocks = left.flatten()
-    for i in (0, 3):
-        assert torch.equal((blocks == i).nonzero().flatten(), departed[i].positions.flatten().sort().values)
-        assert torch.equal(partners.flatten()[departed[i].positions], departed[i].partner_positions)
-    assert (blocks == 12).sum() == 21
+    left = show_figures.departures(model, torch.randn(1, 3, 64, 96))
+    assert {block: group.positions.numel() for block, group in left.items()} == {0: 2, 3: 1}
+    assert all(group is departed[block] for block, group in left.items())

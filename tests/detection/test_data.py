@@ -9,7 +9,7 @@ from PIL import Image
 from support.coco import write_coco
 
 from timm_itpn.detection.coco import read_coco
-from timm_itpn.detection.data import CocoDataset, eval_transforms, train_transforms
+from timm_itpn.detection.data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, train_transforms
 from timm_itpn.engine.data import Replacing
 
 SMALL = dict(short_sides=(64, 80), max_side=128, crop_short_sides=(72,), crop_sides=(40, 60))
@@ -20,8 +20,8 @@ def path(tmp_path):
     return write_coco(tmp_path)
 
 
-def dataset(path, transforms=None, **kwargs):
-    return CocoDataset(path, path.parent, transforms or eval_transforms(), **kwargs)
+def dataset(path, transforms=None):
+    return CocoDataset(path, path.parent, transforms or eval_transforms())
 
 
 def changed(path, change):
@@ -52,15 +52,18 @@ def test_gaps_in_category_ids_are_closed(path):
 
 
 def test_random_numbers_follow_from_seed_epoch_and_index(path):
-    data, again = (dataset(path, train_transforms(**SMALL), seed=1) for _ in range(2))
+    data, again = (Replacing(dataset(path, train_transforms(**SMALL)), seed=1) for _ in range(2))
     state = torch.get_rng_state()
-    first = data[0]
+    image, target = data[0][0]
     assert torch.equal(torch.get_rng_state(), state)
-    again[1], again[0]  # others in between
-    assert torch.equal(first[0], again[0][0]) and torch.equal(first[1]['boxes'], again[0][1]['boxes'])
-    sizes = set()
+    torch.manual_seed(2)
+    again[1]  # another in between
+    (same, also), _ = again[0]
+    assert torch.equal(image, same) and all(torch.equal(target[key], also[key]) for key in target)
+    sizes, seeds = set(), set()
     for data.epoch in range(30):
-        image, target = data[0]
+        (image, target), _ = data[0]
+        seeds.add(int(target['seed']))
         sizes.add(tuple(image.shape[1:]))
         height, width = image.shape[1:]
         assert min(height, width) <= 80 and max(height, width) <= 128
@@ -68,11 +71,11 @@ def test_random_numbers_follow_from_seed_epoch_and_index(path):
         assert target['masks'].shape[1:] == (height, width)
         assert (target['boxes'] >= 0).all() and (target['boxes'] <= torch.tensor([width, height] * 2)).all()
         assert (target['boxes'][:, 2:] - target['boxes'][:, :2] >= 1).all()
-    assert len(sizes) > 10
+    assert len(sizes) > 10 and len(seeds) == 30
 
 
 def test_sizes_of_the_augmentation_are_the_authors():
-    resize, crop = train_transforms().transforms[1].transforms
+    resize, crop = train_transforms(max_side=MAX_SIDE, **SIDES).transforms[1].transforms
     assert resize.min_size == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and resize.max_size == 1333
     first, cut, last = crop.transforms
     assert first.min_size == [400, 500, 600] and first.max_size is None
@@ -189,5 +192,5 @@ def test_images_that_cannot_be_used_are_named(path):
     content = (path.parent / '0002.png').read_bytes()
     for broken in (b'', content[:200], content[:len(content) // 2]):
         (path.parent / '0002.png').write_bytes(broken)
-        sample, (name,) = Replacing(data, 0)[1]
+        sample, (name,) = Replacing(data, num_others=0)[1]
         assert sample is None and name.startswith('0002.png (')

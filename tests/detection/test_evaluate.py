@@ -39,8 +39,10 @@ def dataset(tmp_path):
 CPU = torch.device('cpu')
 
 
-def batches(dataset):
-    return [dataset.collate([dataset[0], dataset[1]]), dataset.collate([dataset[2]])]
+def results_of(model, dataset):
+    """Of all images, in batches of two and one."""
+    batches = [dataset.collate([dataset[0], dataset[1]]), dataset.collate([dataset[2]])]
+    return [result for batch in batches for result in predict(model, batch, dataset.category_ids, CPU)]
 
 
 def test_perfect_predictions_have_an_average_precision_of_one(dataset):
@@ -56,15 +58,14 @@ def test_perfect_predictions_have_an_average_precision_of_one(dataset):
 def test_shifted_boxes_count_up_to_their_overlap(dataset):
     for row in dataset.coco.dataset['annotations']:
         row['bbox'] = [10, 10, 40, 40]
-    results = predict(Oracle(dataset, shift=4), batches(dataset), dataset.category_ids, CPU)
-    found = average_precision(dataset, results)
+    found = average_precision(dataset, results_of(Oracle(dataset, shift=4), dataset))
     assert found['box_AP'] == pytest.approx(0.7)  # 36 / 44 = 0.82 is above 7 of the 10 thresholds
     assert (found['box_AP50'], found['box_AP75']) == (1, 1)
     assert 0 <= found['mask_AP'] < found['box_AP']
 
 
 def test_results_are_in_the_format_of_coco(dataset):
-    results = predict(Oracle(dataset), batches(dataset), dataset.category_ids, CPU)
+    results = results_of(Oracle(dataset), dataset)
     assert json.loads(json.dumps(results)) == results
     rows = dataset.coco.dataset['annotations']
     for result, row in zip(results, rows):

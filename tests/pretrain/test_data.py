@@ -20,23 +20,21 @@ STUDENT = View((64, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TEACHER = View((56, 56), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))
 
 
-def maker(seed=0, views=(STUDENT, TEACHER)):
-    return SampleMaker(views, (4, 4), random_masking, 6, seed)
+def maker(views=(STUDENT, TEACHER)):
+    return SampleMaker(views, (4, 4), random_masking, 6)
 
 
-def samples(folder, epoch=0, **kwargs):
-    data = Samples(open_dataset('', folder, 'train'), maker(**kwargs))
-    data.epoch = epoch
-    return data
+def samples(folder, seed=0, epoch=0, **kwargs):
+    return Replacing(Samples(open_dataset('', folder, 'train'), maker(**kwargs)), seed, epoch)
 
 
 def test_sample_follows_from_seed_epoch_and_index_alone(tmp_path):
     data = samples(write_images(tmp_path))
-    first = data[3]
+    first, _ = data[3]
     torch.manual_seed(2)
-    again = data[3]
+    again, _ = data[3]
     assert all(torch.equal(first[key], again[key]) for key in ('images', 'teacher_images', 'masked'))
-    for other in (samples(tmp_path, epoch=1)[3], samples(tmp_path, seed=1)[3]):
+    for other in (samples(tmp_path, epoch=1)[3][0], samples(tmp_path, seed=1)[3][0]):
         assert not torch.equal(first['images'], other['images'])
     assert first['images'].shape == (3, 64, 64) and first['teacher_images'].shape == (3, 56, 56)
     assert first['masked'].shape == (4, 4) and int(first['masked'].sum()) == 6
@@ -53,36 +51,28 @@ def test_student_and_teacher_see_the_same_crop(tmp_path):
     """At the same size and normalisation they get the same image."""
     data = samples(write_images(tmp_path), views=(STUDENT, STUDENT))
     for i in range(10):
-        sample = data[i]
+        sample, _ = data[i]
         assert torch.equal(sample['images'], sample['teacher_images'])
-    small = samples(tmp_path)[0]
+    small, _ = samples(tmp_path)[0]
     student = small['images'] * 0.25 + 0.5
     teacher = small['teacher_images'] * 0.2 + 0.4
     reduced = F.interpolate(student[None], (56, 56), mode='bicubic', antialias=True)[0]
     assert (reduced - teacher).abs().mean() < 0.5 * (reduced - teacher.flip(2)).abs().mean()
 
 
-class Numbered:
-    """Data of 21 images."""
+class Numbered(torch.utils.data.Dataset):
+    """21 samples, which are their numbers."""
 
     def __len__(self):
         return 21
 
     def __getitem__(self, index):
-        return Image.new('L', (1, 1)), -1
-
-
-def number_of(image, epoch, index):
-    return {'index': torch.tensor(index), 'epoch': torch.tensor(epoch)}
-
-
-number_of.seed = 5
+        return {'index': torch.tensor(index)}
 
 
 def order(world_size, epoch, first=0):
     """Indices by batch of all processes."""
-    data = Samples(Numbered(), number_of)
-    ranks = [Batches(data, 4 // world_size, 0, rank, world_size) for rank in range(world_size)]
+    ranks = [Batches(Numbered(), 4 // world_size, 5, 0, rank, world_size) for rank in range(world_size)]
     assert all(batches.per_epoch == 5 for batches in ranks)
     return [torch.cat([batch['index'] for batch in step]).sort().values.tolist()
             for step in zip(*(batches.epoch(epoch, first) for batches in ranks))]
@@ -127,7 +117,7 @@ class Stream:
 
 def test_streams_give_the_same_samples_again_and_others_in_the_next_epoch(tmp_path):
     images = [Image.open(file) for file, _ in open_dataset('', write_images(tmp_path), 'train')]
-    data = StreamedSamples(Stream(images), maker(), rank=0, workers=2)
+    data = StreamedSamples(Stream(images), maker(), seed=0, rank=0, workers=2)
     first, again = ([sample for sample, _ in data] for _ in range(2))
     data.epoch = 1
     other = [sample for sample, _ in data]
@@ -143,12 +133,12 @@ def test_images_of_a_stream_that_cannot_be_read_are_replaced_and_named(tmp_path)
     """By the one before."""
     (tmp_path / 'cut.png').write_bytes((write_images(tmp_path) / 'train' / 'class0' / '000.png').read_bytes()[:-100])
     whole, bad = Image.new('RGB', (40, 40), 'red'), Image.new('F', (4, 4))
-    data = StreamedSamples(Stream([bad, bad, whole, Image.open(tmp_path / 'cut.png'), bad]), maker(), 0, 0)
+    data = StreamedSamples(Stream([bad, bad, whole, Image.open(tmp_path / 'cut.png'), bad]), maker(), 0, 0, 0)
     batch, = Batches(data, 5).epoch(0)
     assert [len(names) for names in batch['unreadable']] == [1, 1, 0, 1, 1] and batch['images'].shape[0] == 5
     assert batch['unreadable'][3] == ['image 4 of worker 0 (OSError)']
     with pytest.raises(RuntimeError, match='The data cannot be read on after 1 images: '):
-        list(StreamedSamples(Stream(map(Image.Image.copy, [whole, None])), maker(), 0, 0))
+        list(StreamedSamples(Stream(map(Image.Image.copy, [whole, None])), maker(), 0, 0, 0))
 
 
 @pytest.mark.parametrize(('mode', 'value', 'expected'), [
@@ -200,7 +190,7 @@ def test_images_that_cannot_be_read_are_replaced_and_named(tmp_path):
     (folder / os.fsdecode(b'l_\xff\x1b[2J.png')).write_bytes(b'')
     os.mkfifo(folder / 'j_pipe.png')
     (folder / 'k_link.png').symlink_to('nothing')
-    data = Replacing(samples(tmp_path))
+    data = samples(tmp_path)
     names = set()
     for i in range(len(data)):
         sample, unreadable = data[i]

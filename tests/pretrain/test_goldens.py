@@ -3,8 +3,8 @@ import pytest
 import torch
 from support import golden
 
-from timm_itpn.pretrain.export import native_weights
 from timm_itpn.pretrain.objectives import create_objective, create_student
+from timm_itpn.pretrain.task import native_weights
 from timm_itpn.weights.layout import native_to_official, official_to_native
 
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     caption = ', '.join(filter(None, (args.model, args.acceleration and f'acceleration {args.acceleration}', weights)))
     with torch.inference_mode():
         if args.tokens:
-            figure = draw_tokens(shown, *departures(model, pixels), caption)
+            figure = draw_tokens(shown, departures(model, pixels), model.stages[2].gather_window, caption)
         else:
             figure = draw_features(shown, feature_maps(model, pixels), caption)
     figures.save(figure, output)

@@ -16,7 +16,6 @@ __all__ = ['colours', 'departures', 'draw_features', 'draw_tokens', 'feature_map
 STRIDE = 16  # pixels per token of stage 3
 FEATURE_WIDTH, TOKEN_WIDTH = 2.2, 3.2  # of a panel, inches
 LEAVING = torch.tensor(to_rgb('tab:red'))
-NUM_DIRECTIONS, NUM_ITERATIONS = 8, 4  # of the randomised PCA; more than are shown, for precision
 
 
 def feature_maps(model: Any, images: Tensor) -> dict[str, Tensor]:
@@ -45,13 +44,11 @@ def colours(features: Tensor, tail: float = 0.01) -> Tensor:
     x = features.detach().cpu().double().flatten(0, 1)  # (H, W, C) -> (H*W, C)
     if not x.isfinite().all():
         raise ValueError('the features are not finite: the weights are broken')
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # pca_lowrank starts from random directions
-        _, _, directions = torch.pca_lowrank(x, q=min(NUM_DIRECTIONS, *x.shape), niter=NUM_ITERATIONS)
-    components = (x - x.mean(dim=0)) @ directions[:, :3]
-    components = torch.nn.functional.pad(components, (0, 3 - components.shape[1]))  # a map of one or two positions
-    low, high = torch.quantile(components, torch.tensor([tail, 1 - tail], dtype=x.dtype), dim=0)
     noise = 10 * torch.finfo(features.dtype).eps * x.abs().max()
+    x = x - x.mean(dim=0)
+    _, directions = torch.linalg.eigh(x.T @ x)  # the largest last
+    components = x @ directions[:, -3:].flip(1)
+    low, high = torch.quantile(components, torch.tensor([tail, 1 - tail], dtype=x.dtype), dim=0)
     scaled = torch.where(high - low > noise, ((components - low) / (high - low)).clamp(0, 1), 0.5)
     return scaled.reshape(*features.shape[:2], 3)
 
@@ -79,13 +76,8 @@ def draw_features(image: Tensor, maps: dict[str, Tensor], caption: str) -> Figur
     return figure
 
 
-def departures(model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a model of this package with token migration on one image (1, 3, H, W).
-
-    Returns:
-        int map (h, w), the block of stage 3 at which each token left, its number of blocks for one that stayed; int map
-        (h, w), the position of its partner, row-major, its own for one that stayed; and row and column of the first
-        token of each window (windows, 2).
+def departures(model: Any, images: Tensor) -> dict[int, Left]:
+    """The tokens that leave when a model runs on one image (1, 3, H, W), by the number of the block of stage 3.
 
     Raises:
         ValueError: No token leaves: the model does not migrate.
@@ -93,55 +85,52 @@ def departures(model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     stage = model.stages[2]
     left: list[Left | None] = []
     if isinstance(stage, MigrationStage):
-        x, left = stage.run(model.stages[1](model.stages[0](model.patch_embed(images))))
+        _, left = stage.run(model.stages[1](model.stages[0](model.patch_embed(images))))
     if not any(left):
         raise ValueError('no token leaves, so there is nothing to draw: add --acceleration full')
-    _, height, width, _ = x.shape
-    block, partners = torch.full((height * width,), len(left)), torch.arange(height * width)
-    for i, group in enumerate(left):
-        if group is not None:
-            positions = group.positions.flatten().cpu()
-            block[positions], partners[positions] = i, group.partner_positions.flatten().cpu()
-    first = window_positions(height, width, stage.gather_window, torch.device('cpu'))[:, 0]
-    windows = torch.stack((first // width, first % width), dim=1)
-    return block.reshape(height, width), partners.reshape(height, width), windows
+    return {block: group for block, group in enumerate(left) if group is not None}
 
 
-def draw_tokens(image: Tensor, left: Tensor, partners: Tensor, windows: Tensor, caption: str) -> Figure:
+def draw_tokens(image: Tensor, left: dict[int, Left], gather_window: int, caption: str) -> Figure:
     """Draw the image with its windows, then for each block at which tokens leave: who is left, who leaves, partners.
 
     Args:
         image: Image (H, W, 3) in 0..1.
-        left: When tokens left,
-        partners: their partners, and
-        windows: where windows begin, of `departures`.
+        left: Of `departures`.
+        gather_window: Largest side of a window, in tokens; 0 for one window.
         caption: Title of the figure.
     """
     height, width = image.shape[:2]
-    *blocks, stayed = left.unique().tolist()
-    per_pixel = left.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)[:, :, None]  # (H, W, 1)
+    columns = width // STRIDE
+    windows = window_positions(height // STRIDE, columns, gather_window, torch.device('cpu'))[:, 0]  # first tokens
+    gone = torch.zeros(height // STRIDE, columns, dtype=torch.bool)
     pictures = {f'{len(windows)} windows': image}
-    for block in blocks:
-        picture = torch.where(per_pixel == block, 0.35 * image + 0.65 * LEAVING, image)
-        title = f'block {block}: {int((left == block).sum())} leave'
-        pictures[title] = torch.where(per_pixel < block, torch.ones(3), picture)
-    num_stayed = int((left == stayed).sum())
-    pictures[f'{num_stayed} of {left.numel()} stay'] = torch.where(per_pixel < stayed, torch.ones(3), image)
+    for block, group in left.items():
+        leaving = torch.zeros_like(gone)
+        leaving.view(-1)[group.positions.flatten().cpu()] = True
+        picture = torch.where(_per_pixel(leaving), 0.35 * image + 0.65 * LEAVING, image)
+        pictures[f'block {block}: {int(leaving.sum())} leave'] = picture.masked_fill(_per_pixel(gone), 1.)
+        gone |= leaving
+    pictures[f'{int((~gone).sum())} of {gone.numel()} stay'] = image.masked_fill(_per_pixel(gone), 1.)
 
     caption += '\nred: tokens that leave, each with a line to its partner; white: tokens that have left'
     figure = _figure(len(pictures), 1, TOKEN_WIDTH, height / width, caption)
     panels = figure.subplots(1, len(pictures))
     for panel, (title, picture) in zip(panels, pictures.items()):
         _panel(panel, picture, title, height, width)
-        for row, column in (STRIDE * windows).tolist():
-            panel.axhline(row, color='white', linewidth=0.8)
-            panel.axvline(column, color='white', linewidth=0.8)
-    for panel, block in zip(panels[1:], blocks):
-        leaving = (left == block).flatten().nonzero()[:, 0]
-        ends = torch.stack((leaving, partners.flatten()[leaving]))
-        rows, columns = (STRIDE * (0.5 + value).numpy() for value in (ends // left.shape[1], ends % left.shape[1]))
-        panel.plot(columns, rows, color='gold', linewidth=0.8)
+        for first in windows.tolist():
+            panel.axhline(STRIDE * (first // columns), color='white', linewidth=0.8)
+            panel.axvline(STRIDE * (first % columns), color='white', linewidth=0.8)
+    for panel, group in zip(panels[1:], left.values()):
+        ends = torch.stack((group.positions.flatten(), group.partner_positions.flatten())).cpu()  # (2, leaving)
+        x, y = (STRIDE * (0.5 + value).numpy() for value in (ends % columns, ends // columns))
+        panel.plot(x, y, color='gold', linewidth=0.8)
     return figure
+
+
+def _per_pixel(tokens: Tensor) -> Tensor:
+    """One value per token (h, w) -> one per pixel (H, W, 1)."""
+    return tokens.repeat_interleave(STRIDE, 0).repeat_interleave(STRIDE, 1)[:, :, None]
 
 
 def _figure(columns: int, rows: int, panel_width: float, ratio: float, title: str) -> Figure:

@@ -1,16 +1,15 @@
 """Annotation files in COCO's format, read and checked once, before anything is trained or measured with them."""
-import contextlib
-import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ..checks import are_numbers, read_text, require
 
-__all__ = ['quiet', 'read_coco']
+__all__ = ['read_coco']
 
 _logger = logging.getLogger(__name__)
 
@@ -51,29 +50,22 @@ def read_coco(path: Path) -> Any:
             if row[key] not in by_id[table]:
                 raise ValueError(f'{path}: annotation {number} has the {key} {row[key]}, which is not in {table!r}.')
         problem = _problem(row, by_id['images'][row['image_id']])
-        left[problem] += 1
-        if not problem:
+        if problem:
+            left[problem] += 1
+        else:
             kept.append({**row, 'iscrowd': int(bool(row.get('iscrowd')))})
-    del left['']
     if left:
         _logger.warning(
             f'Left out {left.total()} of {len(by_id["annotations"])} annotations of {path}: '
             f'{", ".join(f"{count} with {problem}" for problem, count in left.items())}.')
     coco = COCO()
     coco.dataset = {**data, 'annotations': kept}
-    with quiet():
+    with redirect_stdout(StringIO()):  # it prints
         coco.createIndex()
     for row in kept:
         if not isinstance(row.get('area'), (int, float)):
             row['area'] = float(area(coco.annToRLE(row)))
     return coco
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what pycocotools prints from the standard output, which is for results."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _by_id(data: Any, table: str, path: Path) -> dict[int, Row]:

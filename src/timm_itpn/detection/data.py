@@ -1,7 +1,4 @@
-"""Images and instances in COCO's format for torchvision's detectors, and the authors' augmentation.
-
-Everything random in a sample follows from seed, epoch and index, as in pre-training.
-"""
+"""Images and instances in COCO's format for torchvision's detectors, and the authors' augmentation."""
 import logging
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,7 +16,12 @@ from ..checks import printable
 from ..engine.data import to_rgb
 from .coco import read_coco
 
-__all__ = ['CocoDataset', 'eval_transforms', 'train_transforms']
+__all__ = ['MAX_SIDE', 'SIDES', 'CocoDataset', 'eval_transforms', 'train_transforms']
+
+# the authors', for `train_transforms`
+SIDES: dict[str, Sequence[int]] = dict(
+    short_sides=range(480, 801, 32), crop_short_sides=(400, 500, 600), crop_sides=(384, 600))
+MAX_SIDE = 1333
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +37,6 @@ class CocoDataset(Dataset):
         annotations: JSON file in COCO's format.
         image_dir: Folder of the images that it names. Those that are not there are skipped, which the log says.
         transforms: `train_transforms()` or `eval_transforms()`.
-        seed: Of everything random.
 
     Attributes:
         coco: The annotations, as pycocotools' `COCO`.
@@ -43,19 +44,16 @@ class CocoDataset(Dataset):
         category_ids: In the order of the labels.
         num_classes: Categories and the background.
         fingerprint: What tells these data from others.
-        epoch: Other epochs have other random numbers.
 
     Raises:
         RuntimeError: An image is not of the size that the file says. Pillow raises anything if it cannot be read.
         ValueError: The file cannot be used, or no image is there.
     """
 
-    def __init__(self, annotations: Path, image_dir: Path, transforms: Callable, seed: int = 0):
+    def __init__(self, annotations: Path, image_dir: Path, transforms: Callable):
         self.coco = read_coco(annotations)
         self.image_dir = image_dir
         self.transforms = transforms
-        self.seed = seed
-        self.epoch = 0
         self.category_ids = sorted(self.coco.cats)
         self.num_classes = 1 + len(self.category_ids)
         self.labels = {category: i for i, category in enumerate(self.category_ids, start=1)}
@@ -78,12 +76,9 @@ class CocoDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         number = self.ids[index]
-        seed = zlib.crc32(repr((self.seed, self.epoch, index)).encode())
-        image, target = self._image(number), self._target(number)
-        target['seed'] = torch.tensor(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return self.transforms(image, target)
+        image, target = self.transforms(self._image(number), self._target(number))
+        target['seed'] = torch.randint(2 ** 62, ())  # of the boxes that the detector samples
+        return image, target
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, list[Any]]:
@@ -123,12 +118,8 @@ class CocoDataset(Dataset):
 
 
 def train_transforms(
-        short_sides: Sequence[int] = tuple(range(480, 801, 32)),
-        max_side: int = 1333,
-        crop_short_sides: Sequence[int] = (400, 500, 600),
-        crop_sides: tuple[int, int] = (384, 600),
-        hflip: float = 0.5,
-) -> v2.Compose:
+        short_sides: Sequence[int], max_side: int, crop_short_sides: Sequence[int], crop_sides: Sequence[int],
+        hflip: float = 0.5) -> v2.Compose:
     """The augmentation: a flip, then a resize, in half of the cases of a random crop.
 
     Args:

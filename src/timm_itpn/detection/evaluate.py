@@ -1,6 +1,8 @@
 """Average precision of boxes and masks, as COCO defines it, by pycocotools."""
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,6 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from ..engine.data import Replacing, load
-from .coco import quiet
 from .data import CocoDataset
 
 __all__ = ['NAMES', 'average_precision', 'evaluate', 'predict']
@@ -41,16 +42,18 @@ def evaluate(
     Raises:
         RuntimeError: No image can be read.
     """
-    batches = load(Replacing(dataset, 0), sampler=range(rank, len(dataset), world_size), num_workers=workers)
+    batches = load(Replacing(dataset, num_others=0), sampler=range(rank, len(dataset), world_size), num_workers=workers)
     results: list[Result] = []
     image_ids, unreadable = [], []
+    training = model.training
+    model.eval()
     for batch in tqdm(batches, 'evaluation', leave=False, mininterval=1, file=sys.stderr, disable=rank > 0):
-        names = batch.pop('unreadable')[0]
-        if names:
+        if names := batch.pop('unreadable')[0]:
             unreadable += names
             continue
-        results += predict(model, [batch], dataset.category_ids, device)
+        results += predict(model, batch, dataset.category_ids, device)
         image_ids.append(int(batch['targets'][0]['image_id']))
+    model.train(training)
     found: list[Any] = [(results, image_ids, unreadable)]
     if world_size > 1:
         found = [None] * world_size
@@ -66,40 +69,29 @@ def evaluate(
 
 @torch.inference_mode()
 def predict(
-        model: nn.Module, batches: Iterable[Any], category_ids: list[int], device: torch.device,
-) -> list[Result]:
+        model: nn.Module, batch: dict[str, Any], category_ids: list[int], device: torch.device) -> list[Result]:
     """Predictions in COCO's format of results, which JSON can hold.
 
     Args:
-        model: Detector; it is left in the mode it was in.
-        batches: Of `data.collate`.
+        model: Detector in evaluation mode.
+        batch: Of `CocoDataset.collate`.
         category_ids: Of the labels from 1.
         device: Of the model.
     """
-    training = model.training
-    model.eval()
-    results = []
-    for batch in batches:
-        outputs = model([image.to(device) for image in batch['images']])
-        for output, target in zip(outputs, batch['targets']):
-            results += _results(output, int(target['image_id']), category_ids)
-    model.train(training)
-    return results
-
-
-def _results(output: dict[str, torch.Tensor], image_id: int, category_ids: list[int]) -> list[Result]:
-    """The predictions of one image."""
     from pycocotools.mask import encode
 
-    boxes = output['boxes'].float().cpu()
-    boxes[:, 2:] -= boxes[:, :2]  # left, top, right, bottom -> left, top, width, height
-    masks = (output['masks'][:, 0] >= MASK_THRESHOLD).byte().permute(1, 2, 0)  # (N, 1, H, W) -> (H, W, N)
-    codes = encode(np.asfortranarray(masks.cpu().numpy()))
-    return [
-        dict(image_id=image_id, category_id=category_ids[label - 1], score=score, bbox=box,
-             segmentation={'size': list(code['size']), 'counts': code['counts'].decode('ascii')})
-        for label, score, box, code in zip(
-            output['labels'].tolist(), output['scores'].tolist(), boxes.tolist(), codes)]
+    results = []
+    for output, target in zip(model([image.to(device) for image in batch['images']]), batch['targets']):
+        boxes = output['boxes'].float().cpu()
+        boxes[:, 2:] -= boxes[:, :2]  # left, top, right, bottom -> left, top, width, height
+        masks = (output['masks'][:, 0] >= MASK_THRESHOLD).byte().permute(1, 2, 0)  # (N, 1, H, W) -> (H, W, N)
+        codes = encode(np.asfortranarray(masks.cpu().numpy()))
+        results += [
+            dict(image_id=int(target['image_id']), category_id=category_ids[label - 1], score=score, bbox=box,
+                 segmentation={'size': list(code['size']), 'counts': code['counts'].decode('ascii')})
+            for label, score, box, code in zip(
+                output['labels'].tolist(), output['scores'].tolist(), boxes.tolist(), codes)]
+    return results
 
 
 def average_precision(
@@ -122,7 +114,7 @@ def average_precision(
     for name, kind, other in (('box', 'bbox', 'segmentation'), ('mask', 'segm', 'bbox')):
         # without the other, sizes of predictions are those of what is measured
         chosen = [{key: value for key, value in result.items() if key != other} for result in results]
-        with quiet():
+        with redirect_stdout(StringIO()):  # pycocotools prints
             predicted = dataset.coco.loadRes(chosen) if chosen else _nothing(dataset.coco)
             evaluation = COCOeval(dataset.coco, predicted, kind)
             evaluation.params.imgIds = dataset.ids if image_ids is None else image_ids

@@ -34,7 +34,7 @@ Target = dict[str, torch.Tensor]
 
 
 def mask_rcnn(
-        backbone: str | nn.Module,
+        model_name: str,
         num_classes: int,
         backbone_kwargs: dict[str, Any] | None = None,
         head_dim: int = 256,
@@ -47,11 +47,10 @@ def mask_rcnn(
     short side of 800 pixels and a long side of at most 1333.
 
     Args:
-        backbone: Name of a model with pyramid, or a module as torchvision's detectors take it, which gives levels '0'
-            to '4' at `STRIDES`.
+        model_name: Name of a model with pyramid.
         num_classes: Classes with the background, which is class 0, as torchvision counts them.
-        backbone_kwargs: For `DetectionBackbone`, where `backbone` is a name, such as `pretrained`, `drop_path_rate`.
-            Relative position bias is off unless they say otherwise.
+        backbone_kwargs: For `DetectionBackbone`, such as `pretrained`, `drop_path_rate`. Relative position bias is off
+            unless they say otherwise.
         head_dim: Channels of the convolutions of both heads; the linear layer of the box head has four times as many.
         norm_layer: Norm of the box head. The authors synchronise it: `nn.SyncBatchNorm.convert_sync_batchnorm(model)`,
             for CUDA.
@@ -64,10 +63,9 @@ def mask_rcnn(
         raise ValueError(f'num_classes is {num_classes}, but it counts the background: it is at least 2.')
     if unknown := kwargs.keys() - signature(MaskRCNN.__init__).parameters.keys():  # which torchvision swallows
         raise ValueError(f'The detector has no argument {min(unknown)!r}: see those of MaskRCNN in torchvision.')
-    if isinstance(backbone, str):
-        check_name(backbone)
-        backbone = DetectionBackbone(backbone, **{'rel_pos_bias': False, **(backbone_kwargs or {})})
-    channels: Any = backbone.out_channels
+    check_name(model_name)
+    backbone = DetectionBackbone(model_name, **{'rel_pos_bias': False, **(backbone_kwargs or {})})
+    channels = backbone.out_channels
     model = MaskRCNN(
         backbone,
         rpn_anchor_generator=Anchors(),
@@ -150,13 +148,13 @@ class BoxAndMaskHeads(RoIHeads):
         logits, deltas = self.box_predictor(x)
         boxes = self.box_coder.decode(deltas, proposals)  # (N, num_classes * 4) -> (N, num_classes, 4)
         all_labels = torch.cat(labels)
-        wanted = torch.cat([_matched_boxes(target['boxes'], index) for target, index in zip(targets, matched)])
         chosen = all_labels.nonzero()[:, 0]  # objects
-        box_loss = generalized_box_iou_loss(boxes[chosen, all_labels[chosen]], wanted[chosen], reduction='sum')
         num_samples, num_objects = _of_all_processes(all_labels.new_tensor([len(all_labels), len(chosen)]))
 
         proposals = [each[label > 0] for each, label in zip(proposals, labels)]
         matched = [index[label > 0] for index, label in zip(matched, labels)]
+        wanted = torch.cat([target['boxes'][index] for target, index in zip(targets, matched)])
+        box_loss = generalized_box_iou_loss(boxes[chosen, all_labels[chosen]], wanted, reduction='sum')
         mask_logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, proposals, image_shapes)))
         masks, classes = [target['masks'] for target in targets], [target['labels'] for target in targets]
         return [], {
@@ -207,11 +205,6 @@ def _of_all_processes(counts: torch.Tensor) -> list[float]:
         dist.all_reduce(means)
         means /= dist.get_world_size()
     return means.clamp(min=1).tolist()
-
-
-def _matched_boxes(boxes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The box that each sample is matched with; an image without objects has only background, so any box will do."""
-    return boxes[index] if len(boxes) else boxes.new_zeros(len(index), 4)
 
 
 def _in_float32(layer: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:

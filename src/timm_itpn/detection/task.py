@@ -3,23 +3,26 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from math import gcd
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchvision.models.detection import MaskRCNN
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 from ..engine import loop
+from ..engine.data import Replacing
 from ..engine.task import Batch, Losses, Task, creating
 from ..files import replaced
 from ..weights.read import read_contents
 from . import NORM_NAMES
-from .data import CocoDataset, eval_transforms, train_transforms
-from .evaluate import NAMES, evaluate
-from .figures import draw
+from .data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, train_transforms
+from .evaluate import MASK_THRESHOLD, NAMES, evaluate
 from .model import compute_losses, mask_rcnn
 from .optim import PREFIX, param_groups
 
@@ -28,10 +31,9 @@ __all__ = ['DetectionTask', 'detect']
 NORMS: dict[str, Callable[[int], nn.Module]] = dict(zip(
     NORM_NAMES, (nn.BatchNorm2d, lambda channels: nn.GroupNorm(gcd(channels, 32), channels))))
 SPLITS = {'train': ('train2017', 'train'), 'val': ('val2017', 'val')}
-SIDES = dict(short_sides=range(480, 801, 32), crop_short_sides=(400, 500, 600), crop_sides=(384, 600))  # the authors'
-MAX_SIDE = 1333
 SHORT_SIDE = 480  # of most images of COCO
 NUM_DRAWN = 4  # images
+DRAWN_SCORE = 0.5  # the least of a prediction
 
 
 def detect(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,8 +96,22 @@ class DetectionTask(Task):
         with self.autocast():
             return evaluate(model, self.val_set, self.device, args.workers, args.rank, args.world_size)
 
+    @torch.inference_mode()
     def draw(self, path: Path, batch: Batch) -> None:
-        draw(path, self.model, self.val_set, NUM_DRAWN, self.device)
+        """Draw the first images for validation that can be read: what is there above, what is predicted below."""
+        self.model.eval()
+        samples = Replacing(self.val_set, num_others=0)
+        readable = filter(None, (samples[index][0] for index in range(len(samples))))
+        pictures: list[torch.Tensor] = []
+        for image, target in islice(readable, NUM_DRAWN):
+            output = self.model([image.to(self.device)])[0]
+            output['masks'] = output['masks'][:, 0]
+            found = {key: value[output['scores'] >= DRAWN_SCORE].cpu() for key, value in output.items()}
+            pictures += [_picture(image, objects, self.val_set) for objects in (target, found)]
+        height, width = (max(picture.shape[i] for picture in pictures) for i in (1, 2))
+        padded = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
+        with replaced(path) as part:
+            save_image(torch.stack(padded[::2] + padded[1::2]) / 255, part, nrow=len(padded) // 2, pad_value=1.)
 
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
         backbone = {key.removeprefix(PREFIX): value for key, value in state_dict.items() if key.startswith(PREFIX)}
@@ -114,7 +130,7 @@ def _open(args: argparse.Namespace, split: str) -> CocoDataset:
     files = [args.data_dir / 'annotations' / f'instances_{name}.json' for name in names] if args.data_dir else []
     for name, file in zip(names, files):
         if file.exists():
-            return CocoDataset(file, args.data_dir / name, eval_transforms(), args.seed)
+            return CocoDataset(file, args.data_dir / name, eval_transforms())
     where = f': there is no {" or ".join(map(str, files))}' if files else ''
     raise ValueError(f'--data-dir must be a folder in the layout of COCO{where}. Name another, or another split with '
                      f'--{split}-split.')
@@ -148,3 +164,15 @@ def _create_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
             tree = read_contents(Path(args.initial_checkpoint)).tree
             model.load_state_dict(tree.get('model', tree))
     return model
+
+
+def _picture(image: torch.Tensor, objects: dict[str, torch.Tensor], dataset: CocoDataset) -> torch.Tensor:
+    """An image with outlines, names and scores of objects, uint8."""
+    picture = (255 * image).round().to(torch.uint8)
+    if len(objects['boxes']) == 0:  # torchvision warns
+        return picture
+    labels = [dataset.coco.cats[dataset.category_ids[label - 1]]['name'] for label in objects['labels'].tolist()]
+    if 'scores' in objects:
+        labels = [f'{label} {score:.2f}' for label, score in zip(labels, objects['scores'].tolist())]
+    picture = draw_segmentation_masks(picture, objects['masks'] >= MASK_THRESHOLD, alpha=0.5)
+    return draw_bounding_boxes(picture, objects['boxes'], labels, width=1)

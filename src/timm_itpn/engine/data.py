@@ -3,6 +3,9 @@
 The order, and everything random in a sample, follow from seed, epoch and index, so it does not matter which worker of
 which process makes a sample, nor how often the run was interrupted.
 """
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from ..checks import printable
 
-__all__ = ['NUM_OTHERS', 'Batches', 'Replacing', 'load', 'to_rgb']
+__all__ = ['NUM_OTHERS', 'Batches', 'Replacing', 'load', 'seeded', 'to_rgb']
 
 NUM_OTHERS = 40  # random samples that are tried in place of one; if half of all are whole, one of so many is
 
@@ -37,16 +40,29 @@ def to_rgb(image: Any) -> Any:
     return image.convert('RGB')
 
 
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """torch's generator, from which samples draw, starts from the numbers; the model goes on with it as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(zlib.crc32(repr(numbers).encode()))
+        yield
+
+
 class Replacing(Dataset):
-    """Samples with the names of files that cannot be read; a random other sample takes the place of theirs.
+    """Samples of an epoch, with the names of files that cannot be read, whose places random other samples take.
 
     Args:
-        samples: Data set with `seed`, `epoch` and, for the name of a file, `name(index)`; it may raise anything.
+        samples: Data set with, for the name of a file, `name(index)`; it draws from torch's generator, and may raise
+            anything.
+        seed: Of everything random.
+        epoch: Other epochs have other random numbers.
         num_others: How many others are tried.
     """
 
-    def __init__(self, samples: Any, num_others: int = NUM_OTHERS):
+    def __init__(self, samples: Any, seed: int = 0, epoch: int = 0, num_others: int = NUM_OTHERS):
         self.samples = samples
+        self.seed = seed
+        self.epoch = epoch
         self.num_others = num_others
 
     def __len__(self) -> int:
@@ -54,11 +70,12 @@ class Replacing(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, list[str]]:
         """A sample, None if all that were tried cannot be read, and the names of those that cannot."""
-        generator = np.random.default_rng((self.samples.seed, self.samples.epoch, index))
+        generator = np.random.default_rng((self.seed, self.epoch, index))
         unreadable: list[str] = []
         for at in (index, *generator.integers(len(self), size=self.num_others).tolist()):
             try:
-                return self.samples[at], unreadable
+                with seeded(self.seed, self.epoch, at):
+                    return self.samples[at], unreadable
             except Exception as error:  # whatever a file makes one of Pillow's many readers do
                 unreadable.append(printable(f'{self.samples.name(at)} ({type(error).__name__})'))
         return None, unreadable
@@ -70,17 +87,18 @@ class Replacing(Dataset):
         return {**batch, 'unreadable': [names for _, names in items]}
 
 
-def load(samples: Any, **options: Any) -> DataLoader:
+def load(samples: Replacing, **options: Any) -> DataLoader:
     """A loader that does not touch the generator which a model draws from."""
-    return DataLoader(samples, collate_fn=getattr(samples, 'collate', None), generator=torch.Generator(), **options)
+    return DataLoader(samples, collate_fn=samples.collate, generator=torch.Generator(), **options)
 
 
 class Batches:
     """The batches of one process; all processes together see each sample at most once per epoch.
 
     Args:
-        samples: Data set with `seed` and `epoch`; what `Replacing` takes, or an iterable one of what it gives.
+        samples: What `Replacing` takes, or an iterable `Replacing`.
         batch_size: Samples of one process per batch.
+        seed: Of the order, and of everything random in a sample.
         workers: Processes that read, 0 for none.
         rank: Of the process.
         world_size: Number of processes.
@@ -93,12 +111,13 @@ class Batches:
     """
 
     def __init__(
-            self, samples: Any, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1,
+            self, samples: Any, batch_size: int, seed: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1,
             pin_memory: bool = False):
         self.samples = samples
+        self.seed = seed
         self.resumable = not isinstance(samples, IterableDataset)
         if self.resumable:
-            self.order = DistributedSampler[int](samples, world_size, rank, seed=samples.seed, drop_last=True)
+            self.order = DistributedSampler[int](samples, world_size, rank, seed=seed, drop_last=True)
         self.num_samples = len(samples)
         self.per_epoch = self.num_samples // (batch_size * world_size)
         self.options: dict[str, Any] = dict(
@@ -106,9 +125,9 @@ class Batches:
 
     def epoch(self, epoch: int, first: int = 0) -> DataLoader:
         """The batches of an epoch, dicts of stacked tensors, without the first ones that are done already."""
-        self.samples.epoch = epoch
         if not self.resumable:
+            self.samples.epoch = epoch
             return load(self.samples, **self.options)
         self.order.set_epoch(epoch)
         order = list(self.order)[first * self.options['batch_size']:]
-        return load(Replacing(self.samples), sampler=order, **self.options)
+        return load(Replacing(self.samples, self.seed, epoch), sampler=order, **self.options)

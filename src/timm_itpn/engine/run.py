@@ -60,7 +60,7 @@ class Run:
         self.settings = settings
         self.task = task
         self.batches = batches = Batches(
-            task.samples, args.batch_size, args.workers, args.rank, args.world_size,
+            task.samples, args.batch_size, args.seed, args.workers, args.rank, args.world_size,
             pin_memory=task.device.type == 'cuda')
         self.metrics: Mapping[str, float | None] = {}
         self.images_per_update = args.batch_size * args.grad_accum_steps * args.world_size

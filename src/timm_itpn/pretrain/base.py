@@ -9,7 +9,7 @@ from einops import rearrange
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import init_weights_vit_timm
 
-from .student import Student, check_student
+from .student import Student, pyramid_of
 
 __all__ = ['Losses', 'LevelsToTokens', 'Objective', 'init_linear']
 
@@ -35,7 +35,10 @@ class Objective(nn.Module):
             raise ValueError(
                 f'The objective {self.NAME} is for {" and ".join(self.STUDENT)} models, not for {student.family}: '
                 'choose another --model or --objective.')
-        check_student(student)
+        if pyramid_of(student).concat:
+            raise ValueError('The student has pyramid_concat=True: create it without.')
+        if student.dynamic_img_size:
+            raise ValueError('The student has dynamic_img_size=True: pre-training is at one size.')
         self.backbone = student
         self.num_masked = num_masked
         self.grid_size = student.patch_embed.grid_size

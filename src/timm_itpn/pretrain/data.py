@@ -1,8 +1,4 @@
-"""Samples of pre-training: one crop of an image for student and teacher, and a mask.
-
-Everything random in a sample follows from seed, epoch and index, so it does not matter which worker of which process
-makes it, nor how often the run was interrupted.
-"""
+"""Samples of pre-training: one crop of an image for student and teacher, and a mask."""
 import os
 import sys
 import zlib
@@ -20,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from ..checks import check_regular_file
-from ..engine.data import Replacing, to_rgb
+from ..engine.data import Replacing, seeded, to_rgb
 
 __all__ = ['SampleMaker', 'Samples', 'StreamedSamples', 'View', 'fingerprint', 'open_dataset']
 
@@ -37,33 +33,21 @@ class View(NamedTuple):
 
 
 class SampleMaker(NamedTuple):
-    """Crops an image for student and teacher, and adds a mask."""
+    """Crops an image at random for student and teacher, and adds a random mask; draws from torch's generator."""
     views: tuple[View, ...]  # of the student and, if there is one, of the teacher
     grid_size: tuple[int, int]  # tokens (height, width) of the student
     masking: Callable  # value of `MASKINGS`
     num_masked: int  # tokens that are masked
-    seed: int  # of everything random
     scale: tuple[float, float] = (0.2, 1.)  # smallest and largest share of the image's area that is cropped
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # smallest and largest width by height of the crop
     hflip: float = 0.5  # probability of a horizontal flip
     interpolation: str = 'bicubic'  # as timm names it
 
-    def __call__(self, image: Any, *number: int) -> Sample:
-        """Make a sample.
-
-        Args:
-            image: PIL image.
-            number: Of the sample; the same number gives the same crop and mask.
-
-        Returns:
-            'images' (3, H, W), for a teacher 'teacher_images', and 'masked' (h, w).
-        """
-        generator = torch.default_generator  # the one that RandomResizedCrop draws from
-        with torch.random.fork_rng(devices=[]):  # and, in this process, the model too
-            generator.manual_seed(zlib.crc32(repr((self.seed, *number)).encode()))
-            box = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
-            flip = bool(torch.rand(()) < self.hflip)
-            masked = self.masking(self.grid_size, self.num_masked, generator)
+    def __call__(self, image: Image.Image) -> Sample:
+        """'images' (3, H, W), for a teacher 'teacher_images', and 'masked' (h, w)."""
+        box = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
+        flip = bool(torch.rand(()) < self.hflip)
+        masked = self.masking(self.grid_size, self.num_masked, torch.default_generator)
         images = [self._see(view, image, box, flip) for view in self.views]
         return {**dict(zip(('images', 'teacher_images'), images)), 'masked': masked}
 
@@ -73,7 +57,7 @@ class SampleMaker(NamedTuple):
 
 
 class Samples(Dataset):
-    """Samples, in an epoch, of data that have indices; whatever reading them raises is passed on.
+    """Samples of data that have indices; whatever reading them raises is passed on.
 
     Args:
         source: Gives a PIL image, or the open file of one, first of each item.
@@ -83,15 +67,13 @@ class Samples(Dataset):
     def __init__(self, source: Any, make: SampleMaker):
         self.source = source
         self.make = make
-        self.seed = make.seed
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         found = self.source[index][0]
-        return self.make(to_rgb(found if isinstance(found, Image.Image) else Image.open(found)), self.epoch, index)
+        return self.make(to_rgb(found if isinstance(found, Image.Image) else Image.open(found)))
 
     def name(self, index: int) -> str:
         return getattr(self.source, 'filename', 'image {}'.format)(index)
@@ -104,16 +86,15 @@ class StreamedSamples(IterableDataset, Replacing):
     the place of one that cannot be read.
     """
 
-    def __init__(self, dataset: Any, make: SampleMaker, rank: int, workers: int):
-        super().__init__(dataset)
+    def __init__(self, dataset: Any, make: SampleMaker, seed: int, rank: int, workers: int):
+        super().__init__(dataset, seed)
         dataset.set_loader_cfg(num_workers=max(1, workers))
         self.make = make
         self.rank = rank
-        self.epoch = 0
 
     def __iter__(self) -> Iterator[tuple[Sample, list[str]]]:
         """Samples, each with the name of the image that it takes the place of, if it does."""
-        number = (self.epoch, self.rank, getattr(get_worker_info(), 'id', 0))
+        worker = getattr(get_worker_info(), 'id', 0)
         self.samples.set_epoch(self.epoch)
         count, whole = 0, Image.new('RGB', (1, 1))
         try:
@@ -122,8 +103,10 @@ class StreamedSamples(IterableDataset, Replacing):
                 try:
                     whole = to_rgb(image)
                 except Exception as error:  # as in `Replacing`
-                    names = [f'image {count} of worker {number[-1]} ({type(error).__name__})']
-                yield self.make(whole, *number, count - 1), names
+                    names = [f'image {count} of worker {worker} ({type(error).__name__})']
+                with seeded(self.seed, self.epoch, self.rank, worker, count - 1):
+                    sample = self.make(whole)
+                yield sample, names
         except Exception as error:  # whatever reads the stream raises
             raise RuntimeError(f'The data cannot be read on after {count} images: {error}.') from error
 

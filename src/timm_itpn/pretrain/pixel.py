@@ -17,16 +17,7 @@ from timm.utils import ModelEmaV3
 
 from .base import LevelsToTokens, Losses, Objective, init_linear
 from .student import (
-    Student,
-    check_no_grid,
-    keep_indices,
-    pyramid_levels,
-    pyramid_of,
-    split_patches,
-    stage_maps,
-    third_stage,
-    visible_maps,
-)
+    Student, keep_indices, pyramid_levels, pyramid_of, split_patches, stage_maps, third_stage, visible_maps)
 
 __all__ = ['STRIDE', 'Mfm', 'Pixel', 'pixels', 'sincos_pos_embed']
 
@@ -61,10 +52,13 @@ class Pixel(Objective):
             decoder_num_heads: int = 16,
     ):
         super().__init__(student, num_masked)
-        check_no_grid(student)
-        pos_embed = third_stage(student).pos_embed
-        pos_embed.data.copy_(sincos_pos_embed(self.grid_size, student.embed_dim))
-        pos_embed.requires_grad_(False)
+        stage = third_stage(student)
+        if getattr(stage.blocks[0], 'rel_pos_bias', None) is not None:
+            raise ValueError('Tokens are dropped, so there is no grid: create the student with rel_pos_bias=False.')
+        if hasattr(stage, 'gather_window'):
+            raise ValueError('Tokens are dropped, so there are no windows: create the student without acceleration.')
+        stage.pos_embed.data.copy_(sincos_pos_embed(self.grid_size, student.embed_dim))
+        stage.pos_embed.requires_grad_(False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.decoder_embed: nn.Module = LevelsToTokens(pyramid_of(student).feature_info[0]['num_chs'], decoder_dim)
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(self.grid_size, decoder_dim), requires_grad=False)

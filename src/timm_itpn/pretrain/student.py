@@ -11,8 +11,8 @@ from ..layers.stages import AttentionStage
 from ..models.itpn import ITPN as Student
 
 __all__ = [
-    'STEM_SIDE', 'Student', 'check_no_grid', 'check_student', 'initialise', 'keep_indices',
-    'pyramid_levels', 'pyramid_of', 'split_patches', 'stage_maps', 'third_stage', 'visible_maps']
+    'STEM_SIDE', 'Student', 'initialise', 'keep_indices', 'pyramid_levels', 'pyramid_of', 'split_patches',
+    'stage_maps', 'third_stage', 'visible_maps']
 
 STEM_SIDE = 4  # stem positions along a side of a patch
 SCALED = ('mlp.fc1', 'mlp.fc1_g', 'mlp.fc1_x', 'mlp.fc2', 'attn.proj')
@@ -34,23 +34,6 @@ def pyramid_of(student: Student) -> FeaturePyramid:
     if student.pyramid is None:
         raise ValueError('The student has no feature pyramid: create it with pyramid=True.')
     return student.pyramid
-
-
-def check_student(student: Student) -> None:
-    """Raise ValueError if the student cannot be pre-trained."""
-    if pyramid_of(student).concat:
-        raise ValueError('The student has pyramid_concat=True: create it without.')
-    if student.dynamic_img_size:
-        raise ValueError('The student has dynamic_img_size=True: pre-training is at one size.')
-
-
-def check_no_grid(student: Student) -> None:
-    """Raise ValueError if the student needs all tokens of the grid."""
-    stage = third_stage(student)
-    if getattr(stage.blocks[0], 'rel_pos_bias', None) is not None:
-        raise ValueError('Tokens are dropped, so there is no grid: create the student with rel_pos_bias=False.')
-    if hasattr(stage, 'gather_window'):
-        raise ValueError('Tokens are dropped, so there are no windows: create the student without acceleration.')
 
 
 @torch.no_grad()
@@ -121,7 +104,7 @@ def visible_maps(student: Student, images: torch.Tensor, visible: torch.Tensor) 
     stage 3, and four and two times as high and wide before.
 
     Args:
-        student: One that passes `check_no_grid`.
+        student: Without relative position bias and without acceleration, which need the grid.
         images: (B, 3, H, W).
         visible: (B, K), indices of the visible tokens.
     """

@@ -1,24 +1,35 @@
-"""Pre-training as a task of the engine: objective and teacher, their samples, and the files at the end."""
+"""Pre-training as a task of the engine: objective and teacher, their samples, pictures, and the files at the end."""
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision.utils import save_image
 
+from ..engine.checkpoints import save
 from ..engine.loop import train
-from ..engine.task import Task, creating
-from .base import Losses, Objective
+from ..engine.task import Batch, Losses, Task, creating
+from ..files import replaced
+from ..weights.layout import ITPN, PRETRAIN, native_to_official
+from .base import Objective
 from .data import SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
-from .export import export
-from .figures import draw
 from .masking import MASKINGS
 from .objectives import create_objective, create_student
+from .pixel import STRIDE, Pixel, pixels
 from .teacher import Teacher, create_teacher
 
-__all__ = ['PretrainTask', 'pretrain']
+__all__ = ['PretrainTask', 'native_weights', 'pretrain']
 
 NUM_DRAWN = 8  # images
+GREY = 0.5
+BACKBONE = 'backbone.'
+BRANCH = 'cls_pt_layers.'  # the auxiliary branch of `clip-distill`, whose blocks have official names in a file
+BRANCH_NAMES = {native: official for native, (official,) in ITPN.attention_block.items()}
 
 
 def pretrain(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,37 +66,62 @@ class PretrainTask(Task):
             views.append(_view(teacher.model, teacher.img_size))
         make = SampleMaker(
             tuple(views), objective.grid_size, MASKINGS[args.masking or objective.MASKING], objective.num_masked,
-            args.seed, tuple(args.scale), tuple(args.ratio), args.hflip, args.train_interpolation)
+            tuple(args.scale), tuple(args.ratio), args.hflip, args.train_interpolation)
         try:
-            make(Image.new('RGB', (2, 2)), 0)
+            make(Image.new('RGB', (2, 2)))
         except Exception as error:  # of torchvision, for sizes that cannot be drawn
             raise ValueError(f'--scale, --ratio or --train-interpolation cannot be used: {error}') from error
-        samples = (StreamedSamples(dataset, make, args.rank, args.workers) if hasattr(dataset, 'set_loader_cfg')
-                   else Samples(dataset, make))
+        samples = Samples(dataset, make) if not hasattr(dataset, 'set_loader_cfg') else StreamedSamples(
+            dataset, make, args.seed, args.rank, args.workers)
         super().__init__(args, device, objective, samples, fingerprint(dataset))
         self.teacher = None if teacher is None else teacher.to(device=device, dtype=self.amp_dtype)
         self.views = views
         self.lr_per_image = args.lr_base / args.lr_base_size
 
-    def target(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The teacher's tokens, if there is a teacher."""
-        return None if self.teacher is None else self.teacher(batch['teacher_images'])
-
     def forward(self, input: Any, target: Any = None) -> Losses:
         """Losses of a batch of `data.SampleMaker`; the target is in the images."""
-        target = self.target(input)
+        target = None if self.teacher is None else self.teacher(input['teacher_images'])
         with self.autocast():
             return self.trainable_module(input['images'], input['masked'], target)
 
     def after_update(self, progress: float) -> None:
         self.model.after_update(progress)
 
-    def draw(self, path: Path, batch: dict[str, torch.Tensor]) -> None:
+    @torch.no_grad()
+    def draw(self, path: Path, batch: Batch) -> None:
+        """Draw some images of a batch, one per column.
+
+        Rows for objectives of pixels: image, what is visible of it, prediction. For those of a teacher: image, what is
+        visible, similarity of each predicted token to the teacher's (dark: none).
+        """
         batch = {key: value[:NUM_DRAWN] for key, value in batch.items()}
-        draw(path, self.model, self.views[0], batch, self.target(batch))
+        images, masked, view = batch['images'], batch['masked'], self.views[0]
+        seen, hidden = _unnormalised(images, view), _to_pixels(masked)
+        rows = [seen, torch.where(hidden, GREY, seen)]
+        prediction = self.model.eval().predict(images, masked)
+        if isinstance(self.model, Pixel):
+            # with the mean and deviation that the objective takes away
+            variance, mean = torch.var_mean(pixels(images), dim=-1, keepdim=True)
+            predicted = rearrange(
+                prediction.float() * variance.sqrt() + mean, 'b (h w) (y x c) -> b c (h y) (w x)', h=masked.shape[1],
+                y=STRIDE, x=STRIDE)
+            rows.append(torch.where(hidden, _unnormalised(predicted, view), seen))
+        elif self.teacher is not None:
+            tokens = prediction[0] if isinstance(prediction, tuple) else prediction
+            similarity = F.cosine_similarity(tokens.float(), self.teacher(batch['teacher_images']), dim=-1)
+            rows.append(_to_pixels(similarity.reshape(masked.shape)).expand(-1, 3, -1, -1))
+        with replaced(path) as part:
+            save_image(torch.cat(rows).clamp(0, 1), part, nrow=len(images), pad_value=1.)
 
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
-        return export(folder, state_dict, self.metadata())
+        """Write the weights in both layouts, with what they are; gives the files by layout."""
+        files = {'native': folder / 'pretrained.safetensors', 'official': folder / 'pretrained.pth'}
+        native, metadata = native_weights(state_dict), self.metadata()
+        with replaced(files['native']) as part:
+            save_file(native, part, metadata=metadata)
+        official = {key: value.clone() for key, value in native_to_official(native).items()}
+        save({'model': official, 'args': json.loads(metadata['args'])}, files['official'])
+        return files
 
 
 def _create(args: argparse.Namespace) -> tuple[Objective, Teacher | None]:
@@ -111,3 +147,31 @@ def _view(model: Any, size: tuple[int, int]) -> View:
     """How a timm model sees images of `size`."""
     cfg = model.pretrained_cfg
     return View(size, tuple(cfg['mean']), tuple(cfg['std']))
+
+
+def _to_pixels(tokens: torch.Tensor) -> torch.Tensor:
+    """One value per token (B, h, w) -> one per pixel (B, 1, H, W)."""
+    return tokens.repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)[:, None]
+
+
+def _unnormalised(images: torch.Tensor, view: View) -> torch.Tensor:
+    """Images in 0..1 again."""
+    mean, std = (images.new_tensor(values).reshape(1, -1, 1, 1) for values in (view.mean, view.std))
+    return images.float() * std + mean
+
+
+def native_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of an objective -> native weights.
+
+    What only pre-training needs has `pretrain.` before its official name; the average of `mfm` is left out.
+    """
+    native = {}
+    for key, value in state_dict.items():
+        if key.startswith(BACKBONE):
+            native[key.removeprefix(BACKBONE)] = value
+        elif key.startswith(BRANCH):
+            branch, number, name = key.split('.', 2)
+            native[f'{PRETRAIN}{branch}.{number}.{BRANCH_NAMES.get(name, name)}'] = value
+        elif not key.startswith('average.'):
+            native[PRETRAIN + key] = value
+    return native
