@@ -79,7 +79,7 @@ def test_sizes_of_the_augmentation_are_the_authors():
     assert resize.min_size == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800] and resize.max_size == 1333
     first, cut, last = crop.transforms
     assert first.min_size == [400, 500, 600] and first.max_size is None
-    assert (cut.smallest, cut.largest, last) == (384, 600, resize)
+    assert cut.keywords == dict(smallest=384, largest=600) and last is resize
 
 
 def test_images_without_annotations_are_background(path, caplog):

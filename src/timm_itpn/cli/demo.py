@@ -49,13 +49,12 @@ def run(args: argparse.Namespace) -> None:
         model = timm.create_model(
             args.model, pretrained=args.pretrained, img_size=size, num_classes=NUM_CLASSES, drop_path_rate=0.1)
         model.to(args.device)
-        data = folder / 'data'
-        write_digits(data)
+        write_digits(folder / 'data')
         config = resolve_data_config({'input_size': (3, size, size), 'crop_pct': 1.0}, model=model)
         options: dict[str, Any] = dict(
             config, batch_size=args.batch_size, num_workers=0, persistent_workers=False, use_prefetcher=False,
             device=torch.device(args.device))
-        train_set, val_set = (create_dataset('', root=str(data), split=split) for split in ('train', 'val'))
+        train_set, val_set = (create_dataset('', root=str(folder / 'data'), split=split) for split in ('train', 'val'))
         train_loader = create_loader(
             train_set, is_training=True, scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0., color_jitter=0., **options)
 
@@ -67,10 +66,9 @@ def run(args: argparse.Namespace) -> None:
             'epoch': args.epochs - 1, 'arch': args.model, 'state_dict': model.state_dict(), 'version': 2,
             'args': argparse.Namespace(**told, **config, num_classes=NUM_CLASSES), 'metric': history[-1][1],
         }, folder / 'last.pth.tar')
-        files = dict(checkpoint='last.pth.tar', picture='demo.png', data='data')
-        result = {
-            'top1': history[-1][1], 'images': len(val_set),
-            **{key: str(args.output / name) for key, name in files.items()}}
+        result = dict(
+            top1=history[-1][1], images=len(val_set), checkpoint=str(args.output / 'last.pth.tar'),
+            picture=str(args.output / 'demo.png'), data=str(args.output / 'data'))
         (folder / 'result.json').write_text(json.dumps(result, indent=2) + '\n')
     print(json.dumps(result))
 
@@ -83,9 +81,8 @@ def write_digits(folder: Path) -> None:
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    numbers = np.arange(len(digits.target))
-    train, val = train_test_split(numbers, test_size=0.2, random_state=0, stratify=digits.target)
-    for split, members in (('train', train), ('val', val)):
+    splits = train_test_split(range(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
+    for split, members in zip(('train', 'val'), splits):
         for member in members:
             path = folder / split / str(digits.target[member]) / f'{member:04d}.png'
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('optimization of detectors')
     group.add_argument('--layer-decay', type=number(0, 1), metavar='X',
                        help='learning rate of a layer by that of the next; default: 0.9 for weights of a file, else 1')
-    group.add_argument('--warmup-updates', type=number(0, kind=int), metavar='N', help='in place of --warmup-epochs')
     group.add_argument('--decay-milestones', type=positive, nargs='+', default=[9, 11],
                        help='epochs, for --sched multistep')
     group.add_argument('--decay-rate', type=number(0, 1), default=0.1, help='at these')

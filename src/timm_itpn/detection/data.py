@@ -2,11 +2,11 @@
 import logging
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -130,10 +130,11 @@ def train_transforms(
         hflip: Probability of a horizontal flip.
     """
     resize = v2.RandomShortestSize(list(short_sides), max_side)
-    crop = v2.Compose([v2.RandomShortestSize(list(crop_short_sides)), RandomCropSize(*crop_sides), resize])
+    crop = partial(_random_crop, smallest=crop_sides[0], largest=crop_sides[1])
+    cropped = v2.Compose([v2.RandomShortestSize(list(crop_short_sides)), crop, resize])
     return v2.Compose([
         v2.RandomHorizontalFlip(hflip),
-        v2.RandomChoice([resize, crop]),
+        v2.RandomChoice([resize, cropped]),
         v2.ClampBoundingBoxes(),
         v2.SanitizeBoundingBoxes(),
         eval_transforms(),
@@ -145,19 +146,7 @@ def eval_transforms() -> v2.Compose:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor()])
 
 
-class RandomCropSize(nn.Module):
-    """A crop at a random position, of two random sides; images with shorter sides keep them.
-
-    Args:
-        smallest: Side in pixels.
-        largest: Side in pixels.
-    """
-
-    def __init__(self, smallest: int, largest: int):
-        super().__init__()
-        self.smallest, self.largest = smallest, largest
-
-    def forward(self, image: tv_tensors.Image, target: dict[str, torch.Tensor]) -> Any:
-        sides = [
-            int(torch.randint(min(side, self.smallest), min(side, self.largest) + 1, ())) for side in image.shape[-2:]]
-        return v2.RandomCrop(sides)(image, target)
+def _random_crop(image: tv_tensors.Image, target: dict[str, torch.Tensor], smallest: int, largest: int) -> Any:
+    """Crop at a random position, to two random sides in pixels; images with shorter sides keep them."""
+    sides = [int(torch.randint(min(side, smallest), min(side, largest) + 1, ())) for side in image.shape[-2:]]
+    return v2.RandomCrop(sides)(image, target)

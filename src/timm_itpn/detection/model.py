@@ -20,6 +20,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign, generalized_box_iou_loss
 
+from ..engine.task import Losses
 from ..models import check_name
 from ..models.detection import DetectionBackbone
 
@@ -29,7 +30,6 @@ STRIDES = (4, 8, 16, 32, 64)
 ROI_LEVELS = ('0', '1', '2', '3')  # strides 4 to 32
 BOX_LOSS_WEIGHT = 10.
 
-Losses = dict[str, torch.Tensor]
 Target = dict[str, torch.Tensor]
 
 

@@ -76,13 +76,6 @@ class DetectionTask(Task):
         self.optimizer_kwargs = dict(
             param_group_fn=partial(param_groups, weight_decay=args.weight_decay, layer_decay=decay))
 
-    def schedule_kwargs(self, updates_per_epoch: int) -> dict[str, Any]:
-        args = self.args
-        kwargs: dict[str, Any] = dict(decay_milestones=args.decay_milestones, decay_rate=args.decay_rate)
-        if args.warmup_updates is not None:
-            kwargs['warmup_epochs'] = args.warmup_updates / updates_per_epoch
-        return kwargs
-
     def forward(self, input: Any, target: Any = None) -> Losses:
         """Losses of a batch of `CocoDataset.collate`, which has the targets."""
         with self.autocast():

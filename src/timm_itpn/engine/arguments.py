@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     group.add_argument('--sched', default='cosine', help="timm's name of the schedule; steps are updates")
     group.add_argument('--epochs', type=positive)
     group.add_argument('--warmup-epochs', type=number(0, kind=int), help='default: a tenth of the epochs, at most 10')
+    group.add_argument('--warmup-updates', type=number(0, kind=int), metavar='N', help='in place of --warmup-epochs')
     group.add_argument('--warmup-lr', type=number(0), default=0.)
     group.add_argument('--min-lr', type=number(0))
     group.add_argument('--model-ema', action='store_true', help='average the weights')

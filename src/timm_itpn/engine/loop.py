@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import init_distributed_device, random_seed, reduce_tensor
+from timm.utils import init_distributed_device, random_seed, reduce_tensor, update_summary
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from tqdm import tqdm
 
 from ..checks import check_device, require
-from ..files import FULL
+from ..files import FULL, replaced
 from .arguments import FREE
 from .checkpoints import REMEDY, Checkpoints, load, not_finite
-from .log import Log
 from .run import WHOLE, Run
 from .task import Batch, Task, creating
 
 __all__ = ['evaluate', 'train']
+
+LINES = 'log.jsonl'
+TABLE = 'summary.csv'
 
 Create = Callable[[argparse.Namespace, torch.device], Task]
 
@@ -119,7 +122,6 @@ def _create_task(args: argparse.Namespace, create: Create) -> Task:
 
 def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> Batch:
     """The rest of an epoch, with checkpoints and log; gives its last batch."""
-    args = run.args
     start = asked = time.perf_counter()
     waited = 0.
     task = run.task.train()
@@ -129,15 +131,11 @@ def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> Batch:
         if losses is not None:
             rate = run.images_per_update / (time.perf_counter() - start)
             start = time.perf_counter()
-            log.update(images_per_s=f'{rate:.1f}', epoch=run.epoch, loss=f'{losses["loss"]:.4f}')
-            if run.num_updates % args.log_interval == 0 or run.ends_epoch:
-                skipped = run.skipped * args.world_size  # whose mean is the sum of all processes
-                means = _mean_of_processes({**losses, 'skipped': skipped}, args)
-                log.line({'epoch': run.epoch, 'lr': run.lr, **means, 'images_per_s': rate, 'waited_s': waited})
+            log.update(losses, rate, waited)
             if run.is_recovery_point():
                 _save(run, checkpoints)
         asked = time.perf_counter()
-    means = _mean_of_processes({name: value / run.updates_per_epoch for name, value in run.sums.items()}, args)
+    means = _mean_of_processes({name: value / run.updates_per_epoch for name, value in run.sums.items()}, run.args)
     run.metrics = task.evaluate(task.model if run.ema is None else run.ema.module, run.epoch)
     log.epoch(means, run.metrics)
     run.start_epoch(run.epoch + 1)
@@ -173,3 +171,72 @@ def _export(run: Run) -> dict[str, Any]:
     files = run.task.export(run.args.output, {key: value.detach().cpu().contiguous() for key, value in state.items()})
     return {'num_updates': run.num_updates, 'skipped': run.skipped, **run.metrics,
             **{key: str(path) for key, path in files.items()}}
+
+
+class Log:
+    """What a run tells of itself; only its first process does.
+
+    Lines after the updates that are done, of a run that was interrupted, are removed.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.folder = run.args.output
+        self.writes = run.args.rank == 0
+        self.writer: Any | None = None
+        self.progress = tqdm(
+            total=run.total_updates - run.ahead, initial=run.num_updates, unit='update', mininterval=1, file=sys.stderr,
+            disable=not self.writes)
+        if not self.writes:
+            return
+        _trim(self.folder / LINES, lambda line: json.loads(line)['num_updates'] <= run.num_updates)
+        _trim(self.folder / TABLE, lambda row: run.epoch > 0 and (row[0] == 'e' or int(row.split(',')[0]) < run.epoch))
+        if run.args.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=run.num_updates + 1)
+
+    def update(self, losses: dict[str, float], images_per_s: float, waited_s: float) -> None:
+        """Progress after an update, and a line of the log where one is due; every process has to call it."""
+        run = self.run
+        self.progress.update()
+        self.progress.set_postfix(
+            images_per_s=f'{images_per_s:.1f}', epoch=run.epoch, loss=f'{losses["loss"]:.4f}', refresh=False)
+        if run.num_updates % run.args.log_interval and not run.ends_epoch:
+            return
+        skipped = run.skipped * run.args.world_size  # whose mean is the sum of all processes
+        means = _mean_of_processes({**losses, 'skipped': skipped}, run.args)
+        values = {'epoch': run.epoch, 'lr': run.lr, **means, 'images_per_s': images_per_s, 'waited_s': waited_s}
+        if self.writes:
+            with (self.folder / LINES).open('a', encoding='utf-8') as file:
+                file.write(json.dumps({'num_updates': run.num_updates, **values}) + '\n')
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, run.num_updates)
+
+    def epoch(self, values: dict[str, float], metrics: Mapping[str, float | None]) -> None:
+        """A row of the table, at the end of an epoch."""
+        if self.run.unreadable:
+            tqdm.write(f'epoch {self.run.epoch}: {len(self.run.unreadable)} images were skipped because they cannot be '
+                       f'read, {self.run.first_unreadable()}', file=sys.stderr)
+        if self.writes:
+            update_summary(self.run.epoch, values, metrics, str(self.folder / TABLE), lr=self.run.lr)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _trim(path: Path, keep: Callable[[str], bool]) -> None:
+    """Remove the lines that are not to be kept, and those that were cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True):
+        try:
+            if text.endswith('\n') and keep(text):
+                kept.append(text)
+        except (LookupError, TypeError, ValueError):  # a machine that stopped leaves anything at the end of a file
+            pass
+    with replaced(path) as part:
+        part.write_text(''.join(kept), encoding='utf-8')

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -105,11 +105,10 @@ class Run:
         self.optimizer = create_optimizer_v2(
             self.task.model, opt=args.opt, lr=lr, weight_decay=args.weight_decay, **options,
             **self.task.optimizer_kwargs)
-        schedule = dict(
-            num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr, min_lr=args.min_lr)
-        schedule.update(self.task.schedule_kwargs(self.updates_per_epoch))
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer, args.sched, step_on_epochs=False, updates_per_epoch=self.updates_per_epoch, **schedule)
+        schedule = {**scheduler_kwargs(args), 'decay_epochs': None, 'step_on_epochs': False}  # None: by the schedule
+        if args.warmup_updates is not None:
+            schedule['warmup_epochs'] = args.warmup_updates / self.updates_per_epoch
+        self.scheduler, _ = create_scheduler_v2(self.optimizer, **schedule, updates_per_epoch=self.updates_per_epoch)
 
     @property
     def lr(self) -> float:

@@ -51,10 +51,6 @@ class Task(TrainingTask):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
-    def schedule_kwargs(self, updates_per_epoch: int) -> dict[str, Any]:
-        """For timm's schedule factory, besides and before what the common arguments say."""
-        return {}
-
     def after_update(self, progress: float) -> None:
         """Called after an update, with the share of all updates that are done."""
 

@@ -9,11 +9,10 @@ from einops import rearrange
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import init_weights_vit_timm
 
+from ..engine.task import Losses
 from .student import Student, pyramid_of
 
-__all__ = ['Losses', 'LevelsToTokens', 'Objective', 'init_linear']
-
-Losses = dict[str, torch.Tensor]
+__all__ = ['LevelsToTokens', 'Objective', 'init_linear']
 
 
 class Objective(nn.Module):

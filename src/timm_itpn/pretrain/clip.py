@@ -6,8 +6,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerNorm, trunc_normal_
 
+from ..engine.task import Losses
 from ..layers.blocks import AttentionBlock
-from .base import LevelsToTokens, Losses, Objective, init_linear
+from .base import LevelsToTokens, Objective, init_linear
 from .student import STEM_SIDE, Student, pyramid_levels, pyramid_of, stage_maps, third_stage
 
 __all__ = ['Clip', 'ClipDistill']

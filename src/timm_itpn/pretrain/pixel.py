@@ -15,7 +15,8 @@ from timm.layers import LayerNorm, build_sincos2d_pos_embed, trunc_normal_
 from timm.models.vision_transformer import Block
 from timm.utils import ModelEmaV3
 
-from .base import LevelsToTokens, Losses, Objective, init_linear
+from ..engine.task import Losses
+from .base import LevelsToTokens, Objective, init_linear
 from .student import (
     Student, keep_indices, pyramid_levels, pyramid_of, split_patches, stage_maps, third_stage, visible_maps)
 
