@@ -120,59 +120,6 @@ def _create_task(args: argparse.Namespace, create: Create) -> Task:
     return create(args, device)
 
 
-def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> Batch:
-    """The rest of an epoch, with checkpoints and log; gives its last batch."""
-    start = asked = time.perf_counter()
-    waited = 0.
-    task = run.task.train()
-    for batch in run.rest_of_epoch():
-        waited += time.perf_counter() - asked
-        losses = run.step(batch)
-        if losses is not None:
-            rate = run.images_per_update / (time.perf_counter() - start)
-            start = time.perf_counter()
-            log.update(losses, rate, waited)
-            if run.is_recovery_point():
-                _save(run, checkpoints)
-        asked = time.perf_counter()
-    means = _mean_of_processes({name: value / run.updates_per_epoch for name, value in run.sums.items()}, run.args)
-    run.metrics = task.evaluate(task.model if run.ema is None else run.ema.module, run.epoch)
-    log.epoch(means, run.metrics)
-    run.start_epoch(run.epoch + 1)
-    return batch
-
-
-def _mean_of_processes(values: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
-    if not args.distributed:
-        return values
-    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=args.device)
-    return dict(zip(values, reduce_tensor(tensor, args.world_size).tolist()))
-
-
-def _save(run: Run, checkpoints: Checkpoints) -> None:
-    state = run.state_dict()
-    if run.args.rank == 0:
-        checkpoints.save(state, run.num_updates)
-    if run.args.distributed:
-        dist.barrier()
-
-
-def _export(run: Run) -> dict[str, Any]:
-    """Write the weights; every process has to call it, the first writes, and gives what to tell, for JSON."""
-    state: dict[str, Any] = get_model_state_dict(run.task.model, options=WHOLE)
-    if run.ema is not None:
-        averaged = get_model_state_dict(run.ema.module, options=WHOLE)
-        prefix = run.task.AVERAGED and f'{run.task.AVERAGED}.'
-        state.update({prefix + key: value for key, value in averaged.items()})
-    if run.args.rank > 0:
-        return {}
-    if bad := not_finite(state):
-        raise RuntimeError(f'{bad} is not finite after update {run.num_updates}: no weights are written. {REMEDY}')
-    files = run.task.export(run.args.output, {key: value.detach().cpu().contiguous() for key, value in state.items()})
-    return {'num_updates': run.num_updates, 'skipped': run.skipped, **run.metrics,
-            **{key: str(path) for key, path in files.items()}}
-
-
 class Log:
     """What a run tells of itself; only its first process does.
 
@@ -240,3 +187,56 @@ def _trim(path: Path, keep: Callable[[str], bool]) -> None:
             pass
     with replaced(path) as part:
         part.write_text(''.join(kept), encoding='utf-8')
+
+
+def run_epoch(run: Run, checkpoints: Checkpoints, log: Log) -> Batch:
+    """The rest of an epoch, with checkpoints and log; gives its last batch."""
+    start = asked = time.perf_counter()
+    waited = 0.
+    task = run.task.train()
+    for batch in run.rest_of_epoch():
+        waited += time.perf_counter() - asked
+        losses = run.step(batch)
+        if losses is not None:
+            rate = run.images_per_update / (time.perf_counter() - start)
+            start = time.perf_counter()
+            log.update(losses, rate, waited)
+            if run.is_recovery_point():
+                _save(run, checkpoints)
+        asked = time.perf_counter()
+    means = _mean_of_processes({name: value / run.updates_per_epoch for name, value in run.sums.items()}, run.args)
+    run.metrics = task.evaluate(task.model if run.ema is None else run.ema.module, run.epoch)
+    log.epoch(means, run.metrics)
+    run.start_epoch(run.epoch + 1)
+    return batch
+
+
+def _mean_of_processes(values: dict[str, float], args: argparse.Namespace) -> dict[str, float]:
+    if not args.distributed:
+        return values
+    tensor = torch.tensor(list(values.values()), dtype=torch.float64, device=args.device)
+    return dict(zip(values, reduce_tensor(tensor, args.world_size).tolist()))
+
+
+def _save(run: Run, checkpoints: Checkpoints) -> None:
+    state = run.state_dict()
+    if run.args.rank == 0:
+        checkpoints.save(state, run.num_updates)
+    if run.args.distributed:
+        dist.barrier()
+
+
+def _export(run: Run) -> dict[str, Any]:
+    """Write the weights; every process has to call it, the first writes, and gives what to tell, for JSON."""
+    state: dict[str, Any] = get_model_state_dict(run.task.model, options=WHOLE)
+    if run.ema is not None:
+        averaged = get_model_state_dict(run.ema.module, options=WHOLE)
+        prefix = run.task.AVERAGED and f'{run.task.AVERAGED}.'
+        state.update({prefix + key: value for key, value in averaged.items()})
+    if run.args.rank > 0:
+        return {}
+    if bad := not_finite(state):
+        raise RuntimeError(f'{bad} is not finite after update {run.num_updates}: no weights are written. {REMEDY}')
+    files = run.task.export(run.args.output, {key: value.detach().cpu().contiguous() for key, value in state.items()})
+    return {'num_updates': run.num_updates, 'skipped': run.skipped, **run.metrics,
+            **{key: str(path) for key, path in files.items()}}

@@ -18,7 +18,15 @@ from timm.utils import ModelEmaV3
 from ..engine.task import Losses
 from .base import LevelsToTokens, Objective, init_linear
 from .student import (
-    Student, keep_indices, pyramid_levels, pyramid_of, split_patches, stage_maps, third_stage, visible_maps)
+    Student,
+    keep_indices,
+    pyramid_levels,
+    pyramid_of,
+    split_patches,
+    stage_maps,
+    third_stage,
+    visible_maps,
+)
 
 __all__ = ['STRIDE', 'Mfm', 'Pixel', 'pixels', 'sincos_pos_embed']
 
