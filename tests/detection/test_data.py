@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 from support.coco import write_coco
 
-from timm_itpn.detection.coco import read_coco
-from timm_itpn.detection.data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, train_transforms
+from timm_itpn.detection.data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, read_coco, train_transforms
 from timm_itpn.engine.data import Replacing
 
 SMALL = dict(short_sides=(64, 80), max_side=128, crop_short_sides=(72,), crop_sides=(40, 60))

@@ -127,20 +127,12 @@ def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespa
                 scheduler.step_update(progress.n)
                 progress.set_postfix(
                     epoch=epoch, loss=f'{losses.avg:.3f}', top1=history[-1][1] if history else '-')
-            predictions, top1 = validate(model, val_loader, args.device)
-            history.append((losses.avg, top1))
-    return history, predictions
-
-
-def validate(model: Any, loader: Any, device: str) -> tuple[list[int], float]:
-    """The predicted class of each image in order, and the top-1 accuracy in percent."""
-    import torch
-
-    model.eval()
-    with torch.inference_mode():
-        found = [(model(images.to(device)).argmax(dim=1).cpu(), target) for images, target in loader]
-    predicted, target = map(torch.cat, zip(*found))
-    return predicted.tolist(), round(100 * (predicted == target).double().mean().item(), 2)
+            model.eval()
+            with torch.inference_mode():
+                found = [(model(images.to(args.device)).argmax(dim=1).cpu(), target) for images, target in val_loader]
+            predicted, target = map(torch.cat, zip(*found))
+            history.append((losses.avg, round(100 * (predicted == target).double().mean().item(), 2)))
+    return history, predicted.tolist()
 
 
 def draw(path: Path, samples: list[tuple[str, int]], predictions: list[int], history: History) -> None:

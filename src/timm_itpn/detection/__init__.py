@@ -2,4 +2,3 @@
 
 Nothing here imports torch, so that `--help` is quick.
 """
-NORM_NAMES = ('batch', 'group')

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from ..engine.arguments import PAIRS, number, positive
 from ..engine.arguments import add_arguments as add_common_arguments
-from . import NORM_NAMES
 
 __all__ = ['add_arguments']
 
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--initial-checkpoint', metavar='FILE', help='start from a detector: heads and all')
     group.add_argument('--drop-path', type=number(0, 1), default=0.05, help='stochastic depth rate of the last block')
     group.add_argument('--head-dim', type=positive, default=128, metavar='N', help='channels of both heads')
-    group.add_argument('--head-norm', default='batch', choices=NORM_NAMES, help='norm of the box head')
+    group.add_argument('--head-norm', default='batch', choices=('batch', 'group'), help='norm of the box head')
     group.add_argument('--box-samples', type=positive, default=128, metavar='N', help='boxes per image for both heads')
     group.add_argument('--num-proposals', type=positive, default=300, metavar='N', help='boxes to sample from')
     group.add_argument('--detector-kwargs', help="arguments of torchvision's MaskRCNN", **PAIRS)

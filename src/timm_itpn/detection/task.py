@@ -20,7 +20,6 @@ from ..engine.data import Replacing
 from ..engine.task import Batch, Losses, Task, creating
 from ..files import replaced
 from ..weights.read import read_contents
-from . import NORM_NAMES
 from .data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, train_transforms
 from .evaluate import MASK_THRESHOLD, NAMES, evaluate
 from .model import compute_losses, mask_rcnn
@@ -28,8 +27,8 @@ from .optim import PREFIX, param_groups
 
 __all__ = ['DetectionTask', 'detect']
 
-NORMS: dict[str, Callable[[int], nn.Module]] = dict(zip(
-    NORM_NAMES, (nn.BatchNorm2d, lambda channels: nn.GroupNorm(gcd(channels, 32), channels))))
+NORMS: dict[str, Callable[[int], nn.Module]] = {  # of the box head, by --head-norm
+    'batch': nn.BatchNorm2d, 'group': lambda channels: nn.GroupNorm(gcd(channels, 32), channels)}
 SPLITS = {'train': ('train2017', 'train'), 'val': ('val2017', 'val')}
 SHORT_SIDE = 480  # of most images of COCO
 NUM_DRAWN = 4  # images

@@ -4,4 +4,3 @@ Paper: https://arxiv.org/abs/2211.12735. Written from the paper and from publish
 imports torch, so that `--help` is quick.
 """
 OBJECTIVE_NAMES = ('clip', 'clip-distill', 'pixel', 'mfm')
-MASKING_NAMES = ('block', 'random')

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..engine.arguments import PAIRS, number, positive
 from ..engine.arguments import add_arguments as add_common_arguments
-from . import MASKING_NAMES, OBJECTIVE_NAMES
+from . import OBJECTIVE_NAMES
 
 __all__ = ['add_arguments']
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--objective', choices=OBJECTIVE_NAMES,
                        help='what is learned; default: clip with --teacher, pixel without')
     group.add_argument('--objective-kwargs', help="the objective's arguments", **PAIRS)
-    group.add_argument('--masking', choices=MASKING_NAMES, help="which tokens are masked; default: the objective's")
+    group.add_argument('--masking', choices=('block', 'random'), help="what is masked; default: the objective's")
     group.add_argument('--mask-ratio', type=number(0, 1), help="share of masked tokens; default: the objective's")
     group.add_argument('--teacher', metavar='NAME', help="timm's name of the teacher")
     group.add_argument('--teacher-path', metavar='FILE', help='its weights; default: the published ones')

@@ -48,12 +48,12 @@ class SampleMaker(NamedTuple):
         box = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
         flip = bool(torch.rand(()) < self.hflip)
         masked = self.masking(self.grid_size, self.num_masked, torch.default_generator)
-        images = [self._see(view, image, box, flip) for view in self.views]
-        return {**dict(zip(('images', 'teacher_images'), images)), 'masked': masked}
-
-    def _see(self, view: View, image: Any, box: tuple[int, int, int, int], flip: bool) -> torch.Tensor:
-        image = TF.resized_crop(image, *box, list(view.size), str_to_interp_mode(self.interpolation))
-        return TF.normalize(TF.to_tensor(TF.hflip(image) if flip else image), list(view.mean), list(view.std))
+        sample = {'masked': masked}
+        for name, view in zip(('images', 'teacher_images'), self.views):
+            crop = TF.resized_crop(image, *box, list(view.size), str_to_interp_mode(self.interpolation))
+            pixels = TF.to_tensor(TF.hflip(crop) if flip else crop)
+            sample[name] = TF.normalize(pixels, list(view.mean), list(view.std))
+        return sample
 
 
 class Samples(Dataset):

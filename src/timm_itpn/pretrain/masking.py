@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from . import MASKING_NAMES
-
 __all__ = ['MASKINGS', 'block_masking', 'random_masking']
 
 MIN_BLOCK = 16  # tokens of a block
@@ -65,4 +63,3 @@ def _add_block(masked: torch.Tensor, left: int, generator: torch.Generator) -> i
 
 
 MASKINGS: dict[str, Callable] = {'block': block_masking, 'random': random_masking}
-assert tuple(MASKINGS) == MASKING_NAMES
