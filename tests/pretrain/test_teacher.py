@@ -15,7 +15,7 @@ def small_clip(name, **kwargs):
 
 def test_tokens_are_those_after_norm_and_projection():
     model = small_clip('vit_base_patch16_clip_224.openai', num_classes=24)
-    teacher = Teacher(model, (4, 4))
+    teacher = Teacher(model, (64, 64))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         tokens = model.forward_features(x)[:, 1:] @ model.head.weight.T + model.head.bias
@@ -27,7 +27,7 @@ def test_tokens_are_those_after_norm_and_projection():
     ('vit_base_patch16_siglip_224', 64), ('eva02_base_patch16_clip_224', 512), ('vit_base_patch16_224', 64),
     ('vit_base_patch16_clip_224.openai_ft_in1k', 64)])
 def test_other_towers_give_tokens(name, dim):
-    teacher = Teacher(small_clip(name), (4, 4))
+    teacher = Teacher(small_clip(name), (64, 64))
     assert teacher(torch.randn(2, 3, 64, 64)).shape == (2, 16, dim) and teacher.dim == dim
 
 
@@ -44,7 +44,7 @@ def test_wrong_size_names_the_right_one(tmp_path):
 
 
 def test_teachers_take_no_memory_for_gradients_and_never_train():
-    teacher = Teacher(small_clip('vit_base_patch16_clip_224'), (4, 4)).train()
+    teacher = Teacher(small_clip('vit_base_patch16_clip_224'), (64, 64)).train()
     assert not teacher.training and not teacher.model.training
     assert not any(p.requires_grad for p in teacher.parameters())
     kept = []
@@ -54,7 +54,7 @@ def test_teachers_take_no_memory_for_gradients_and_never_train():
 
 
 def test_low_precision_teachers_give_float32():
-    teacher = Teacher(small_clip('vit_base_patch16_clip_224'), (4, 4))
+    teacher = Teacher(small_clip('vit_base_patch16_clip_224'), (64, 64))
     x = torch.randn(2, 3, 64, 64)
     exact = teacher(x)
     low = teacher.to(torch.bfloat16)(x)

@@ -91,7 +91,7 @@ def write_digits(folder: Path) -> None:
 
 
 def train(model: Any, train_loader: Any, val_loader: Any, args: argparse.Namespace) -> tuple[History, list[int]]:
-    """Train with AdamW and a cosine schedule per update.
+    """Train with AdamW and a cosine schedule per update, and measure after each epoch.
 
     Returns:
         The history, and the class that is predicted at last for each held-out image.

@@ -22,33 +22,21 @@ class Teacher(nn.Module):
 
     Args:
         model: A timm model.
-        grid_size: Tokens (height, width) of the student.
+        img_size: Height and width in pixels of the images that it takes.
 
     Attributes:
         dim: Channels of the tokens.
-        img_size: Height and width in pixels of the images that it takes.
-
-    Raises:
-        ValueError: The model has another grid; the message names the size to use.
     """
 
-    def __init__(self, model: Any, grid_size: tuple[int, int]):
+    def __init__(self, model: Any, img_size: tuple[int, int]):
         super().__init__()
         cfg, classifier = model.pretrained_cfg, model.get_classifier()
         is_clip = 'clip' in cfg['architecture'] and '_ft_' not in f'_{cfg.get("tag", "")}'
         self.model: Any = model.requires_grad_(False)
+        self.img_size = img_size
         self.num_prefix_tokens = getattr(model, 'num_prefix_tokens', 0)
         self.projection = classifier if is_clip and isinstance(classifier, nn.Linear) else nn.Identity()
         self.dim = getattr(self.projection, 'out_features', model.num_features)
-        size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or cfg['input_size'][-2:]
-        self.img_size = (size[0], size[1])
-        stride = _stride(model)
-        grid = (size[0] // stride, size[1] // stride)
-        if grid != tuple(grid_size):
-            raise ValueError(
-                f'The teacher has {grid[0]} x {grid[1]} tokens at {size[0]} x {size[1]} pixels, the student '
-                f'{grid_size[0]} x {grid_size[1]}: use --teacher-img-size {grid_size[0] * stride}, or another '
-                '--img-size.')
         self.eval()
 
     def train(self, mode: bool = True) -> 'Teacher':
@@ -80,8 +68,14 @@ def create_teacher(
     if checkpoint_path:
         if reason := why_no_weight_file(checkpoint_path):
             raise ValueError(f'--teacher-path {checkpoint_path} is {reason}: name the weights of {name}')
-    stride = _stride(timm.create_model(name, device='meta'))
-    size = to_2tuple(img_size) if img_size else (grid_size[0] * stride, grid_size[1] * stride)
+    height, width = grid_size
+    stride = timm.create_model(name, device='meta').feature_info[-1]['reduction']  # pixels along a side of a token
+    size = to_2tuple(img_size) if img_size else (height * stride, width * stride)
+    grid = (size[0] // stride, size[1] // stride)
+    if grid != (height, width):
+        raise ValueError(
+            f'The teacher has {grid[0]} x {grid[1]} tokens at {size[0]} x {size[1]} pixels, the student {height} x '
+            f'{width}: use --teacher-img-size {height * stride}, or another --img-size.')
     overlay = dict(file=checkpoint_path) if checkpoint_path else None
     try:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size)
@@ -90,9 +84,4 @@ def create_teacher(
                          'file of them with --teacher-path') from error
     if bad := not_finite(dict(model.named_parameters())):
         raise ValueError(f'The weights of the teacher {name} are not finite, {bad} for one: name others')
-    return Teacher(model, grid_size)
-
-
-def _stride(model: Any) -> int:
-    """Pixels per token along a side of the last features."""
-    return model.feature_info[-1]['reduction']
+    return Teacher(model, size)
