@@ -2,8 +2,7 @@
 import argparse
 from pathlib import Path
 
-from ..engine.arguments import PAIRS, number, positive
-from ..engine.arguments import add_arguments as add_common_arguments
+from ..engine.arguments import PAIRS, add_common_arguments, number, positive
 
 __all__ = ['add_arguments']
 

@@ -14,7 +14,7 @@ import yaml
 
 from ..checks import read_text
 
-__all__ = ['CHANGEABLE', 'FREE', 'PAIRS', 'RECIPES', 'ConfigurableParser', 'add_arguments', 'number', 'positive']
+__all__ = ['CHANGEABLE', 'FREE', 'PAIRS', 'RECIPES', 'ConfigurableParser', 'add_common_arguments', 'number', 'positive']
 
 MAX_WORKERS = 512
 RECIPES = Path(__file__).parents[1] / 'recipes'
@@ -27,7 +27,7 @@ CHANGEABLE = ('lr', 'min_lr', 'warmup_lr', 'clip_grad', 'amp', 'amp_dtype',
               'grad_checkpointing', 'torchcompile', 'deterministic', 'fsdp')
 
 
-def add_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add what is the same for every kind of training; `defaults` are those of one kind."""
     parser.add_argument('-c', '--config', type=Path, metavar='FILE.yaml',
                         help='defaults for all other arguments: a file, or the name of a recipe')

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..checks import check_device, require
 from ..files import FULL, replaced
 from .arguments import FREE
-from .checkpoints import REMEDY, Checkpoints, load, not_finite
+from .checkpoints import Checkpoints, load
 from .run import WHOLE, Run
 from .task import Batch, Task, creating
 
@@ -33,7 +33,7 @@ def train(args: argparse.Namespace, create: Create) -> dict[str, Any]:
     """Start a run, or go on with one.
 
     Args:
-        args: Arguments of the command, see `arguments.add_arguments`.
+        args: Arguments of the command, see `arguments.add_common_arguments`.
         create: Creates the task on a device; it may complete the arguments.
 
     Returns:
@@ -51,11 +51,10 @@ def train(args: argparse.Namespace, create: Create) -> dict[str, Any]:
     if args.warmup_epochs >= args.epochs:
         raise ValueError(f'--epochs {args.epochs} end within the warm-up: --warmup-epochs {args.warmup_epochs} must be '
                          'fewer.')
-    with _session(args):
-        checkpoints = Checkpoints(args.output, args.checkpoint_hist or 2)
-        checkpoints.to_resume(args.resume)
-        found = None if args.resume in (None, 'auto') else checkpoints.newest(args.resume)
-        task = _create_task(args, create)
+    checkpoints = Checkpoints(args.output, args.checkpoint_hist or 2)
+    checkpoints.to_resume(args.resume)
+    found = None if args.resume in (None, 'auto') else checkpoints.newest(args.resume)
+    with _created(args, create) as task:
         settings = {key: value for key, value in vars(args).items() if key not in FREE + task.FREE}
         run = Run(args, {**settings, 'data': task.fingerprint}, task)
         random_seed(args.seed, args.rank)
@@ -83,9 +82,8 @@ def train(args: argparse.Namespace, create: Create) -> dict[str, Any]:
 def evaluate(args: argparse.Namespace, create: Create, path: Path) -> Mapping[str, float | None]:
     """Measure a checkpoint, with the settings of its run; see `train`. The metrics are those of the first process."""
     state = load(path, '--evaluate')
-    with _session(args):
-        vars(args).update({key: value for key, value in state['settings'].items() if key in args})
-        task = _create_task(args, create)
+    vars(args).update({key: value for key, value in state['settings'].items() if key in args})
+    with _created(args, create) as task:
         model = task.model.get_submodule(task.AVERAGED) if state['ema'] else task.model
         with creating(f'The model of {path}'):
             model.load_state_dict(state['ema'] or state[task.KEY])
@@ -93,11 +91,20 @@ def evaluate(args: argparse.Namespace, create: Create, path: Path) -> Mapping[st
 
 
 @contextmanager
-def _session(args: argparse.Namespace) -> Iterator[None]:
-    """Tell of a full disk, and end what a run has changed in the process."""
+def _created(args: argparse.Namespace, create: Create) -> Iterator[Task]:
+    """Create the task, tell of a full disk, and end what was changed in the process.
+
+    `args` gets the device, rank and number of processes.
+    """
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        yield
+        args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        device = init_distributed_device(args)
+        check_device(args.device)
+        random_seed(args.seed, 0)  # the same weights in all processes
+        if args.deterministic:
+            torch.use_deterministic_algorithms(True)
+        yield create(args, device)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -107,17 +114,6 @@ def _session(args: argparse.Namespace) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _create_task(args: argparse.Namespace, create: Create) -> Task:
-    """Create the task; `args` gets the device, rank and number of processes."""
-    args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    device = init_distributed_device(args)
-    check_device(args.device)
-    random_seed(args.seed, 0)  # the same weights in all processes
-    if args.deterministic:
-        torch.use_deterministic_algorithms(True)
-    return create(args, device)
 
 
 class Log:
@@ -227,7 +223,10 @@ def _save(run: Run, checkpoints: Checkpoints) -> None:
 
 
 def _export(run: Run) -> dict[str, Any]:
-    """Write the weights; every process has to call it, the first writes, and gives what to tell, for JSON."""
+    """Write the weights, which the last checkpoint has found finite; every process has to call it.
+
+    The first process writes, and gives what to tell, for JSON.
+    """
     state: dict[str, Any] = get_model_state_dict(run.task.model, options=WHOLE)
     if run.ema is not None:
         averaged = get_model_state_dict(run.ema.module, options=WHOLE)
@@ -235,8 +234,6 @@ def _export(run: Run) -> dict[str, Any]:
         state.update({prefix + key: value for key, value in averaged.items()})
     if run.args.rank > 0:
         return {}
-    if bad := not_finite(state):
-        raise RuntimeError(f'{bad} is not finite after update {run.num_updates}: no weights are written. {REMEDY}')
     files = run.task.export(run.args.output, {key: value.detach().cpu().contiguous() for key, value in state.items()})
     return {'num_updates': run.num_updates, 'skipped': run.skipped, **run.metrics,
             **{key: str(path) for key, path in files.items()}}

@@ -20,7 +20,7 @@ class Task(TrainingTask):
     """What is trained, and on what. A kind of training is a subclass that computes the loss of a batch in `forward`.
 
     Args:
-        args: Of the command, see `arguments.add_arguments`.
+        args: Of the command, see `arguments.add_common_arguments`.
         device: Of the model.
         model: What is trained, and what checkpoints hold; only it is distributed and averaged.
         samples: Of an epoch, see `data.Batches`.
