@@ -97,18 +97,19 @@ class CocoDataset(Dataset):
             raise RuntimeError(
                 f'{path} has {image.width} x {image.height} pixels, but its annotations are for {row["width"]} x '
                 f'{row["height"]}.')
-        rows = [row for row in self.coco.imgToAnns.get(number, ()) if not row['iscrowd']]
-        boxes = torch.tensor([row['bbox'] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        objects = [each for each in self.coco.imgToAnns.get(number, ()) if not each['iscrowd']]
+        boxes = torch.tensor([each['bbox'] for each in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # left, top, width, height -> left, top, right, bottom
-        masks = [torch.from_numpy(self.coco.annToMask(row)) for row in rows]
+        masks = [torch.from_numpy(self.coco.annToMask(each)) for each in objects]
         target = dict(
             boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),
             masks=tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)),
-            labels=torch.tensor([self.labels[row['category_id']] for row in rows], dtype=torch.int64),
+            labels=torch.tensor([self.labels[each['category_id']] for each in objects], dtype=torch.int64),
             image_id=torch.tensor(number),
         )
         seen, target = self.transforms(tv_tensors.Image(v2.functional.pil_to_tensor(image)), target)
-        return seen, {**target, 'seed': torch.randint(2 ** 62, ())}  # of the boxes that the detector samples
+        target['seed'] = torch.randint(2 ** 62, ())  # of the boxes that the detector samples
+        return seen, target
 
     @staticmethod
     def collate(samples: Sequence[Sample]) -> dict[str, list[Any]]:

@@ -227,11 +227,9 @@ def _export(run: Run) -> dict[str, Any]:
 
     The first process writes, and gives what to tell, for JSON.
     """
-    state: dict[str, Any] = get_model_state_dict(run.task.model, options=WHOLE)
     if run.ema is not None:
-        averaged = get_model_state_dict(run.ema.module, options=WHOLE)
-        prefix = run.task.AVERAGED and f'{run.task.AVERAGED}.'
-        state.update({prefix + key: value for key, value in averaged.items()})
+        run.averaged.load_state_dict(run.ema.module.state_dict())
+    state: dict[str, Any] = get_model_state_dict(run.task.model, options=WHOLE)
     if run.args.rank > 0:
         return {}
     files = run.task.export(run.args.output, {key: value.detach().cpu().contiguous() for key, value in state.items()})
