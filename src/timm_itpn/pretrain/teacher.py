@@ -5,7 +5,6 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 
 from ..engine.checkpoints import not_finite
 from ..weights.fetch import in_a_line
@@ -69,8 +68,9 @@ def create_teacher(
         if reason := why_no_weight_file(checkpoint_path):
             raise ValueError(f'--teacher-path {checkpoint_path} is {reason}: name the weights of {name}')
     height, width = grid_size
-    stride = timm.create_model(name, device='meta').feature_info[-1]['reduction']  # pixels along a side of a token
-    size = to_2tuple(img_size) if img_size else (height * stride, width * stride)
+    model: Any = timm.create_model(name, device='meta')
+    stride = model.feature_info[-1]['reduction']  # pixels along a side of a token
+    size = (img_size, img_size) if img_size else (height * stride, width * stride)
     grid = (size[0] // stride, size[1] // stride)
     if grid != (height, width):
         raise ValueError(
