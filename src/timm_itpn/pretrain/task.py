@@ -61,9 +61,10 @@ class PretrainTask(Task):
             args.dataset, args.data_dir, args.train_split, batch_size=args.batch_size, seed=args.seed,
             num_samples=args.train_num_samples)
         objective, teacher = _create(args)
-        views = [_view(objective.backbone, objective.backbone.patch_embed.img_size)]
+        seeing: list[tuple[Any, tuple[int, int]]] = [(objective.backbone, objective.backbone.patch_embed.img_size)]
         if teacher is not None:
-            views.append(_view(teacher.model, teacher.img_size))
+            seeing.append((teacher.model, teacher.img_size))
+        views = [View(size, model.pretrained_cfg['mean'], model.pretrained_cfg['std']) for model, size in seeing]
         make = SampleMaker(
             tuple(views), objective.grid_size, MASKINGS[args.masking or objective.MASKING], objective.num_masked,
             tuple(args.scale), tuple(args.ratio), args.hflip, args.train_interpolation)
@@ -71,8 +72,9 @@ class PretrainTask(Task):
             make(Image.new('RGB', (2, 2)))
         except Exception as error:  # of torchvision, for sizes that cannot be drawn
             raise ValueError(f'--scale, --ratio or --train-interpolation cannot be used: {error}') from error
-        samples = Samples(dataset, make) if not hasattr(dataset, 'set_loader_cfg') else StreamedSamples(
-            dataset, make, args.seed, args.rank, args.workers)
+        samples = (
+            StreamedSamples(dataset, make, args.seed, args.rank, args.workers) if hasattr(dataset, 'set_loader_cfg')
+            else Samples(dataset, make))
         super().__init__(args, device, objective, samples, fingerprint(dataset))
         self.teacher = None if teacher is None else teacher.to(device=device, dtype=self.amp_dtype)
         self.views = views
@@ -141,12 +143,6 @@ def _create(args: argparse.Namespace) -> tuple[Objective, Teacher | None]:
         return create_objective(
             args.objective, student, args.mask_ratio, None if teacher is None else teacher.dim,
             **args.objective_kwargs), teacher
-
-
-def _view(model: Any, size: tuple[int, int]) -> View:
-    """How a timm model sees images of `size`."""
-    cfg = model.pretrained_cfg
-    return View(size, tuple(cfg['mean']), tuple(cfg['std']))
 
 
 def _to_pixels(tokens: torch.Tensor) -> torch.Tensor:
