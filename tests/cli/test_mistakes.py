@@ -136,6 +136,7 @@ WRITERS = {
     'bench --plot': (*BENCH, '--plot', 'OUT'),
     'bench --record': (*BENCH, '--record', 'OUT'),
     'evidence --record': ('evidence', 'pretraining', '--record', 'OUT'),
+    'evidence --plot': ('evidence', '--measured', '--plot', 'OUT'),
 }
 
 

@@ -1,7 +1,13 @@
-"""Operations of a model, and the matrix products in it, found by running it on the meta device: shapes without data."""
+"""Operations of a model, and the machine's ceiling: the rate of plain matrix products in the shapes that it has.
+
+Operations and shapes are found by running the model on the meta device, without data. In the ceiling each shape counts
+with the fastest implementation there is: `torch.mm`, or one of `ops.linear`, whose weights may be packed.
+"""
 import math
+import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +17,17 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['Outputs', 'Product', 'as_list', 'count_flops', 'count_products', 'training_loss']
+from ..ops.linear import IMPLEMENTATIONS
+
+__all__ = [
+    'Outputs', 'Product', 'TimedProduct', 'as_list', 'count_flops', 'count_products', 'product_calls', 'rates',
+    'training_loss']
 
 Outputs = torch.Tensor | Sequence[torch.Tensor]  # logits, or the levels of a pyramid
+
+_MM = 'mm'
+_TARGET_FLOPS = {'cpu': 2e8, 'cuda': 1e11}  # of a timed call: a millisecond, of which starting it is a small share
+_MOST_REPEATS = 200
 
 
 class Product(NamedTuple):
@@ -25,6 +39,13 @@ class Product(NamedTuple):
     @property
     def flops(self) -> int:
         return 2 * self.rows * self.inner * self.columns
+
+
+class TimedProduct(NamedTuple):
+    """What one timed call computes."""
+    product: Product
+    implementation: str
+    repeats: int
 
 
 def as_list(outputs: Outputs) -> list[torch.Tensor]:
@@ -102,3 +123,47 @@ def _run(model: Callable[[torch.Tensor], Outputs], images: torch.Tensor, backwar
         outputs = model(images)
         if backward:
             training_loss(outputs, torch.zeros(len(images), dtype=torch.long, device=images.device)).backward()
+
+
+def product_calls(
+        products: Mapping[Product, int], dtype: torch.dtype, device: str) -> dict[TimedProduct, Callable[[], None]]:
+    """What to time: each product, rows times the transpose of a weight, in each implementation that can run.
+
+    Args:
+        products: Shapes, and how often the model has each.
+        dtype: Type that the model computes in.
+        device: 'cpu' or 'cuda'.
+    """
+    calls = {}
+    for product in products:
+        x = torch.randn(product.rows, product.inner, dtype=dtype, device=device)
+        weight = torch.randn(product.columns, product.inner, dtype=dtype, device=device)
+        out = torch.empty(product.rows, product.columns, dtype=dtype, device=device)
+        once: dict[str, Callable[[], object]] = {_MM: partial(torch.mm, x, weight.t(), out=out)}
+        for name, implementation in IMPLEMENTATIONS.items():
+            if name != 'reference' and implementation.why_not(weight) is None:
+                once[name] = partial(implementation.forward, x, implementation.pack(weight), None)
+        repeats = max(1, min(_MOST_REPEATS, round(_TARGET_FLOPS[device] / product.flops)))
+        calls.update({TimedProduct(product, name, repeats): partial(_repeat, call, repeats) for name, call in once.items()})
+    return calls
+
+
+def rates(products: Mapping[Product, int], times_ms: Mapping[TimedProduct, list[float]]) -> tuple[float, float]:
+    """Operations per second over all products of the model: each in its fastest implementation, and by `torch.mm`.
+
+    Args:
+        products: As for `product_calls`.
+        times_ms: Times of each of its calls in each round.
+    """
+    seconds: dict[Product, dict[str, float]] = {product: {} for product in products}
+    for (product, name, repeats), times in times_ms.items():
+        seconds[product][name] = products[product] * statistics.median(times) / 1000 / repeats
+    flops = sum(product.flops * count for product, count in products.items())
+    fastest_s = sum(min(by_name.values()) for by_name in seconds.values())
+    return flops / fastest_s, flops / sum(by_name[_MM] for by_name in seconds.values())
+
+
+@torch.inference_mode()
+def _repeat(call: Callable[[], object], repeats: int) -> None:
+    for _ in range(repeats):
+        call()
