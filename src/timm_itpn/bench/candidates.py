@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
-from timm.models import get_pretrained_cfg_value
+from timm.models import get_pretrained_cfg
 
 from .. import fuse
 from ..acceleration.schedule import parse_schedule
@@ -101,15 +101,16 @@ def build(case: Case, asked: Asked) -> list[Candidate]:
         accelerated = _create(case, name)
         accelerated.load_state_dict(ours.state_dict())
         forms.append(Candidate(f'{OURS} {name}', accelerated, accelerated, same_function=False))
+    beside = []
+    if asked.baseline:
+        baseline = _build_baseline(ours, case)
+        beside.append(Candidate(BASELINE, baseline, baseline))
     others = {name: _build_peer(name, case.img_size) for name in asked.peers}
     if asked.against:
         others[asked.against] = _build_against(asked.against, case.img_size)
     if asked.objective:
         others[f'{OURS} pre-training ({asked.objective})'] = PretrainingStep(case, asked.objective)
-    beside = [Candidate(name, model, model, False, False) for name, model in others.items()]
-    if asked.baseline:
-        baseline = _build_baseline(ours, case)
-        beside.insert(0, Candidate(BASELINE, baseline, baseline))
+    beside += [Candidate(name, model, model, False, False) for name, model in others.items()]
     dtype = getattr(torch, case.weight_dtype)
     for c in (*forms, *beside):
         c.model.to(asked.device, dtype).train(case.mode == 'train')
@@ -180,7 +181,8 @@ def _build_peer(name: str, img_size: tuple[int, int]) -> nn.Module:
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: look it up with timm.list_models('*{name.partition('_')[0]}*')")
     height, width = img_size
-    own_size = get_pretrained_cfg_value(name, 'input_size') == (3, height, width)
+    cfg = get_pretrained_cfg(name)
+    own_size = cfg is not None and cfg.input_size[1:] == img_size
     options: dict[str, Any] = {} if own_size else {'img_size': img_size}
     try:
         peer = timm.create_model(name, num_classes=NUM_CLASSES, **options)

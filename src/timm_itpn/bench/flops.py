@@ -3,6 +3,7 @@
 Operations and shapes are found by running the model on the meta device, without data. In the ceiling each shape counts
 with the fastest implementation there is: `torch.mm`, or one of `ops.linear`, whose weights may be packed.
 """
+import copy
 import math
 import statistics
 from collections import Counter
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,7 +78,7 @@ def count_flops(model: nn.Module, images: torch.Tensor, backward: bool = False) 
     counter = FlopCounterMode(display=False)
     try:
         with counter, sdpa_kernel(SDPBackend.MATH):
-            _run_on_meta(model, images, backward)
+            _run(copy.deepcopy(model).to('meta'), images.to('meta'), backward)
     except (NotImplementedError, RuntimeError, TypeError):  # the meta device gave no data; other faults come up again
         with counter, sdpa_kernel(SDPBackend.MATH):
             _run(model, images, backward)
@@ -106,16 +106,8 @@ def count_products(model: nn.Module, images: torch.Tensor) -> dict[Product, int]
     aten = torch.ops.aten
     mapping = {aten.mm: matrices, aten.addmm: matrices, aten.convolution: convolution}
     with FlopCounterMode(display=False, custom_mapping=mapping), sdpa_kernel(SDPBackend.MATH):
-        _run_on_meta(model, images, False)
+        _run(copy.deepcopy(model).to('meta'), images.to('meta'), False)
     return dict(found)
-
-
-def _run_on_meta(model: nn.Module, images: torch.Tensor, backward: bool) -> None:
-    state = [*model.named_parameters(), *model.named_buffers()]
-    meta = {
-        name: torch.empty_like(tensor, device='meta').requires_grad_(tensor.requires_grad and backward)
-        for name, tensor in state}
-    _run(lambda x: functional_call(model, meta, (x,)), torch.empty_like(images, device='meta'), backward)
 
 
 def _run(model: Callable[[torch.Tensor], Outputs], images: torch.Tensor, backward: bool) -> None:
@@ -134,7 +126,7 @@ def product_calls(
         dtype: Type that the model computes in.
         device: 'cpu' or 'cuda'.
     """
-    calls = {}
+    calls: dict[TimedProduct, Callable[[], None]] = {}
     for product in products:
         x = torch.randn(product.rows, product.inner, dtype=dtype, device=device)
         weight = torch.randn(product.columns, product.inner, dtype=dtype, device=device)
@@ -144,7 +136,8 @@ def product_calls(
             if name != 'reference' and implementation.why_not(weight) is None:
                 once[name] = partial(implementation.forward, x, implementation.pack(weight), None)
         repeats = max(1, min(_MOST_REPEATS, round(_TARGET_FLOPS[device] / product.flops)))
-        calls.update({TimedProduct(product, name, repeats): partial(_repeat, call, repeats) for name, call in once.items()})
+        for name, call in once.items():
+            calls[TimedProduct(product, name, repeats)] = partial(_repeat, call, repeats)
     return calls
 
 

@@ -226,9 +226,6 @@ def record(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: `path` exists and is not a file of rows.
     """
-    merged = {_key(row): row for row in [*(read(path, Row) if path.exists() else []), *rows]}
+    old = read(path, Row) if path.exists() else []
+    merged = {(row.case, row.candidate, row.machine.cpu, row.machine.gpu): row for row in [*old, *rows]}
     write(path, merged.values())
-
-
-def _key(row: Row) -> tuple[object, ...]:
-    return row.case, row.candidate, row.machine.cpu, row.machine.gpu

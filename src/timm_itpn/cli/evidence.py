@@ -6,20 +6,22 @@ from typing import Any
 
 from .. import figures
 from ..checks import check_device, check_output, require
+from ..engine.arguments import number
 from ..studies import STUDIES
 
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser('evidence', help='measure what acceleration costs, and pre-training gives')
     parser.add_argument('study', nargs='?', choices=tuple(STUDIES), help='the experiment')
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
+    parser.add_argument(
+        '--seeds', type=number(0, 2 ** 32 - 1, int), nargs='+', default=[0, 1, 2], metavar='N', help='(default: 0 1 2)')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='(default: cpu)')
     parser.add_argument(
         '--record', type=Path, metavar='FILE.jsonl', help='file for the rows; seeds that it has are not measured again')
     parser.add_argument(
         '--measured', action='store_true', help='measure nothing, print the tables that come with the package')
     parser.add_argument(
-        '--plot', type=Path, metavar='FILE.png', help='with --measured: draw speed against accuracy of acceleration too')
+        '--plot', type=Path, metavar='FILE.png', help='with --measured: draw speed against accuracy too')
     parser.set_defaults(run=run)
 
 
@@ -43,8 +45,6 @@ def run(args: argparse.Namespace) -> None:
     if args.study is None:
         raise ValueError(f'name an experiment, one of: {", ".join(STUDIES)}')
     require('the experiment', *STUDIES[args.study])
-    if len(set(args.seeds)) < len(args.seeds) or not 0 <= min(args.seeds) <= max(args.seeds) < 2 ** 32:
-        raise ValueError(f'--seeds {args.seeds}: give different numbers from 0 to {2 ** 32 - 1}')
     check_device(args.device)
     if args.record:
         check_output(args.record, '--record', overwrite=True)

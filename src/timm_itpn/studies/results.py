@@ -67,7 +67,7 @@ def run(name: str, seeds: Iterable[int], done: Collection[int], device: str) -> 
     Yields:
         The rows of a seed when all of it is measured.
     """
-    left = [seed for seed in seeds if seed not in done]
+    left = [seed for seed in dict.fromkeys(seeds) if seed not in done]
     processes = max(1, min(len(left), os.cpu_count() or 1))
     with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         for rows in pool.map(_rows_of_seed, repeat(name), left, repeat(device)):
@@ -110,8 +110,9 @@ def draw() -> 'Figure':
     """
     from matplotlib.figure import Figure
 
-    ratios = {row.candidate: row.speedup_over_ours for row in speed.measured()
-              if row.case == _TIMED and row.machine.gpu is None}
+    ratios: dict[str, Any] = {
+        row.candidate: row.speedup_over_ours for row in speed.measured()
+        if row.case == _TIMED and row.machine.gpu is None}
     speeds = [ratios[name] for name in ('ours', 'ours light', 'ours full')]
     figure = Figure(figsize=(6., 3.5), layout='constrained')
     axes = figure.subplots()
@@ -119,12 +120,12 @@ def draw() -> 'Figure':
     for score, marker, study, off, prefix, when in _SCORES:
         rows = measured(study)
         for tokens, suffix, colour in (('carried', '', 'tab:blue'), ('stored', ', stored', 'tab:orange')):
-            points = [_difference(rows, f'{prefix}{setting}{suffix}', off, when, score)
-                      for setting in ('light', 'full')]
+            points: list[Any] = [
+                _difference(rows, f'{prefix}{setting}{suffix}', off, when, score) for setting in ('light', 'full')]
             if None not in points:
                 axes.plot(speeds, [0., *points], marker=marker, color=colour, linewidth=0.5, label=f'{score}, {tokens}')
     axes.set_xticks(speeds, [f'off\n{speeds[0]:.2f}x', f'light\n{speeds[1]:.2f}x', f'full\n{speeds[2]:.2f}x'])
-    axes.set_xlabel(f'times as fast as off: {_TIMED}', fontsize=8)
+    axes.set_xlabel(f'times as fast as off on a CPU: {_TIMED}', fontsize=8)
     axes.set_ylabel('difference from off, points', fontsize=8)
     axes.legend(fontsize=8)
     return figure
