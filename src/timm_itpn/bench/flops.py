@@ -20,8 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..ops.linear import IMPLEMENTATIONS
 
 __all__ = [
-    'Outputs', 'Product', 'TimedProduct', 'as_list', 'count_flops', 'count_products', 'product_calls', 'rates',
-    'training_loss']
+    'Outputs', 'Product', 'TimedProduct', 'count_flops', 'count_products', 'product_calls', 'rates', 'training_loss']
 
 Outputs = torch.Tensor | Sequence[torch.Tensor]  # logits, or the levels of a pyramid
 
@@ -46,10 +45,6 @@ class TimedProduct(NamedTuple):
     product: Product
     implementation: str
     repeats: int
-
-
-def as_list(outputs: Outputs) -> list[torch.Tensor]:
-    return [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
 
 
 def training_loss(outputs: Outputs, targets: torch.Tensor) -> torch.Tensor:

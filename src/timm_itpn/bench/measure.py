@@ -1,11 +1,12 @@
 """Measure one case: all candidates in turn, and one row for each."""
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ import torch.nn as nn
 from ..ops.kernels import record_kernels
 from .candidates import BASELINE, NUM_CLASSES, OURS, Candidate, build
 from .cases import Asked, Case
-from .flops import as_list, count_flops, count_products, product_calls, rates, training_loss
+from .flops import count_flops, count_products, product_calls, rates, training_loss
 from .rows import Row, this_machine
 
 __all__ = ['TOLERANCES', 'measure', 'measure_alone', 'peak_bytes', 'time_in_turn']
@@ -27,13 +28,6 @@ TOLERANCES = {'float32': 1e-3, 'float16': 2e-2, 'bfloat16': 5e-2, 'amp_bfloat16'
 
 _MIB = 2 ** 20
 _GRAPH_MODES = ('reduce-overhead', 'max-autotune')  # of torch.compile: the memory of CUDA graphs is there before a call
-
-
-class _Outputs(NamedTuple):
-    """What a first run of a candidate tells."""
-    kernels: list[str]
-    error: float | None  # relative to ours, None where they cannot be compared
-    agree: bool  # with ours, or need not
 
 
 def measure(case: Case, asked: Asked) -> list[Row]:
@@ -54,7 +48,10 @@ def measure(case: Case, asked: Asked) -> list[Row]:
     images, targets = _inputs(case, asked.device)
     calls = {c.name: _workload(c, case, images, targets) for c in candidates}
     gflop = {c.name: count_flops(c.model, images, train) / case.batch / 1e9 for c in candidates}
-    outputs = _compare_outputs(candidates, case, images)
+    kernels, errors = _compare_outputs(candidates, case, images)
+    agree = [c.name for c in candidates if not c.same_function or errors[c.name] <= TOLERANCES[case.dtype]]
+    for name in calls.keys() - agree:  # of NaN, too
+        _say(f'  {name}: the outputs differ from ours by {errors[name]:.2g}, so it is not compared')
     peaks_mib: dict[str, float | None] = {}
     start = time.perf_counter()
     for c in candidates:
@@ -70,12 +67,11 @@ def measure(case: Case, asked: Asked) -> list[Row]:
     fastest, mm = rates(products, {key: times_ms[key] for key in ceiling_calls})
     if asked.compile:
         torch.compiler.reset()  # it holds the models
-    has_baseline = asked.baseline and outputs[BASELINE].agree
 
     def speedup(name: str, over: str) -> float | None:
         """Median of the ratios round by round, which a slow round does not change."""
         ratios = (a / b for a, b in zip(times_ms[over], times_ms[name]))
-        return statistics.median(ratios) if outputs[name].agree else None
+        return statistics.median(ratios) if name in agree else None
 
     rows = []
     for c in candidates:
@@ -85,14 +81,14 @@ def measure(case: Case, asked: Asked) -> list[Row]:
             candidate=c.name,
             same_function=c.same_function,
             gflop_per_image=gflop[c.name],
-            kernels=outputs[c.name].kernels,
-            output_error=outputs[c.name].error,
+            kernels=kernels[c.model],
+            output_error=errors[c.name],
             peak_memory_mib=peaks_mib[c.name],
             ms=statistics.median(times_ms[c.name]),
             p95_ms=twentieths[18],
             relative_iqr=(twentieths[14] - twentieths[4]) / twentieths[9],
             speedup_over_ours=speedup(c.name, OURS),
-            speedup_over_baseline=speedup(c.name, BASELINE) if has_baseline and c.same_weights else None,
+            speedup_over_baseline=speedup(c.name, BASELINE) if BASELINE in agree and c.same_weights else None,
             ceiling_tflop_per_s=fastest / 1e12,
             mm_tflop_per_s=mm / 1e12,
             repeats=repeats,
@@ -152,12 +148,9 @@ def peak_bytes(call: Call, device: str) -> int:
         kept = call()
     del kept  # only now, or its end would be one more event
     profiler: Any = profile.profiler
-    changes = [(e.start_ns(), e.nbytes()) for e in profiler.kineto_results.events() if e.name() == '[memory]']
-    in_use = peak = 0
-    for _, num_bytes in sorted(changes, key=lambda change: change[0]):
-        in_use += num_bytes
-        peak = max(peak, in_use)
-    return peak
+    changes = [event for event in profiler.kineto_results.events() if event.name() == '[memory]']
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in changes), initial=0))
 
 
 def _say(text: str) -> None:
@@ -195,13 +188,17 @@ def _workload(candidate: Candidate, case: Case, images: torch.Tensor, targets: t
     return train if case.mode == 'train' else forward
 
 
-def _compare_outputs(candidates: list[Candidate], case: Case, images: torch.Tensor) -> dict[str, _Outputs]:
-    """Run each candidate once: which attention kernels run, and how far its outputs are from those of ours.
+def _compare_outputs(
+        candidates: list[Candidate], case: Case, images: torch.Tensor,
+) -> tuple[dict[nn.Module, list[str]], dict[str, Any]]:
+    """Run each candidate once; compiled models run as they will be timed.
 
-    Compiled models run as they will be timed, and have the kernels of what they were made of.
+    Returns:
+        Model -> attention kernels that ran. Name of a candidate -> error of its outputs relative to ours, None where
+        they are of another kind.
     """
-    results: dict[str, _Outputs] = {}
-    kernels: dict[object, list[str]] = {}
+    kernels: dict[nn.Module, list[str]] = {}
+    errors: dict[str, float | None] = {}
     expected: list[torch.Tensor] = []
     for c in candidates:
         _say(f'  {c.name}: outputs')
@@ -212,16 +209,13 @@ def _compare_outputs(candidates: list[Candidate], case: Case, images: torch.Tens
         else:  # in the mode in which it is timed, or it would be compiled twice
             with torch.inference_mode(case.mode != 'train'), _autocast(case, images):
                 outputs = c.run(images)
-        error, agree = None, True
+        errors[c.name] = None
         if c.same_weights:
-            found = [output.detach().double() for output in as_list(outputs)]
+            levels = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+            found = [level.detach().double() for level in levels]
             expected = expected or found
-            error = _relative_error(found, expected)
-            agree = not c.same_function or error <= TOLERANCES[case.dtype]  # NaN does not
-        if not agree:
-            _say(f'  {c.name}: the outputs differ from ours by {error:.2g}, so it is not compared')
-        results[c.name] = _Outputs(kernels[c.model], error, agree)
-    return results
+            errors[c.name] = _relative_error(found, expected)
+    return kernels, errors
 
 
 def _relative_error(outputs: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

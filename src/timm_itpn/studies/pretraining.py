@@ -70,7 +70,10 @@ def study_seed(seed: int, device: str) -> Iterator[Measurement]:
     unlabelled = draw(digits, labels, num=_DRAWINGS * len(labels), seed=1, **_CANVAS)
     test_digits, test_labels = load_digits(test=True)
     test_set = draw(test_digits, test_labels, num=_TEST_DRAWINGS * len(test_labels), seed=4, **_CANVAS)
-    train_sets = {num: _labelled(digits, labels, num) for num in _LABELS}
+    train_sets = {}
+    for num in _LABELS:  # the first digits of each class
+        indices = torch.cat([(labels == label).nonzero()[:num, 0] for label in range(NUM_CLASSES)])
+        train_sets[num] = draw(digits[indices], labels[indices], num=len(indices), seed=7, **_CANVAS)
     states: dict[type[Pixel] | None, State] = {None: {}}  # starts share what is pre-trained alike
     for arm, start in STARTS.items():
         if start.objective is not None and start.objective not in states:
@@ -79,12 +82,6 @@ def study_seed(seed: int, device: str) -> Iterator[Measurement]:
             network = _network(start, states[start.objective], seed).to(device)
             train(network, train_set, _TUNING, seed)
             yield arm, f'{num} labels', test(network, test_set)
-
-
-def _labelled(digits: torch.Tensor, labels: torch.Tensor, num: int) -> Canvases:
-    """A canvas of each of the first `num` digits of each class."""
-    indices = torch.cat([(labels == label).nonzero()[:num, 0] for label in range(NUM_CLASSES)])
-    return draw(digits[indices], labels[indices], num=len(indices), seed=7, **_CANVAS)
 
 
 def pretrain(
