@@ -12,8 +12,6 @@ PEERS = (
 
 DTYPES = ('float32', 'bfloat16', 'float16', 'amp_bfloat16')  # amp_: of autocast, weights and images are float32
 
-_STRIDE = 16  # pixels per token
-
 
 @dataclass(frozen=True)
 class Case:
@@ -70,12 +68,11 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def check(case: Case, asked: Asked) -> None:
     """Raise ValueError if the case cannot be measured: an argument is not usable, or two of them exclude each other."""
+    from ..layers.patch_embed import check_side_lengths
     from ..models import check_name
 
     check_name(case.model)
-    height, width = case.img_size
-    if min(height, width) < _STRIDE or height % _STRIDE or width % _STRIDE:
-        raise ValueError(f'images of {height} x {width} pixels are not usable: sides must be multiples of {_STRIDE}')
+    height, width = check_side_lengths(case.img_size, 16)
     if asked.baseline and not case.model.startswith('fast_itpn'):
         raise ValueError(f'{case.model} has no baseline, only fast_itpn_* models have one: leave out --baseline')
     if asked.objective and (case.mode != 'train' or not case.pyramid or height != width):

@@ -11,7 +11,7 @@ from typing import Any
 from .. import bench, figures
 
 # these import no torch
-from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Asked, Case, parse_size
+from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Asked, Case, check, parse_size
 from ..bench.rows import SPEEDUPS, Row, draw, json_line, markdown, markdown_of_case, measured, read, record
 from ..checks import check_device, check_output
 from ..engine.arguments import number, positive
@@ -107,7 +107,6 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..bench.cases import check
     from ..bench.measure import TOLERANCES, measure, measure_alone
 
     for case, asked in work:
