@@ -29,6 +29,7 @@ class Case:
 
     @property
     def weight_dtype(self) -> str:
+        """Type of weights and images."""
         return 'float32' if self.dtype.startswith('amp_') else self.dtype
 
     def __str__(self) -> str:

@@ -50,7 +50,7 @@ def measure(case: Case, asked: Asked) -> list[Row]:
     gflop = {c.name: count_flops(c.model, images, train) / case.batch / 1e9 for c in candidates}
     kernels, errors = _compare_outputs(candidates, case, images)
     agree = [c.name for c in candidates if not c.same_function or errors[c.name] <= TOLERANCES[case.dtype]]
-    for name in calls.keys() - agree:  # of NaN, too
+    for name in calls.keys() - agree:  # NaN differs, too
         _say(f'  {name}: the outputs differ from ours by {errors[name]:.2g}, so it is not compared')
     peaks_mib: dict[str, float | None] = {}
     start = time.perf_counter()

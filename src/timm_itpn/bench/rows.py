@@ -24,7 +24,6 @@ __all__ = [
 
 T = TypeVar('T')
 
-_MEASURED = Path(__file__).with_name('measured.jsonl')
 SPEEDUPS = 'vs ours, vs baseline: the time of that one divided by the time of this one; above 1x, this one is faster'
 _WIDTH = 6.  # inches
 _BAR_HEIGHT = 0.3  # inches
@@ -186,7 +185,7 @@ def draw(rows: Sequence[Row]) -> 'Figure':
 
 def measured() -> list[Row]:
     """The rows that come with the package."""
-    return read(_MEASURED, Row)
+    return read(Path(__file__).with_name('measured.jsonl'), Row)
 
 
 def read(path: Path, row_type: type[T]) -> list[T]:

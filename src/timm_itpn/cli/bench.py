@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         'bench', help='measure speed and memory of a model beside others', parents=[_parser_of_cases()])
     group = parser.add_argument_group('all cases')
     group.add_argument(
-        '--suite', choices=sorted(path.stem for path in SUITES.iterdir()),
+        '--suite', choices=sorted(path.stem for path in SUITES.glob('*.txt')),
         help='a fixed list of cases, in place of all options above')
     group.add_argument(
         '--threads', type=number(1, os.cpu_count() or 1, int), metavar='N', help="CPU threads (default: PyTorch's)")

@@ -68,8 +68,7 @@ def run(name: str, seeds: Iterable[int], done: Collection[int], device: str) -> 
         The rows of a seed when all of it is measured.
     """
     left = [seed for seed in dict.fromkeys(seeds) if seed not in done]
-    processes = max(1, min(len(left), os.cpu_count() or 1))
-    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context('spawn'), torch.set_num_threads, (1,)) as pool:
         for rows in pool.map(_rows_of_seed, repeat(name), left, repeat(device)):
             yield from rows
 
