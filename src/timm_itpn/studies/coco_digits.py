@@ -11,13 +11,12 @@ from .canvases import NUM_CLASSES, ground, integer, load_digits, with_digit
 
 __all__ = ['write_split']
 
+_SIZES = (32, 65)  # of a drawing, in pixels, the last excluded
 _CATEGORIES = [dict(id=1 + digit, name=str(digit)) for digit in range(NUM_CLASSES)]
 
 
 def write_split(
-        folder: Path, name: str, num: int, seed: int, side: int = 128, most: int = 4, sizes: tuple[int, int] = (32, 65),
-        test: bool = False,
-) -> None:
+        folder: Path, name: str, num: int, seed: int, side: int = 128, most: int = 4, test: bool = False) -> None:
     """Write square images of digits that do not overlap, and their annotations.
 
     Args:
@@ -27,7 +26,6 @@ def write_split(
         seed: Of all that is random.
         side: Of the images, in pixels.
         most: Digits on an image; there are one to so many.
-        sizes: Of a drawing, in pixels, the last excluded.
         test: Draw those that are held out.
     """
     from pycocotools.mask import encode, toBbox
@@ -42,7 +40,7 @@ def write_split(
         taken = torch.zeros(side, side, dtype=torch.bool)
         for _ in range(integer(1, most + 1, generator)):
             which = integer(0, len(labels), generator)
-            with_it, ink = with_digit(image, digits[which], sizes, generator)
+            with_it, ink = with_digit(image, digits[which], _SIZES, generator)
             code = encode(np.asfortranarray((ink[0] > 0.5).numpy().astype(np.uint8)))
             left, top, width, height = map(int, toBbox(code))
             box = slice(top, top + height), slice(left, left + width)
