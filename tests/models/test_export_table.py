@@ -90,11 +90,11 @@ WAYS = {  # by row
 LIMITS = {  # with acceleration: the cell, with the number of the note below the table, and what is raised
     '`torch.jit.trace`': ('that size only (1)', 'must match the existing size'),
     '`torch.fx.symbolic_trace`': ('no (2)', 'control flow'),
-    '`torch.export`': ('that size only (3)', 'Guard failed'),
-    'AOTInductor': ('that size only (3)', '?'),
-    'ONNX, `dynamo=False`': ('that size only (1)', '?'),
-    'ONNX, `dynamo=True`': ('no (3)', '?'),
-    'OpenVINO, `convert_model`': ('that size only (1)', '?'),
+    '`torch.export`': ('no (3)', 'exported for images of one size'),
+    'AOTInductor': ('no (3)', 'exported for images of one size'),
+    'ONNX, `dynamo=False`': ('that size only (1)', 'invalid expand shape'),
+    'ONNX, `dynamo=True`': ('no (3)', 'exported for images of one size'),
+    'OpenVINO, `convert_model`': ('that size only (1)', 'mismatch'),
 }
 QUICK = {'`torch.jit.trace`', 'ONNX, `dynamo=False`', '`torch.fx.symbolic_trace`'}
 
