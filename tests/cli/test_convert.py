@@ -10,7 +10,7 @@ from support import golden
 
 from timm_itpn.cli import main
 from timm_itpn.tools import convert as conversion
-from timm_itpn.weights.integrity import sha256_of
+from timm_itpn.weights.sources import sha256_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -16,9 +16,8 @@ from support.small import SMALL, images, small_model
 from timm_itpn import __version__
 from timm_itpn.tools import convert as conversion
 from timm_itpn.tools.convert import convert, revert
-from timm_itpn.weights.integrity import sha256_of
 from timm_itpn.weights.layout import native_to_official
-from timm_itpn.weights.sources import SOURCES
+from timm_itpn.weights.sources import SOURCES, sha256_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

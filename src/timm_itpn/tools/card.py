@@ -40,7 +40,8 @@ def model_card(report: dict[str, Any], pretraining: bool) -> str:
     if published:
         details['Contents'] = published.contents
         details['License of the weights, as their authors state it'] = published.license
-        details['Reported by the authors, not measured for this copy'] = list(published.figures)
+        figures = [f'{what}: {value}' for what, value in published.figures.items()]
+        details['Reported by the authors, not measured for this copy'] = figures
     card = dict(
         tags=['timm', family.replace('_', '-')],
         license=published.license if published else 'unknown',

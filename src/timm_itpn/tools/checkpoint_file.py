@@ -8,10 +8,10 @@ from timm.models import is_model_in_modules
 
 from ..models import MODULES
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
-from ..weights.integrity import check_published, sha256_of
+from ..weights.describe import Description, describe
 from ..weights.layout import TRACKING, layout_of
 from ..weights.read import read_contents
-from ..weights.sources import plain_name
+from ..weights.sources import check_published, plain_name, sha256_of
 from ..weights.tracker import tracker_to_native
 from .settings import Settings, from_config, from_training
 
@@ -23,34 +23,14 @@ WEIGHTS, CONFIG = 'model.safetensors', 'config.json'  # of timm's Hub folders
 class Checkpoint(NamedTuple):
     """An open weight file."""
     path: Path  # the file
-    layout: str  # 'official' or 'native'
-    wrapper: str  # dotted names of the dicts and the prefix that the state dict was under, '' for nothing
-    others: list[str]  # names of other state dicts in the file
+    source: dict[str, Any]  # what it is, for JSON
     state_dict: StateDict  # in the file's layout and the type asked for
     native: StateDict  # the same in native layout
+    weights: Description  # what they are
     name: str  # model that the file says it is of: a converted one, or one of timm's `train.py`; '' if it does not say
-    # what a converted file says it was made of: 'file' and 'sha256'; None for other files
-    origin: dict[str, str] | None
+    published: bool  # whether this may be a published file, or one converted from it
     said: Settings  # what the folder's config, or the arguments of timm's `train.py`, say beside the weights
-    asked_size: tuple[int, int] | None  # height and width that were asked for
-
-    def img_size(self, num_tokens: int) -> tuple[int, int] | None:
-        """Height and width for the position embedding: what was asked for, or what the file says if that fits."""
-        height, width = self.said.img_size or (0, 0)
-        fits = (height // 16) * (width // 16) == num_tokens
-        return self.asked_size or ((height, width) if fits else None)
-
-    @property
-    def published(self) -> bool:
-        """Whether this may be a published file, or one converted from it."""
-        of_tracker = any(key.startswith(TRACKING) for key in self.native)
-        return not of_tracker and (self.layout == 'official' or '.' in self.name)
-
-    def report(self) -> dict[str, Any]:
-        """What the file is, for JSON."""
-        return dict(
-            file=self.path.name, sha256=sha256_of(self.path), bytes=self.path.stat().st_size, layout=self.layout,
-            wrapper=self.wrapper, others=self.others, origin=self.origin)
+    img_size: tuple[int, int] | None  # height and width that were asked for, or that the file says if they fit
 
 
 def open_checkpoint(
@@ -80,26 +60,39 @@ def open_checkpoint(
     contents = read_contents(path)
     check_published(path)
     tree, metadata = contents.tree, contents.metadata
-    state_dict, wrapper = unwrap(tree, AVERAGED if ema else PLAIN + AVERAGED, prefix)
+    state_dict, wrapper = unwrap(tree, ema, prefix)
     if ema and not set(wrapper.split('.')) & set(AVERAGED):
         raise ValueError(f'{path} has no averaged weights ({" or ".join(AVERAGED)}): leave out --ema.')
     state_dict = _cast(state_dict, dtype)
     native = to_native(tracker_to_native(state_dict, roles))
-    found = [key for key in AVERAGED + PLAIN if isinstance(tree.get(key), dict)]
-    others = [key for key in found if key != wrapper.partition('.')[0]]
-    origin = {name: metadata.get(key, '') for name, key in (('file', 'source'), ('sha256', 'source_sha256'))}
+    weights = describe(native)
+
     config = path.with_name(CONFIG)
     has_config = path.name == WEIGHTS and config.is_file()
     said = from_config(config) if has_config else from_training(metadata.get('args', tree.get('args')))
     layout, trained_as = layout_of(state_dict), plain_name(said.model.partition('.')[0])
     is_ours = layout == 'native' and is_model_in_modules(trained_as, MODULES)
-    return Checkpoint(
-        path, layout, wrapper, others, state_dict, native,
-        name=metadata.get('model', '') or (trained_as if is_ours else ''),
-        origin=origin if all(origin.values()) else None,
-        said=said,
-        asked_size=next(iter(roles.values())) if roles else img_size,
+    name = metadata.get('model', '') or (trained_as if is_ours else '')
+    of_tracker = any(key.startswith(TRACKING) for key in native)
+    height, width = said.img_size or (0, 0)
+    if roles:
+        img_size = next(iter(roles.values()))
+    elif img_size is None and (height // 16) * (width // 16) == weights.num_tokens:
+        img_size = (height, width)
+
+    wrappers = [key for key in AVERAGED + PLAIN if isinstance(tree.get(key), dict)]
+    origin = {key: metadata.get(entry, '') for key, entry in (('file', 'source'), ('sha256', 'source_sha256'))}
+    source = dict(
+        file=path.name,
+        sha256=sha256_of(path),
+        bytes=path.stat().st_size,
+        layout=layout,
+        wrapper=wrapper,  # dotted names of the dicts and the prefix that the state dict was under, '' for nothing
+        others=[key for key in wrappers if key != wrapper.partition('.')[0]],  # names of other state dicts
+        origin=origin if all(origin.values()) else None,  # what a converted file says it was made of
     )
+    published = not of_tracker and (layout == 'official' or '.' in name)
+    return Checkpoint(path, source, state_dict, native, weights, name, published, said, img_size)
 
 
 def _cast(state_dict: StateDict, dtype: torch.dtype | None) -> StateDict:

@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from .. import __version__
 from ..files import created
 from ..models._timm import save_config_for_hf
-from ..weights.checkpoint import StateDict, fit_to_model
-from ..weights.describe import describe
-from ..weights.integrity import sha256_of
+from ..weights.checkpoint import StateDict, fit_to_model, to_native
 from ..weights.layout import native_to_official
 from ..weights.read import read_contents
+from ..weights.sources import sha256_of
 from .card import model_card
 from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from .match import choose_model, matching_models, model_args, why_not_published
@@ -65,7 +64,7 @@ def convert(
         part.mkdir()
         report, digests, outputs = _write(part, open_checkpoint(path, **opening), name, verify, data or {}, class_map)
         if verify:
-            native = open_checkpoint(part).native
+            native = to_native(read_contents(part / WEIGHTS).tree)
             _compare(native_to_official(native) if report['source']['layout'] == 'official' else native, digests)
             _compare_outputs(_outputs(f'local-dir:{part}', native, pyramid='pyramid' in report['parts']), outputs)
     return {'output': str(output), **report, 'verified': verify}
@@ -83,13 +82,11 @@ def _write(
 
     The caller keeps no reference to the checkpoint, so its memory is free on return.
     """
-    native = checkpoint.native
-    weights = describe(native)
-    guessed = name is None
+    native, weights, said, source = checkpoint.native, checkpoint.weights, checkpoint.said, checkpoint.source
+    guessed = name is None and not checkpoint.name
     if name is None:
         name = checkpoint.name or choose_model(weights, checkpoint.published)
-    said = checkpoint.said
-    args = model_args(name, native, weights, checkpoint.img_size(weights.num_tokens), said.model_args)
+    args = model_args(name, native, weights, checkpoint.img_size, said.model_args)
     check_data(data, weights.in_chans, 'the command line')
     check_data({key: said.data[key] for key in said.data.keys() - data.keys()}, weights.in_chans, said.source)
     if '.' in name:
@@ -102,10 +99,9 @@ def _write(
     images = {**said.data, **data}
     if said.input_size and args.get('dynamic_img_size'):
         images['input_size'] = (weights.in_chans, *said.input_size)
-    source = checkpoint.report()
     report = dict(
         model=name,
-        guessed=name != checkpoint.name and guessed,
+        guessed=guessed,
         global_pool=args.get('global_pool', 'avg'),
         source=source,
         dtypes=_dtypes(native),
@@ -114,7 +110,7 @@ def _write(
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         tool=f'timm-itpn {__version__}',
     )
-    origin = checkpoint.origin or source
+    origin = source['origin'] or source
     metadata = {'format': 'pt', 'model': name, 'source': origin['file'], 'source_sha256': origin['sha256']}
     save_file({key: value.contiguous() for key, value in native.items()}, folder / WEIGHTS, metadata=metadata)
     written = _write_config(name, args, folder / CONFIG, images, labels)
@@ -182,7 +178,7 @@ def _write_config(
     model = timm.create_model(name, device='meta', **args)
     save_config_for_hf(model, str(path), labels, data_config=images)
     config = json.loads(path.read_text(encoding='utf-8'))
-    config['model_args'].pop('num_classes')  # it stands beside them too; transformers 5.23 fails on having it twice
+    config['model_args'].pop('num_classes', None)  # it stands beside them; transformers 5.23 fails on having it twice
     path.write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     return config['pretrained_cfg']
 
@@ -213,17 +209,16 @@ def revert(path: Path, output: Path, verify: bool = False, **opening: Any) -> di
 
 def _write_official(output: Path, checkpoint: Checkpoint) -> tuple[dict[str, Any], Digests]:
     """Write the file; return what it is, and digests of its tensors."""
-    if checkpoint.layout == 'official':
+    if checkpoint.source['layout'] == 'official':
         raise ValueError(f'{checkpoint.path} is in official layout already.')
-    native = checkpoint.native
-    weights = describe(native)
+    native, weights = checkpoint.native, checkpoint.weights
     names = [checkpoint.name] if checkpoint.name else matching_models(weights, published=False)
     if names:  # if it is of a registered model, it must have all of it
-        model_args(names[0], native, weights, checkpoint.img_size(weights.num_tokens), checkpoint.said.model_args)
+        model_args(names[0], native, weights, checkpoint.img_size, checkpoint.said.model_args)
     official = native_to_official(native)
     for key, value in official.items():
         if value.nbytes < value.untyped_storage().nbytes():  # a part of a tensor would be saved with the whole
             official[key] = value.clone()
     torch.save({'model': official}, output)
-    report = dict(source=checkpoint.report(), dtypes=_dtypes(official), parts=weights.parts)
+    report = dict(source=checkpoint.source, dtypes=_dtypes(official), parts=weights.parts)
     return report, _digests(official)
