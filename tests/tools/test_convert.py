@@ -296,7 +296,7 @@ def test_type_that_cannot_hold_a_value_is_refused(function, tmp_path):
 def test_nothing_half_written_is_left(error, classifier, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise error
-    monkeypatch.setattr(conversion, 'model_card', fail)  # the last thing written
+    monkeypatch.setattr(conversion, '_model_card', fail)  # the last thing written
     with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
         convert(classifier, tmp_path / 'out')
     monkeypatch.setattr(torch, 'save', fail)

@@ -5,7 +5,7 @@ are checked, and nothing that would load or fetch a file is taken.
 """
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,14 +78,15 @@ def from_training(args: Any) -> Settings:
     kwargs = found.get('model_kwargs', {})
     if not isinstance(kwargs, dict):
         raise ValueError(f'model_kwargs in {source} cannot be read: convert a file with the state dict alone.')
+    kwargs = {'global_pool': found.get('gp'), **kwargs}
     input_size = _size(found.get('img_size') or found.get('input_size'))
     return Settings(
-        source,
-        _of(found, DATA),
-        str(found.get('model', '')),
-        _of({'global_pool': found.get('gp'), **kwargs}, MODEL_ARGS),
-        _size(kwargs.get('img_size')) or input_size,
-        input_size,
+        source=source,
+        data={key: found[key] for key in DATA if key in found},
+        model=str(found.get('model', '')),
+        model_args={key: kwargs[key] for key in MODEL_ARGS if kwargs.get(key) is not None},
+        img_size=_size(kwargs.get('img_size')) or input_size,
+        input_size=input_size,
         class_map=str(found.get('class_map', '')),
     )
 
@@ -117,10 +118,6 @@ def class_names(path: Path, num_classes: int) -> list[str]:
     if len(names) != num_classes:
         raise ValueError(f'{path} has {len(names)} lines, but the checkpoint {num_classes} classes: name another file.')
     return names
-
-
-def _of(values: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    return {key: values[key] for key in keys if values.get(key) is not None}
 
 
 def _plain(value: Any) -> Any:

@@ -250,7 +250,8 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
         raise ValueError(
             f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(unknown)}. Those of a '
             'tracker are read with --role, or by tracking.JointEncoder.load.')
-    return native | {key if key in unknown else PRETRAIN + key: state_dict[key] for key in sorted(left)}
+    return native | {
+        PRETRAIN + key if pretraining_part(key, layout) else key: state_dict[key] for key in sorted(left)}
 
 
 def to_current(state_dict: dict[str, Any], strict: bool = True) -> dict[str, torch.Tensor]:
