@@ -100,7 +100,7 @@ def fetched(
         RuntimeError: The weights cannot be had, or there are none.
         ValueError: The file cannot be read, holds no weights, or is not the published one of its name.
     """
-    overlay = dict(pretrained_cfg_overlay or {})
+    overlay: dict[str, Any] = dict(pretrained_cfg_overlay or {})
     asked = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     name = f'{variant}.{asked.tag}' if asked.tag else variant
     registered = get_pretrained_cfg(name)

@@ -1,23 +1,63 @@
-"""A weight file of any layout, or a converted folder, opened to be converted: what it holds, what it says of itself."""
-from collections.abc import Mapping
+"""A weight file of any layout, or a converted folder, opened to be converted: what it holds, what it says of itself.
+
+Beside weights it may say how images were prepared and how its model was created: timm's `train.py` leaves its arguments
+in the file, a converted folder has a config. Both may be from anyone, so values are checked, and nothing that would
+load or fetch a file is taken.
+"""
+import contextlib
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from timm.models import is_model_in_modules
 
+from ..checks import are_numbers, is_number, read_text
 from ..models import MODULES
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
 from ..weights.describe import Description, describe
 from ..weights.layout import TRACKING, layout_of
-from ..weights.read import read_contents
+from ..weights.read import StandIn, read_contents
 from ..weights.sources import check_published, plain_name, sha256_of
 from ..weights.tracker import tracker_to_native
-from .settings import Settings, from_config, from_training
 
-__all__ = ['CONFIG', 'WEIGHTS', 'Checkpoint', 'open_checkpoint']
+__all__ = [
+    'CONFIG', 'DATA', 'MODEL_ARGS', 'WEIGHTS', 'Checkpoint', 'Settings', 'check_data', 'class_names', 'from_training',
+    'open_checkpoint',
+]
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'  # of timm's Hub folders
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+CROP_MODES = ('center', 'squash', 'border')
+LARGEST_SIDE = 2 ** 16  # pixels
+
+# what the outputs depend on, and neither names nor shapes of the weights tell; the last two say that they tell the size
+MODEL_ARGS = (
+    'num_heads', 'stem_mlp_ratio', 'mlp_ratio', 'act_layer', 'norm_layer', 'global_pool', 'dynamic_img_size',
+    'dynamic_img_pad', 'acceleration', 'gather_window', 'gather_blocks', 'migrate', 'carry', 'pyramid_pool',
+    'pyramid_concat', 'embed_dim', 'depths')
+LABELS = ('label_names', 'label_descriptions')
+# setting -> whether a value can be one, and what it must be
+DATA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'crop_pct': (lambda value: is_number(value, 0.1, 2), 'a number from 0.1 to 2'),
+    'mean': (lambda value: are_numbers(value, -1e3, 1e3), 'a number for each channel'),
+    'std': (lambda value: are_numbers(value, 1e-6, 1e3), 'a number above 0 for each channel'),
+    'interpolation': (lambda value: value in INTERPOLATIONS, f'one of {", ".join(INTERPOLATIONS)}'),
+    'crop_mode': (lambda value: value in CROP_MODES, f'one of {", ".join(CROP_MODES)}'),
+}
+
+
+class Settings(NamedTuple):
+    """What is said beside the weights."""
+    source: str  # where, in words
+    data: dict[str, Any] = {}  # of timm's data config, by the names in `DATA`
+    model: str = ''  # name of the model, perhaps with tag
+    model_args: dict[str, Any] = {}  # by the names in `MODEL_ARGS`
+    img_size: tuple[int, int] | None = None  # height and width that the model was created for
+    input_size: tuple[int, int] | None = None  # of the images, if they may differ
+    labels: dict[str, Any] = {}  # names of the classes, as timm's config has them
+    class_map: str = ''  # the file of the names of the classes, '' for none
 
 
 class Checkpoint(NamedTuple):
@@ -105,3 +145,90 @@ def _cast(state_dict: StateDict, dtype: torch.dtype | None) -> StateDict:
             if not cast[key].isfinite().all() and value.isfinite().all():
                 raise ValueError(f'{key} has values that {dtype} cannot hold: choose another --dtype.')
     return cast
+
+
+def check_data(data: dict[str, Any], in_chans: int, source: str) -> None:
+    """Raise ValueError for a value that timm could not prepare images with.
+
+    Args:
+        data: Settings by the names in `DATA`.
+        in_chans: Channels of the images.
+        source: Where they are from, in words.
+    """
+    for key, value in data.items():
+        is_valid, expected = DATA[key]
+        if not is_valid(value) or key in ('mean', 'std') and len(value) not in (1, in_chans):
+            raise ValueError(
+                f'{key} in {source} must be {expected}: give the right one with --{key.replace("_", "-")}.')
+
+
+def from_training(args: Any) -> Settings:
+    """The arguments of timm's `train.py`, a `Namespace`, a dict or JSON; what is None or empty is the default.
+
+    Raises:
+        ValueError: The arguments of the model cannot be read.
+    """
+    source = "the checkpoint's args"
+    with contextlib.suppress(RecursionError, TypeError, ValueError):
+        args = json.loads(args)
+    said = args if isinstance(args, dict) else vars(args) if isinstance(args, StandIn) else {}
+    wanted = (*DATA, 'model', 'model_kwargs', 'gp', 'img_size', 'input_size', 'class_map')
+    found: dict[str, Any] = {key: value for key in wanted if (value := _plain(said.get(key)))}
+    kwargs = found.get('model_kwargs', {})
+    if not isinstance(kwargs, dict):
+        raise ValueError(f'model_kwargs in {source} cannot be read: convert a file with the state dict alone.')
+    kwargs = {'global_pool': found.get('gp'), **kwargs}
+    input_size = _size(found.get('img_size') or found.get('input_size'))
+    return Settings(
+        source=source,
+        data={key: found[key] for key in DATA if key in found},
+        model=str(found.get('model', '')),
+        model_args={key: kwargs[key] for key in MODEL_ARGS if kwargs.get(key) is not None},
+        img_size=_size(kwargs.get('img_size')) or input_size,
+        input_size=input_size,
+        class_map=str(found.get('class_map', '')),
+    )
+
+
+def from_config(path: Path) -> Settings:
+    """The config of timm in a converted folder.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    text = read_text(path)
+    try:
+        config = json.loads(text)
+        cfg, kwargs = config.get('pretrained_cfg', {}), config.get('model_args', {})
+        said = from_training({**cfg, 'model_kwargs': kwargs, 'gp': config.get('global_pool')})
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f'{path} is not a config of timm ({error}): mend it, or convert a copy.') from error
+    labels = {key: value for key, value in config.items() if key in LABELS and isinstance(value, (list, dict))}
+    return said._replace(source=path.name, labels=labels)
+
+
+def class_names(path: Path, num_classes: int) -> list[str]:
+    """The names in a class map of timm in text form, one per line.
+
+    Raises:
+        ValueError: They are not as many as the classes.
+    """
+    names = [line.strip() for line in read_text(path).splitlines()]
+    if len(names) != num_classes:
+        raise ValueError(f'{path} has {len(names)} lines, but the checkpoint {num_classes} classes: name another file.')
+    return names
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back; Ellipsis, which no check lets pass, for what JSON cannot hold."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        return ...
+
+
+def _size(value: Any) -> tuple[int, int] | None:
+    """Height and width from a side, (height, width) or (channels, height, width); None if it is something else."""
+    sides = value if isinstance(value, list) else [value, value]
+    is_size = len(sides) in (2, 3) and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
+    return (sides[-2], sides[-1]) if is_size else None

@@ -5,6 +5,7 @@ what only pre-training needs), `config.json` as timm writes it, and a model card
 once it is on the Hub, with `hf-hub:`.
 """
 import datetime
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,8 @@ from ..weights.checkpoint import StateDict, fit_to_model, to_native
 from ..weights.layout import native_to_official
 from ..weights.read import read_contents
 from ..weights.sources import Source, drive_url, hash_check, sha256_of, source_of
-from .checkpoint_file import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
+from .checkpoint_file import CONFIG, DATA, WEIGHTS, Checkpoint, check_data, class_names, open_checkpoint
 from .match import choose_model, matching_models, model_args, why_not_published
-from .settings import DATA, check_data, class_names
 
 __all__ = ['convert', 'revert']
 
@@ -57,7 +57,7 @@ def convert(
         name: Model `arch.tag` for published weights, `arch` for others, with or without `_fpn`; None to tell from the
             file.
         verify: Read the folder again and compare every tensor, and what the model computes.
-        data: How images are prepared, by the names in `settings.DATA`, in place of what the checkpoint says.
+        data: How images are prepared, by the names in `checkpoint_file.DATA`, in place of what the checkpoint says.
         class_map: Text file with the names of the classes, one per line.
         opening: `dtype`, `ema`, `img_size`, `prefix` and `roles` of `open_checkpoint`.
 
@@ -73,11 +73,13 @@ def convert(
         checkpoint = open_checkpoint(path, **opening)
         report, args = _write(part, checkpoint, name, data or {}, class_map)
         if verify:
-            native, pyramid = to_native(read_contents(part / WEIGHTS).tree), 'pyramid' in report['parts']
-            written = native_to_official(native) if checkpoint.source['layout'] == 'official' else native
-            _compare(written, checkpoint.state_dict)
-            expected = _outputs(report['model'], checkpoint.native, pyramid=pyramid, **args)
-            _compare_outputs(_outputs(f'local-dir:{part}', native, pyramid=pyramid), expected)
+            pyramid = 'pyramid' in report['parts']
+            digests = _digests(checkpoint.state_dict)
+            outputs = _outputs(report['model'], checkpoint.native, pyramid=pyramid, **args)
+            del checkpoint  # its memory is free before the result is read
+            native = to_native(read_contents(part / WEIGHTS).tree)
+            _compare(native_to_official(native) if report['source']['layout'] == 'official' else native, digests)
+            _compare_outputs(_outputs(f'local-dir:{part}', native, pyramid=pyramid), outputs)
     return {'output': str(output), **report, 'verified': verify}
 
 
@@ -145,19 +147,22 @@ def _outputs(name: str, native: StateDict, **args: Any) -> list[torch.Tensor]:
         return [model.forward_head(last), *maps]
 
 
-def _compare(written: StateDict, expected: StateDict) -> None:
-    """Raise RuntimeError unless tensors are the same to the bit, but for indices, which follow from sizes."""
-    keys = sorted(key for key in {*written, *expected} if not key.endswith('relative_position_index'))
-    differing = [key for key in keys if not _are_same(written.get(key), expected.get(key))]
+def _digests(state_dict: StateDict) -> dict[str, str]:
+    """Key -> hash of the tensor's bytes, its shape and type; without indices, which follow from sizes."""
+    digests = {}
+    for key, value in state_dict.items():
+        if not key.endswith('relative_position_index'):
+            data = value.contiguous().flatten().view(torch.uint8).numpy()
+            digests[key] = f'{hashlib.sha256(data.data).hexdigest()} {tuple(value.shape)} {value.dtype}'
+    return digests
+
+
+def _compare(written: StateDict, expected: dict[str, str]) -> None:
+    """Raise RuntimeError unless tensors are the same to the bit as those of which the digests are."""
+    found = _digests(written)
+    differing = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
     if differing:
         raise RuntimeError(f'What was written differs from the checkpoint in {", ".join(differing)}: it was not kept.')
-
-
-def _are_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    ours, theirs = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))  # bits, as of a NaN
-    return torch.equal(ours, theirs)
 
 
 def _compare_outputs(written: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
@@ -261,18 +266,13 @@ def revert(path: Path, output: Path, verify: bool = False, **opening: Any) -> di
         names = [checkpoint.name] if checkpoint.name else matching_models(weights, published=False)
         if names:  # if it is of a registered model, it must have all of it
             model_args(names[0], native, weights, checkpoint.img_size, checkpoint.said.model_args)
-        official = native_to_official(native)
-        for key, value in official.items():
-            if value.nbytes < value.untyped_storage().nbytes():  # a part of a tensor would be saved with the whole
-                official[key] = value.clone()
+        official = {  # a part of a tensor would be saved with the whole
+            key: value.clone() if value.nbytes < value.untyped_storage().nbytes() else value
+            for key, value in native_to_official(native).items()}
         torch.save({'model': official}, part)
+        report = dict(source=checkpoint.source, dtypes=_dtypes(official), parts=weights.parts)
         if verify:
-            _compare(read_contents(part).tree['model'], official)
-    return dict(
-        output=str(output),
-        source=checkpoint.source,
-        dtypes=_dtypes(official),
-        parts=weights.parts,
-        sha256=sha256_of(output),
-        verified=verify,
-    )
+            digests = _digests(official)
+            del checkpoint, native, official  # likewise
+            _compare(read_contents(part).tree['model'], digests)
+    return {'output': str(output), **report, 'sha256': sha256_of(output), 'verified': verify}

@@ -46,7 +46,8 @@ def inspect(
         check_name(name)
     path = path / WEIGHTS if path.is_dir() else path
     contents = read_contents(path, meta=True)
-    tensors, wrapper, layout, problem = {}, '', '', ''
+    tensors: StateDict = {}
+    wrapper, layout, problem = '', '', ''
     found: dict[str, Any] = dict(network=None, parts={}, models=[])
     try:
         tensors, wrapper = unwrap(contents.tree, averaged=False, prefix=prefix)
