@@ -58,6 +58,7 @@ def in_lines(value: Any) -> list[str]:
 
 
 def in_words(value: Any) -> str:
+    """A value, or a model with the arguments that it needs, or with why it does not fit."""
     if not isinstance(value, dict):
         return f'{value:,}' if type(value) is int else str(value)
     name, args = value['name'], ', '.join(f'{key}={each}' for key, each in value['args'].items())

@@ -119,7 +119,7 @@ def fetched(
     return overlay
 
 
-def _sources(pretrained_cfg: PretrainedCfg) -> list[Any]:
+def _sources(cfg: PretrainedCfg) -> list[Any]:
     """Where a pretrained cfg says that its weights are."""
-    cfg, url = pretrained_cfg, list(pretrained_cfg.url or ())  # a pair, which is a list if it was in JSON
+    url = list(cfg.url or ())  # a pair, which is a list if it was in JSON
     return [url, cfg.file, cfg.hf_hub_id, cfg.hf_hub_filename, cfg.state_dict, cfg.source]
