@@ -112,7 +112,7 @@ def fetched(
                 'pretrained_cfg_overlay=dict(file=...).')
         overlay['file'] = str(path)
     if (file := overlay.get('file')) and not overlay.get('state_dict'):
-        overlay['state_dict'], _ = unwrap(read_contents(Path(file)).tree)
+        overlay['state_dict'] = unwrap(read_contents(Path(file)).tree)[0]
         check_published(Path(file))
         if not overlay['state_dict']:
             raise ValueError(f'{file} holds no tensors.')

@@ -61,12 +61,10 @@ def choose_model(weights: Description, published: bool) -> str:
         ValueError: There is none, or more than one.
     """
     names = matching_models(weights, published)
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise ValueError(f'The checkpoint is of {weights.network}, which no registered model is.')
-    raise ValueError(
-        f'The checkpoint is of {weights.network}, which {" and ".join(names)} are: choose one with --model.')
+    if len(names) != 1:
+        which = f'which {" and ".join(names)} are: choose one with --model' if names else 'which no registered model is'
+        raise ValueError(f'The checkpoint is of {weights.network}, {which}.')
+    return names[0]
 
 
 def model_args(
