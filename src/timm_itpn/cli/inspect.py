@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """Facts as lines to read: names and values, without the empty ones."""
-    rows = [(NAMES.get(key, key.replace('_', ' ')), in_lines(value)) for key, value in facts.items()]
+    """Facts as lines to read: names and values, without the empty ones and 'model', which is among 'models'."""
+    rows = [(NAMES.get(key, key.replace('_', ' ')), in_lines(value)) for key, value in facts.items() if key != 'model']
     width = max(len(name) for name, _ in rows)
     return '\n'.join(
         f'{"" if i else name:<{width}}  {printable(line)}' for name, lines in rows for i, line in enumerate(lines))

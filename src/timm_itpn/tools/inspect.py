@@ -140,9 +140,10 @@ def _network(native: StateDict, name: str | None, published: bool, img_size: Siz
     weights = describe(native)
     names = matching_models(weights, published)
     network = weights._asdict()
+    parts = network.pop('parts')
     return dict(
-        parts=network.pop('parts'),
         network=network,
+        parts=parts,
         models=[_fit(each, native, weights, img_size) for each in dict.fromkeys([*names, *([name] if name else [])])],
     )
 
