@@ -48,18 +48,15 @@ class FusedLinear(InferenceOnly):
         weight: (out_features, in_features).
         bias: (out_features,), None for none.
         act: One of `ops.linear.ACTIVATIONS`.
-        implementation: Key of `ops.linear.IMPLEMENTATIONS`, 'auto' for the first that can run where the weight is.
     """
 
     __jit_ignored_attributes__ = ['_packed']
 
-    def __init__(
-            self, weight: torch.Tensor, bias: torch.Tensor | None, act: str = 'none', implementation: str = 'auto'):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, act: str = 'none'):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         self.act = act
-        self.asked = implementation
         self._packed: Packed | None = None
         self._pack()
 
@@ -69,7 +66,7 @@ class FusedLinear(InferenceOnly):
         weight, packed = self.weight, self._packed
         version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if packed is None or packed.weight is not weight or packed.version != version:
-            name = choose_linear(self.asked, weight)
+            name = choose_linear(weight)
             self._packed = packed = Packed(weight, version, name, IMPLEMENTATIONS[name].pack(weight))
         return packed
 
@@ -78,8 +75,7 @@ class FusedLinear(InferenceOnly):
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
-        implementation = choose_linear(self.asked, self.weight)
-        return f'{in_features}, {out_features}, act={self.act}, implementation={implementation}'
+        return f'{in_features}, {out_features}, act={self.act}, implementation={choose_linear(self.weight)}'
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not torch.jit.is_scripting():

@@ -15,7 +15,6 @@ from types import ModuleType
 
 import torch
 
-from ..choose import choose
 from . import onednn, reference
 
 __all__ = ['ACTIVATIONS', 'IMPLEMENTATIONS', 'choose_linear']
@@ -24,6 +23,6 @@ ACTIVATIONS = reference.ACTIVATIONS
 IMPLEMENTATIONS: dict[str, ModuleType] = {'onednn': onednn, 'reference': reference}
 
 
-def choose_linear(name: str, weight: torch.Tensor) -> str:
-    """As `choose` does, among `IMPLEMENTATIONS`; device and type of a weight (out_features, in_features) decide."""
-    return choose('linear', name, {each: module.why_not(weight) for each, module in IMPLEMENTATIONS.items()})
+def choose_linear(weight: torch.Tensor) -> str:
+    """Return the first of `IMPLEMENTATIONS` that can run on a weight (out_features, in_features)."""
+    return next(name for name, module in IMPLEMENTATIONS.items() if module.why_not(weight) is None)
