@@ -4,7 +4,7 @@ import torch
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 
 import timm_itpn
-from timm_itpn.layers import run
+from timm_itpn.layers import blocks
 from timm_itpn.layers.pos_embed import role_pos_embed
 
 
@@ -17,7 +17,7 @@ def test_rows_at_a_time_give_what_the_whole_does(name, fused, monkeypatch):
     with torch.no_grad():
         whole = model(x)
         for size in (1, 16 * 16 * 32, 2 * 16 * 16 * 32 + 1):
-            monkeypatch.setattr(run, 'SLICE_SIZE', size)
+            monkeypatch.setattr(blocks, 'SLICE_SIZE', size)
             torch.testing.assert_close(model(x), whole, rtol=1e-5, atol=1e-5)
         empty = model(x[:0])
     assert all(len(level) == 0 for level in (empty if name in PYRAMIDS else [empty]))

@@ -1,4 +1,4 @@
-"""Residual blocks of the stages and of the feature pyramid."""
+"""Residual blocks of the stages and of the feature pyramid, and how those that work per position are run."""
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -6,14 +6,18 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.models import checkpoint, checkpoint_seq
 
 from ..ops.attention import Heads
 from .attention import Attention
 from .fused import FusedAttentionBlock, FusedMlp
 from .mlp import SwiGLU
 from .rel_pos_bias import RelPosBias
+from .tracing import is_eager
 
-__all__ = ['AttentionBlock', 'MlpBlock']
+__all__ = ['AttentionBlock', 'MlpBlock', 'run_blocks']
+
+SLICE_SIZE = 2 ** 19  # elements of a map; with three times as many hidden channels 6 MiB in float32
 
 
 class MlpBlock(nn.Module):
@@ -61,6 +65,31 @@ class MlpBlock(nn.Module):
     def fuse(self) -> nn.Module:
         """The block for inference."""
         return FusedMlp(self.norm, self.mlp, self.ls)
+
+
+def run_blocks(blocks: nn.Module, x: torch.Tensor, checkpointing: bool) -> torch.Tensor:
+    """Run per-position blocks on maps (B, H, W, C); TorchScript calls `blocks` itself.
+
+    On a CPU without gradients they run on a few rows at a time: a tensor of more than 32 MiB gets new pages from the
+    system each time, which cost about as much as the product that fills it. A hooked layer sees whole maps.
+
+    Args:
+        blocks: A block that works on each position by itself, or a Sequential of such.
+        x: Maps.
+        checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+    """
+    if checkpointing:
+        return checkpoint_seq(blocks, x) if isinstance(blocks, nn.Sequential) else checkpoint(blocks, x)
+    if torch.is_grad_enabled() or not is_eager(x) or not x.is_cpu or x.numel() <= SLICE_SIZE or _is_hooked(blocks):
+        return blocks(x)
+    rows = x.flatten(0, 1)  # (B, H, W, C) -> (B*H, W, C)
+    slices = rows.split(max(1, SLICE_SIZE // rows[0].numel()))
+    return torch.cat([blocks(rows) for rows in slices]).unflatten(0, x.shape[:2])
+
+
+def _is_hooked(blocks: nn.Module) -> bool:
+    return nn.modules.module._has_any_global_hook() or any(
+        module._forward_hooks or module._forward_pre_hooks for module in blocks.modules())
 
 
 class AttentionBlock(nn.Module):

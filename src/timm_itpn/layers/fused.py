@@ -13,9 +13,9 @@ from timm.layers import GELU, LayerScale
 from ..ops.attention import Heads, attention_weights, fused_attention, is_transformed
 from ..ops.linear import IMPLEMENTATIONS, choose_linear, reference
 from .attention import QkvBias
-from .linear import LINEAR_LAYERS
+from .linear import OneDnnLinear
 from .mlp import SwiGLU
-from .run import is_eager
+from .tracing import is_eager
 
 __all__ = ['FusedAttentionBlock', 'FusedLinear', 'FusedMlp', 'InferenceOnly']
 
@@ -182,7 +182,7 @@ def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     Raises:
         ValueError: It is of another class, an adapter say, whose weight is not all that it does.
     """
-    if type(layer) not in (*LINEAR_LAYERS, FusedLinear):
+    if type(layer) not in (nn.Linear, OneDnnLinear, FusedLinear):
         raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
     return layer.weight, layer.bias
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
 from .fused import FusedLinear, weights_of
-from .sizes import padded
+from .tracing import holds
 
 __all__ = [
-    'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
+    'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths',
+    'padded']
 
 ImageSize = int | tuple[int, int]
 
@@ -26,6 +28,16 @@ def check_side_lengths(img_size: ImageSize, stride: int) -> tuple[int, int]:
     if height < stride or width < stride or height % stride or width % stride:
         raise ValueError(f'img_size {height} x {width} is not usable: both sides must be multiples of {stride}')
     return height, width
+
+
+def padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Repeat the last row and column of (B, C, H, W) until both sides are multiples."""
+    H, W = x.shape[-2], x.shape[-1]
+    if holds(H % multiple == 0) and holds(W % multiple == 0):
+        return x
+    below = (H + multiple - 1) // multiple * multiple - H  # OpenVINO cannot take the remainder of a size
+    right = (W + multiple - 1) // multiple * multiple - W
+    return F.pad(x, (0, right, 0, below), mode='replicate')
 
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import register_notrace_function, resample_abs_pos_embed
 
-from .sizes import same_grid
+from .tracing import same_grid
 
 __all__ = ['METHODS', 'resample_pos_embed', 'role_pos_embed']
 

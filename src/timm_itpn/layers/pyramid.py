@@ -11,10 +11,8 @@ import torch.nn as nn
 from timm.layers import LayerNorm
 from torch.types import Device
 
-from .blocks import MlpBlock
-from .patch_embed import ConvPatchSplit
-from .run import run_blocks
-from .sizes import padded
+from .blocks import MlpBlock, run_blocks
+from .patch_embed import ConvPatchSplit, padded
 
 __all__ = ['FeaturePyramid']
 

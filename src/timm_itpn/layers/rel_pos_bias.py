@@ -14,7 +14,7 @@ from timm.layers import is_exporting, register_notrace_module
 from torch.types import Device
 
 from ..ops.attention import is_transformed
-from .sizes import same_grid
+from .tracing import same_grid
 
 __all__ = ['RelPosBias', 'resample_table']
 

@@ -9,10 +9,9 @@ from timm.models import checkpoint
 from torch.types import Device
 
 from ..ops.attention import as_bias
-from .blocks import AttentionBlock, MlpBlock
+from .blocks import AttentionBlock, MlpBlock, run_blocks
 from .patch_embed import ConvPatchMerge
 from .pos_embed import resample_pos_embed
-from .run import run_blocks
 
 __all__ = ['AttentionStage', 'MlpStage']
 

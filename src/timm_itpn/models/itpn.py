@@ -59,8 +59,8 @@ from ..layers.patch_embed import (
     check_side_lengths,
 )
 from ..layers.pyramid import FeaturePyramid
-from ..layers.sizes import holds
 from ..layers.stages import AttentionStage, MlpStage
+from ..layers.tracing import holds
 from ..weights.sources import SOURCES, drive_url, file_name
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 from .loading import checkpoint_filter_fn, convert_on_load, fetched, prepare_state_dict

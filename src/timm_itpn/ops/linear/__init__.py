@@ -19,7 +19,7 @@ from . import onednn, reference
 
 __all__ = ['ACTIVATIONS', 'IMPLEMENTATIONS', 'choose_linear']
 
-ACTIVATIONS = reference.ACTIVATIONS
+ACTIVATIONS = tuple(onednn.EPILOGUES)
 IMPLEMENTATIONS: dict[str, ModuleType] = {'onednn': onednn, 'reference': reference}
 
 

@@ -2,8 +2,6 @@
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS = ('none', 'gelu', 'silu')
-
 
 def why_not(weight: torch.Tensor) -> str | None:
     return None
