@@ -79,19 +79,14 @@ class PyramidLevel(nn.Module):
 
     def forward(self, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Stage features (B, H, W, in_dim) and the level above (B, H/2, W/2, above_dim) -> (B, H, W, dim)."""
-        if self.align is not None:
-            x = self.align(x)
+        x = self.align(x)
         if self.split is not None:
             x = x + self.split(above)
-        if self.blocks is not None:
-            x = self.blocks(x) if torch.jit.is_scripting() else run_blocks(self.blocks, x, self.grad_checkpointing)
-        return x
+        return self.blocks(x) if torch.jit.is_scripting() else run_blocks(self.blocks, x, self.grad_checkpointing)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """The block between what the level below sees, and the level's output. (B, H, W, dim) -> (B, H, W, dim)."""
-        if self.out is not None:
-            x = self.out(x) if torch.jit.is_scripting() else run_blocks(self.out, x, self.grad_checkpointing)
-        return x
+        return self.out(x) if torch.jit.is_scripting() else run_blocks(self.out, x, self.grad_checkpointing)
 
 
 class FeaturePyramid(nn.Module):
@@ -155,9 +150,9 @@ class FeaturePyramid(nn.Module):
         needed = {min(i, 2) for i in indices}
         for i, level in enumerate(self.levels):
             if i not in needed:
-                level.out = None
+                level.out = nn.Identity()
             if i not in needed and (i == 2 or i < min(needed)):  # stride 8 is built from stage 3, not from stride 16
-                level.align = level.split = level.blocks = None
+                level.align = level.split = level.blocks = nn.Identity()
 
     def forward(self, stages: list[torch.Tensor], indices: list[int]) -> list[torch.Tensor]:
         """Compute some levels, and of the others only what those need.

@@ -56,7 +56,7 @@ from ..layers.patch_embed import (
     LinearPatchMerge,
     LinearPatchSplit,
     StemPatchEmbed,
-    check_side_lengths,
+    token_grid,
 )
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage, MlpStage
@@ -363,11 +363,10 @@ class ITPN(nn.Module):
         if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
             raise ValueError(f'patch_size cannot change from {self.patch_embed.patch_size} to {patch_size}')
         if img_size is not None:
-            stride = self.patch_embed.token_stride
-            height, width = check_side_lengths(img_size, stride)
+            grid_size = token_grid(img_size)
             for stage in self.stages:
                 if isinstance(stage, AttentionStage):
-                    stage.set_grid_size((height // stride, width // stride))
+                    stage.set_grid_size(grid_size)
             self.patch_embed.set_input_size(img_size)
         update_model_input_size(self, self.patch_embed.img_size)
 

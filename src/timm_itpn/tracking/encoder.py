@@ -13,7 +13,7 @@ import torch.nn as nn
 from timm.layers import LayerNorm
 
 from ..acceleration.schedule import num_leaving, parse_schedule
-from ..layers.patch_embed import ImageSize, check_side_lengths
+from ..layers.patch_embed import ImageSize, token_grid
 from ..layers.pos_embed import role_pos_embed
 from ..layers.stages import AttentionStage
 from ..models.itpn import ITPN
@@ -68,8 +68,7 @@ class JointEncoder(nn.Module):
         self.in_chans = model.in_chans
         self.embed_dim = model.embed_dim
         self.positions = positions
-        sizes = {role: check_side_lengths(size, 16) for role, size in roles.items()}
-        self.grid_sizes = {role: (height // 16, width // 16) for role, (height, width) in sizes.items()}
+        self.grid_sizes = {role: token_grid(size) for role, size in roles.items()}
         schedule = parse_schedule(len(stage.blocks), migrate=migrate)
         height, width = next(iter(self.grid_sizes.values()))
         self.leaving = num_leaving(list(schedule.migrate), height * width) if schedule else []
