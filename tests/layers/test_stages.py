@@ -5,7 +5,7 @@ from support.small import FAMILIES, PYRAMIDS, images, small_model
 
 import timm_itpn
 from timm_itpn.layers import blocks
-from timm_itpn.layers.pos_embed import role_pos_embed
+from timm_itpn.tracking.embeddings import role_pos_embed
 
 
 @pytest.mark.parametrize('fused', [False, True], ids=['model', 'fused'])

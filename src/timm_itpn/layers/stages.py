@@ -4,18 +4,32 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerNorm, trunc_normal_
+from timm.layers import LayerNorm, register_notrace_function, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint
 from torch.types import Device
 
 from ..ops.attention import as_bias
 from .blocks import AttentionBlock, MlpBlock, run_blocks
 from .patch_embed import ConvPatchMerge
-from .pos_embed import resample_pos_embed
+from .tracing import same_grid
 
-__all__ = ['AttentionStage', 'MlpStage']
+__all__ = ['AttentionStage', 'MlpStage', 'resample_pos_embed']
 
-torch.fx.wrap('resample_pos_embed')  # a leaf for FX, where it is called: a tracer has no sizes to compare
+
+@torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
+@register_notrace_function
+def resample_pos_embed(pos_embed: torch.Tensor, new_size: list[int], old_size: list[int]) -> torch.Tensor:
+    """Resample (1, h*w, C) to another grid as the official models do: plain bicubic in float32, no antialiasing.
+
+    Args:
+        pos_embed: Embedding of `old_size[0] * old_size[1]` positions, row-major.
+        new_size: New grid (height, width), in tokens.
+        old_size: Grid of `pos_embed`.
+    """
+    if same_grid((new_size[0], new_size[1]), (old_size[0], old_size[1])):
+        return pos_embed
+    return resample_abs_pos_embed(
+        pos_embed, new_size=new_size, old_size=old_size, num_prefix_tokens=0, antialias=False)
 
 
 class MlpStage(nn.Module):
