@@ -1,6 +1,5 @@
 """Residual blocks of the stages and of the feature pyramid, and how those that work per position are run."""
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from timm.models import checkpoint, checkpoint_seq
 from ..ops.attention import Heads
 from .attention import Attention
 from .fused import FusedAttentionBlock, FusedMlp
-from .mlp import SwiGLU
 from .rel_pos_bias import RelPosBias
 from .tracing import is_eager
 
@@ -26,7 +24,7 @@ class MlpBlock(nn.Module):
     Args:
         dim: Channels.
         mlp_ratio: Hidden channels per channel.
-        scale_mlp: Put a norm between the two layers of the MLP.
+        mlp_layer: Class of the MLP, as timm's `Mlp` is made.
         proj_drop: Dropout rate after the MLP.
         drop_path: Stochastic depth rate.
         init_values: Layer scale at initialisation, 0 or None for no layer scale.
@@ -37,24 +35,16 @@ class MlpBlock(nn.Module):
             self,
             dim: int,
             mlp_ratio: float = 3.,
-            scale_mlp: bool = False,
+            mlp_layer: Callable = Mlp,
             proj_drop: float = 0.,
             drop_path: float = 0.,
             init_values: float | None = None,
-            act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
             **dd: Any,
     ):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
-        self.mlp = Mlp(
-            dim,
-            int(dim * mlp_ratio),
-            act_layer=act_layer,
-            norm_layer=norm_layer if scale_mlp else None,
-            drop=(0., proj_drop),
-            **dd,
-        )
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), drop=(0., proj_drop), **dd)
         self.ls = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -99,8 +89,7 @@ class AttentionBlock(nn.Module):
         dim: Token width.
         num_heads: Attention heads.
         mlp_ratio: Hidden width per token width.
-        swiglu_mlp: Gated MLP (SwiGLU) instead of a plain one; it has no `act_layer`.
-        scale_mlp: Put a norm before the last layer of the MLP.
+        mlp_layer: Class of the MLP, as timm's `Mlp` is made.
         k_bias: One bias for q, k and v; False = k has none.
         attn_impl: One of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
         window_size: Grid (height, width) of the relative position bias, None for no such bias.
@@ -109,7 +98,6 @@ class AttentionBlock(nn.Module):
         attn_drop: Dropout rate of attention weights.
         drop_path: Stochastic depth rate.
         init_values: Layer scale at initialisation, 0 or None for no layer scale.
-        act_layer: Activation of the MLP.
         dd: Device and dtype of the parameters.
     """
 
@@ -120,8 +108,7 @@ class AttentionBlock(nn.Module):
             dim: int,
             num_heads: int,
             mlp_ratio: float = 4.,
-            swiglu_mlp: bool = False,
-            scale_mlp: bool = False,
+            mlp_layer: Callable = Mlp,
             k_bias: bool = True,
             attn_impl: str = 'auto',
             window_size: tuple[int, int] | None = None,
@@ -130,7 +117,6 @@ class AttentionBlock(nn.Module):
             attn_drop: float = 0.,
             drop_path: float = 0.,
             init_values: float | None = None,
-            act_layer: Callable = nn.GELU,
             norm_layer: Callable = LayerNorm,
             **dd: Any,
     ):
@@ -144,9 +130,7 @@ class AttentionBlock(nn.Module):
         self.ls1 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        mlp_layer: Any = SwiGLU if swiglu_mlp else partial(Mlp, act_layer=act_layer)
-        self.mlp = mlp_layer(
-            dim, int(dim * mlp_ratio), norm_layer=norm_layer if scale_mlp else None, drop=(0., proj_drop), **dd)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), drop=(0., proj_drop), **dd)
         self.ls2 = LayerScale(dim, init_values, **dd) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, Mlp
 from torch.types import Device
 
 from .blocks import MlpBlock, run_blocks
@@ -102,7 +102,7 @@ class FeaturePyramid(nn.Module):
         split_layer: Class of the splits.
         pool: How strides 32 and 64 are pooled: 'max', 'avg' or 'subsample'.
         concat: Join each level with the stage's own features, level first; the pooled levels have those of stage 3.
-        act_layer: Activation of the blocks.
+        mlp_layer: Class of the MLPs in the blocks.
         dd: Device and dtype of the parameters.
 
     Raises:
@@ -121,7 +121,7 @@ class FeaturePyramid(nn.Module):
             split_layer: Callable = ConvPatchSplit,
             pool: str = 'max',
             concat: bool = False,
-            act_layer: Callable = nn.GELU,
+            mlp_layer: Callable = Mlp,
             norm_layer: Callable = LayerNorm,
             **dd: Any,
     ):
@@ -131,7 +131,7 @@ class FeaturePyramid(nn.Module):
         self.concat = concat
         self.norm = norm_layer(in_dims[2], **dd) if pre_norm else nn.Identity()
         shared: dict[str, Any] = dict(
-            dim=dim, split_layer=split_layer, mlp_ratio=mlp_ratio, act_layer=act_layer, norm_layer=norm_layer, **dd)
+            dim=dim, split_layer=split_layer, mlp_ratio=mlp_ratio, mlp_layer=mlp_layer, norm_layer=norm_layer, **dd)
         self.levels = nn.ModuleList([
             PyramidLevel(in_dims[0], above_dim=dim, depth=depth, align_bias=align_bias, **shared),
             PyramidLevel(in_dims[1], above_dim=in_dims[2], depth=depth, align_bias=align_bias, **shared),

@@ -32,6 +32,7 @@ from timm.layers import (
     ClNormMlpClassifierHead,
     LayerNorm,
     LayerType,
+    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
@@ -50,6 +51,7 @@ from torch.types import Device
 from ..acceleration.schedule import parse_schedule
 from ..acceleration.stage import MigrationStage
 from ..layers.linear import use_onednn
+from ..layers.mlp import SwiGLU
 from ..layers.patch_embed import (
     ConvPatchMerge,
     ConvPatchSplit,
@@ -82,10 +84,7 @@ class Family(NamedTuple):
     mlp_ratio: float  # default of the model's argument, and so the next two
     rel_pos_bias: bool  # relative position bias in stage 3
     init_values: float  # layer scale
-    pyramid_mlp_ratio: float  # hidden channels per channel in the pyramid
-    pyramid_norm: bool  # a norm before the pyramid
-    pyramid_align_bias: bool  # bias in the layers that bring stages 1 and 2 to the pyramid's width
-    split_layer: type[nn.Module]  # class of the splits of the pyramid
+    pyramid: dict[str, Any]  # arguments of its `FeaturePyramid`
     trunc_normal: tuple[str, ...]  # starts of the names of the Linear layers that are initialised by trunc normal
 
 
@@ -93,12 +92,12 @@ FAMILIES: dict[str, Family] = {
     'fast_itpn': Family(
         stem_norm=False, merge_layer=ConvPatchMerge, scale_mlp=True, swiglu_mlp=True, k_bias=False,
         stem_layer_scale=False, mlp_ratio=3., rel_pos_bias=False, init_values=0.1,
-        pyramid_mlp_ratio=8 / 3, pyramid_norm=True, pyramid_align_bias=True, split_layer=ConvPatchSplit,
+        pyramid=dict(mlp_ratio=8 / 3, pre_norm=True, align_bias=True, split_layer=ConvPatchSplit),
         trunc_normal=('stages.2', 'head')),
     'itpn': Family(
         stem_norm=True, merge_layer=LinearPatchMerge, scale_mlp=False, swiglu_mlp=False, k_bias=True,
         stem_layer_scale=True, mlp_ratio=4., rel_pos_bias=True, init_values=0.,
-        pyramid_mlp_ratio=4., pyramid_norm=False, pyramid_align_bias=False, split_layer=LinearPatchSplit,
+        pyramid=dict(mlp_ratio=4., pre_norm=False, align_bias=False, split_layer=LinearPatchSplit),
         trunc_normal=('',)),
 }
 
@@ -233,11 +232,16 @@ class ITPN(nn.Module):
             norm_layer=norm if differs.stem_norm else None,
             **dd,
         )
+        plain_mlp = partial(Mlp, act_layer=act)
+        scale_norm = norm if differs.scale_mlp else None
         shared: dict[str, Any] = dict(
-            merge_layer=differs.merge_layer, scale_mlp=differs.scale_mlp, proj_drop=proj_drop_rate,
-            act_layer=act, norm_layer=norm, **dd)
+            merge_layer=differs.merge_layer, proj_drop=proj_drop_rate, norm_layer=norm, **dd)
         stem: dict[str, Any] = dict(
-            mlp_ratio=stem_mlp_ratio, init_values=init_values if differs.stem_layer_scale else None, **shared)
+            mlp_ratio=stem_mlp_ratio,
+            mlp_layer=partial(plain_mlp, norm_layer=scale_norm),
+            init_values=init_values if differs.stem_layer_scale else None,
+            **shared,
+        )
         self.stages = nn.Sequential(
             MlpStage(dims[0], depths[0], drop_path=drop_path[0], **stem),
             MlpStage(dims[1], depths[1], in_dim=dims[0], drop_path=drop_path[1], **stem),
@@ -255,7 +259,7 @@ class ITPN(nn.Module):
                 rel_pos_bias=rel_pos_bias,
                 k_bias=differs.k_bias,
                 mlp_ratio=mlp_ratio,
-                swiglu_mlp=differs.swiglu_mlp,
+                mlp_layer=partial(SwiGLU if differs.swiglu_mlp else plain_mlp, norm_layer=scale_norm),
                 init_values=init_values,
                 **shared,
             ),
@@ -268,14 +272,11 @@ class ITPN(nn.Module):
                 dims,
                 pyramid_dim,
                 pyramid_depth,
-                mlp_ratio=differs.pyramid_mlp_ratio,
-                pre_norm=differs.pyramid_norm,
-                align_bias=differs.pyramid_align_bias,
-                split_layer=differs.split_layer,
                 pool=pyramid_pool,
                 concat=pyramid_concat,
-                act_layer=act,
+                mlp_layer=plain_mlp,
                 norm_layer=norm,
+                **differs.pyramid,
                 **dd,
             )
             self.feature_info = [dict(info, module=f'pyramid.{info["module"]}') for info in self.pyramid.feature_info]
@@ -295,9 +296,8 @@ class ITPN(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(FAMILIES[self.family].trunc_normal):
                 trunc_normal_(module.weight, std=.02)
-                for key, parameter in module.named_parameters(recurse=False):
-                    if key.endswith('bias'):
-                        nn.init.zeros_(parameter)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif needs_reset and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
         if isinstance(self.head.fc, nn.Linear):
@@ -313,12 +313,8 @@ class ITPN(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates: stem, each block and each merge, then norm, head and pyramid."""
-        blocks: Any
-        if coarse:
-            blocks = r'^stages\.(\d+)'
-        else:
-            blocks = [(r'^stages\.(\d+)\.downsample', (-1,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)]
-        return dict(stem=r'^patch_embed|^stages\.2\.pos_embed', blocks=blocks)
+        fine = [(r'^stages\.(\d+)\.downsample', (-1,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)]
+        return dict(stem=r'^patch_embed|^stages\.2\.pos_embed', blocks=r'^stages\.(\d+)' if coarse else fine)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -538,17 +534,18 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs: Any) -> ITPN:
     """
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     model_args = dict(SIZES[variant.removesuffix('_fpn')], **TAG_ARGS.get(source.tag or '', {}))
+    features_only = kwargs.get('features_only', False)
     if variant.endswith('_fpn'):
-        model_args['pyramid'] = kwargs.get('features_only', False)
-    if kwargs.get('features_only') and not {'img_size', 'dynamic_img_size'} & set(kwargs):
+        model_args['pyramid'] = features_only
+    if features_only and not {'img_size', 'dynamic_img_size'} & set(kwargs):
         model_args['dynamic_img_size'] = True  # decoders take images of any size
     kwargs = dict(model_args, **kwargs)
     has_pyramid = kwargs.get('pyramid', False)
-    out_indices = kwargs.pop('out_indices', 5 if has_pyramid else 3)
     feature_cls = kwargs.get('feature_cls', 'getter')
-    if has_pyramid and feature_cls not in ('getter', FeatureGetterNet):
+    is_getter = feature_cls in ('getter', FeatureGetterNet)
+    if has_pyramid and not is_getter:
         raise ValueError(f"feature_cls {feature_cls!r} cannot see the pyramid: leave it out, or use 'getter'.")
-    if kwargs.get('features_only') and kwargs.get('dynamic_img_size') and feature_cls in ('getter', FeatureGetterNet):
+    if features_only and is_getter and kwargs.get('dynamic_img_size'):
         kwargs.setdefault('dynamic_img_pad', True)
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = fetched(variant, **kwargs)
@@ -557,7 +554,7 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs: Any) -> ITPN:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter', flatten_sequential=True),
+        feature_cfg=dict(out_indices=5 if has_pyramid else 3, feature_cls='getter', flatten_sequential=True),
         **kwargs,
     )
 
