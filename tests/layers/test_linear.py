@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_itpn.layers import linear
 from timm_itpn.layers.attention import QkvBias
 from timm_itpn.layers.linear import OneDnnLinear, OneDnnProduct, is_onednn_faster, use_onednn
-from timm_itpn.ops.linear import onednn
+from timm_itpn.ops.linear import can_use_onednn
 
 ROWS, IN, OUT = (2, 150), 96, 192  # large enough for oneDNN
 LAYER = OneDnnLinear(IN, OUT)
 
 needs_onednn = pytest.mark.skipif(
-    onednn.why_not(torch.zeros(1, 1)) is not None, reason='this build of PyTorch has no oneDNN')
+    not can_use_onednn(torch.zeros(1, 1)), reason='this build of PyTorch has no oneDNN')
 
 
 def inputs(dtype=torch.float32, rows=ROWS):

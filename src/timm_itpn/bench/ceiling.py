@@ -1,7 +1,6 @@
 """The machine's ceiling: the rate of plain matrix products in the shapes that the model has.
 
-Each shape counts with the fastest implementation there is: `torch.mm`, or one of `ops.linear`, whose weights may be
-packed.
+Each shape counts with the faster implementation: `torch.mm`, or that of oneDNN, whose weights are packed.
 """
 import statistics
 from collections.abc import Callable, Mapping
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.linear import IMPLEMENTATIONS
+from ..ops.linear import can_use_onednn, onednn_linear, pack_for_onednn
 from .flops import Product
 
 __all__ = ['TimedProduct', 'product_calls', 'rates']
@@ -42,9 +41,8 @@ def product_calls(
         weight = torch.randn(product.columns, product.inner, dtype=dtype, device=device)
         out = torch.empty(product.rows, product.columns, dtype=dtype, device=device)
         once: dict[str, Callable[[], object]] = {_MM: partial(torch.mm, x, weight.t(), out=out)}
-        for name, implementation in IMPLEMENTATIONS.items():
-            if name != 'reference' and implementation.why_not(weight) is None:
-                once[name] = partial(implementation.forward, x, implementation.pack(weight), None)
+        if can_use_onednn(weight):
+            once['onednn'] = partial(onednn_linear, x, pack_for_onednn(weight), None)
         repeats = max(1, min(_MOST_REPEATS, round(_TARGET_FLOPS[device] / product.flops)))
         calls.update({TimedProduct(product, name, repeats): _repeated(call, repeats) for name, call in once.items()})
     return calls

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..ops.attention import is_transformed
-from ..ops.linear import onednn
+from ..ops.linear import can_use_onednn
 
 __all__ = ['OneDnnLinear', 'is_onednn_faster', 'use_onednn']
 
@@ -78,7 +78,7 @@ class OneDnnLinear(nn.Linear):
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
             and not is_transformed() and not torch.is_autocast_enabled('cpu')
             and nn.Linear.forward is TORCH_FORWARD
-            and onednn.why_not(weight) is None
+            and can_use_onednn(weight)
         )
 
 
