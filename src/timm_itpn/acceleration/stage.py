@@ -130,14 +130,14 @@ class MigrationStage(AttentionStage):
         self.windowed = list(schedule.windowed)
         self.migrate = list(schedule.migrate)
         self.carry = schedule.carry
-        self.check_grid_size(self.grid_size)
+        self.leaving(*self.grid_size)  # or it would be refused in forward only
 
-    def check_grid_size(self, grid_size: tuple[int, int]) -> None:
-        """Raise ValueError if more tokens would leave than the windows of such a grid have to give."""
-        num_leaving(self.migrate, smallest_window(grid_size[0], grid_size[1], self.gather_window))
+    def leaving(self, height: int, width: int) -> list[int]:
+        """How many tokens leave each window of such a grid at each block; raise ValueError if it has too few."""
+        return num_leaving(self.migrate, smallest_window(height, width, self.gather_window))
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
-        self.check_grid_size(grid_size)
+        self.leaving(*grid_size)
         super().set_grid_size(grid_size)
 
     def extra_repr(self) -> str:
@@ -158,14 +158,13 @@ class MigrationStage(AttentionStage):
             x = x.expand(B, H, W, C)  # the windows of a trace are those of this size: it fails for another
         N = H * W
         padded = is_padded(H, W, self.gather_window)
-        leaving = num_leaving(self.migrate, smallest_window(H, W, self.gather_window))
+        leaving = self.leaving(H, W)
         positions = window_positions(H, W, self.gather_window, x.device)  # (windows, tokens of one)
         num_tokens = (positions < N).sum(dim=1)
         x = partition(x.reshape(B, N, C), positions)
         positions = positions[None]
 
-        gathers = positions.shape[1] > 1
-        gathering = gathering_bias(num_tokens) if gathers else None
+        gathering = gathering_bias(num_tokens) if positions.shape[1] > 1 else None
 
         left: list[Left | None] = []
         for i, block in enumerate(self.blocks):
@@ -175,7 +174,7 @@ class MigrationStage(AttentionStage):
             else:
                 x, positions, out = block(x, windows, leaving[i])
             left.append(out)
-            if leaving[i] > 0 and gathers:
+            if leaving[i] > 0 and gathering is not None:
                 num_tokens = num_tokens - leaving[i]
                 gathering = gathering_bias(num_tokens)
         return replenish(x, positions, left, N, self.carry).reshape(B, H, W, C), left

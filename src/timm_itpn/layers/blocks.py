@@ -24,7 +24,7 @@ class MlpBlock(nn.Module):
     Args:
         dim: Channels.
         mlp_ratio: Hidden channels per channel.
-        mlp_layer: Class of the MLP, as timm's `Mlp` is made.
+        mlp_layer: Class of the MLP; it takes the arguments of timm's `Mlp`.
         proj_drop: Dropout rate after the MLP.
         drop_path: Stochastic depth rate.
         init_values: Layer scale at initialisation, 0 or None for no layer scale.
@@ -89,13 +89,11 @@ class AttentionBlock(nn.Module):
         dim: Token width.
         num_heads: Attention heads.
         mlp_ratio: Hidden width per token width.
-        mlp_layer: Class of the MLP, as timm's `Mlp` is made.
-        k_bias: One bias for q, k and v; False = k has none.
-        attn_impl: One of `ops.attention.IMPLEMENTATIONS`, 'auto' for the first that can run.
+        mlp_layer: Class of the MLP; it takes the arguments of timm's `Mlp`.
+        attn_layer: Class of the attention; it takes the arguments of `Attention`.
         window_size: Grid (height, width) of the relative position bias, None for no such bias.
         dynamic_window_size: Resample that bias in forward when the map has another size.
         proj_drop: Dropout rate after attention and MLP.
-        attn_drop: Dropout rate of attention weights.
         drop_path: Stochastic depth rate.
         init_values: Layer scale at initialisation, 0 or None for no layer scale.
         dd: Device and dtype of the parameters.
@@ -109,12 +107,10 @@ class AttentionBlock(nn.Module):
             num_heads: int,
             mlp_ratio: float = 4.,
             mlp_layer: Callable = Mlp,
-            k_bias: bool = True,
-            attn_impl: str = 'auto',
+            attn_layer: Callable = Attention,
             window_size: tuple[int, int] | None = None,
             dynamic_window_size: bool = False,
             proj_drop: float = 0.,
-            attn_drop: float = 0.,
             drop_path: float = 0.,
             init_values: float | None = None,
             norm_layer: Callable = LayerNorm,
@@ -122,8 +118,7 @@ class AttentionBlock(nn.Module):
     ):
         super().__init__()
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = Attention(
-            dim, num_heads, k_bias=k_bias, attn_impl=attn_impl, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        self.attn = attn_layer(dim, num_heads, proj_drop=proj_drop, **dd)
         self.rel_pos_bias = None
         if window_size is not None:
             self.rel_pos_bias = RelPosBias(window_size, num_heads, dynamic_window_size, **dd)

@@ -164,26 +164,20 @@ class FeaturePyramid(nn.Module):
         Returns:
             Maps (B, H, W, D) of the levels wanted, from fine to coarse.
         """
-        maps: list[torch.Tensor] = []  # from coarse to fine
+        maps: dict[int, torch.Tensor] = {}  # by level
         top = self.norm(stages[2])
         if max(indices) >= 2:
-            x16 = self.join(stages[2], self.levels[2].finish(self.levels[2](top, top)))
-            x32 = self.pools[0](x16)
-            x64 = self.pools[1](x32)
-            if 4 in indices:
-                maps.append(x64)
-            if 3 in indices:
-                maps.append(x32)
-            if 2 in indices:
-                maps.append(x16)
+            maps[2] = self.join(stages[2], self.levels[2].finish(self.levels[2](top, top)))
+            maps[3] = self.pools[0](maps[2])
+            maps[4] = self.pools[1](maps[3])
         if min(indices) <= 1:
             x8 = self.levels[1](stages[1], top)
             if 1 in indices:
-                maps.append(self.join(stages[1], self.levels[1].finish(x8)))
+                maps[1] = self.join(stages[1], self.levels[1].finish(x8))
             if 0 in indices:
                 x4 = self.levels[0](stages[0], x8)
-                maps.append(self.join(stages[0], self.levels[0].finish(x4)))
-        return maps[::-1]
+                maps[0] = self.join(stages[0], self.levels[0].finish(x4))
+        return [maps[i] for i in sorted(indices)]
 
     def join(self, stage: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) and (B, H, W, dim) -> (B, H, W, dim), or (B, H, W, dim + C) with `concat`."""

@@ -50,6 +50,7 @@ from torch.types import Device
 
 from ..acceleration.schedule import parse_schedule
 from ..acceleration.stage import MigrationStage
+from ..layers.attention import Attention
 from ..layers.linear import use_onednn
 from ..layers.mlp import SwiGLU
 from ..layers.patch_embed import (
@@ -63,7 +64,7 @@ from ..layers.patch_embed import (
 from ..layers.pyramid import FeaturePyramid
 from ..layers.stages import AttentionStage, MlpStage
 from ..layers.tracing import holds
-from ..weights.sources import SOURCES, drive_url, file_name
+from ..weights.sources import drive_url, file_name, source_of
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 from .loading import checkpoint_filter_fn, convert_on_load, fetched, prepare_state_dict
 
@@ -254,10 +255,8 @@ class ITPN(nn.Module):
                 dynamic_grid_size=dynamic_img_size,
                 drop_path=drop_path[2],
                 pos_drop=pos_drop_rate,
-                attn_drop=attn_drop_rate,
-                attn_impl=attn_impl,
+                attn_layer=partial(Attention, k_bias=differs.k_bias, attn_impl=attn_impl, attn_drop=attn_drop_rate),
                 rel_pos_bias=rel_pos_bias,
-                k_bias=differs.k_bias,
                 mlp_ratio=mlp_ratio,
                 mlp_layer=partial(SwiGLU if differs.swiglu_mlp else plain_mlp, norm_layer=scale_norm),
                 init_values=init_values,
@@ -433,8 +432,7 @@ class ITPN(nn.Module):
         else:
             intermediates = [maps[i] for i in sorted(take_indices)]
         if self.patch_embed.dynamic_img_pad:
-            intermediates = [
-                crop(y, height, width, 4 << i) for y, i in zip(intermediates, sorted(take_indices))]
+            intermediates = [crop(y, height, width, 4 << i) for y, i in zip(intermediates, sorted(take_indices))]
         if output_fmt == 'NCHW':
             # (B, H, W, C) -> (B, C, H, W); .contiguous() would leave views of pooled maps, which FSDP2 warns of
             intermediates = [
@@ -566,27 +564,25 @@ PAPERS = {
 }
 
 
-def _cfg(paper: str, weights: str = '', num_classes: int = 0, **kwargs: Any) -> dict[str, Any]:
+def _cfg(name: str, num_classes: int = 0, **kwargs: Any) -> dict[str, Any]:
     """Default cfg, as timm calls the description of one weight file.
 
     Args:
-        paper: Key of `PAPERS`.
-        weights: Row of `SOURCES`, '' if nothing is published.
+        name: Of the model and its file, `arch.tag`; `arch` alone if nothing is published.
         num_classes: Of the file's classifier, 0 if it has none.
         kwargs: More of timm's `PretrainedCfg`, and what differs.
     """
     published: dict[str, Any] = {}
-    if weights:
-        source = SOURCES[weights]
+    if source := source_of(name):
         published = dict(
-            url=(drive_url(source), file_name(weights)),  # for `fetch`; timm itself does not load from a pair
+            url=(drive_url(source), file_name(name)),  # for `fetch`; timm itself does not load from a pair
             hf_hub_id=source.hub_repo or None,
             hf_hub_filename=source.hub_path or None,
             origin_url=drive_url(source),
             license=source.license,
             description=source.contents,
         )
-    paper_id, paper_name = PAPERS[paper]
+    paper_id, paper_name = next(paper for family, paper in PAPERS.items() if name.startswith(family))
     return {
         'num_classes': num_classes,
         'input_size': (3, 224, 224),
@@ -606,38 +602,37 @@ def _cfg(paper: str, weights: str = '', num_classes: int = 0, **kwargs: Any) -> 
     }
 
 
-default_cfgs = generate_default_cfgs({
-    'fast_itpn_tiny.mim_in1k': _cfg('fast_itpn', 'fast_itpn_tiny.mim_in1k'),
-    'fast_itpn_small.mim_in1k': _cfg('fast_itpn', 'fast_itpn_small.mim_in1k'),
-    'fast_itpn_base.mim_in1k': _cfg('fast_itpn', 'fast_itpn_base.mim_in1k'),
-    'fast_itpn_base.mim_in1k_ft_in21k': _cfg(
-        'fast_itpn',
-        'fast_itpn_base.mim_in1k_ft_in21k',
-        num_classes=21841,
-        notes=('number of classes assumed, the file has not been seen',),
-    ),
-    'fast_itpn_large.mim_in1k': _cfg('fast_itpn', 'fast_itpn_large.mim_in1k'),
-    'fast_itpn_tiny_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_tiny.mim_in1k'),
-    'fast_itpn_small_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_small.mim_in1k'),
-    'fast_itpn_base_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_base.mim_in1k'),
-    'fast_itpn_large_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_large.mim_in1k'),
-    'itpn_tiny': _cfg('itpn', num_classes=1000),
-    'itpn_small': _cfg('itpn', num_classes=1000),
-    'itpn_base.pixel_in1k': _cfg('itpn', 'itpn_base.pixel_in1k'),
-    'itpn_base.clip_in1k': _cfg('itpn', 'itpn_base.clip_in1k'),
-    'itpn_large.pixel_in1k': _cfg('itpn', 'itpn_large.pixel_in1k'),
-    'itpn_large.clip_in1k': _cfg('itpn', 'itpn_large.clip_in1k'),
-    'itpn_tiny_fpn': _cfg('itpn', num_classes=1000),
-    'itpn_small_fpn': _cfg('itpn', num_classes=1000),
-    'itpn_base_fpn.pixel_in1k': _cfg('itpn', 'itpn_base.pixel_in1k'),
-    'itpn_base_fpn.clip_in1k': _cfg('itpn', 'itpn_base.clip_in1k'),
-    'itpn_large_fpn.pixel_in1k': _cfg('itpn', 'itpn_large.pixel_in1k'),
-    'itpn_large_fpn.clip_in1k': _cfg('itpn', 'itpn_large.clip_in1k'),
-    'hivit_tiny': _cfg('hivit', num_classes=1000),
-    'hivit_small.in1k': _cfg('hivit', 'hivit_small.in1k', num_classes=1000),
-    'hivit_base.mae_in1k_ft_in1k': _cfg('hivit', 'hivit_base.mae_in1k_ft_in1k', num_classes=1000),
-    'hivit_base.mae_in1k': _cfg('hivit', 'hivit_base.mae_in1k'),
-})
+# name -> arguments of `_cfg`
+CFGS: dict[str, dict[str, Any]] = {
+    'fast_itpn_tiny.mim_in1k': {},
+    'fast_itpn_small.mim_in1k': {},
+    'fast_itpn_base.mim_in1k': {},
+    'fast_itpn_base.mim_in1k_ft_in21k': dict(
+        num_classes=21841, notes=('number of classes assumed, the file has not been seen',)),
+    'fast_itpn_large.mim_in1k': {},
+    'fast_itpn_tiny_fpn.mim_in1k': {},
+    'fast_itpn_small_fpn.mim_in1k': {},
+    'fast_itpn_base_fpn.mim_in1k': {},
+    'fast_itpn_large_fpn.mim_in1k': {},
+    'itpn_tiny': dict(num_classes=1000),
+    'itpn_small': dict(num_classes=1000),
+    'itpn_base.pixel_in1k': {},
+    'itpn_base.clip_in1k': {},
+    'itpn_large.pixel_in1k': {},
+    'itpn_large.clip_in1k': {},
+    'itpn_tiny_fpn': dict(num_classes=1000),
+    'itpn_small_fpn': dict(num_classes=1000),
+    'itpn_base_fpn.pixel_in1k': {},
+    'itpn_base_fpn.clip_in1k': {},
+    'itpn_large_fpn.pixel_in1k': {},
+    'itpn_large_fpn.clip_in1k': {},
+    'hivit_tiny': dict(num_classes=1000),
+    'hivit_small.in1k': dict(num_classes=1000),
+    'hivit_base.mae_in1k_ft_in1k': dict(num_classes=1000),
+    'hivit_base.mae_in1k': {},
+}
+
+default_cfgs = generate_default_cfgs({name: _cfg(name, **kwargs) for name, kwargs in CFGS.items()})
 
 
 @register_model

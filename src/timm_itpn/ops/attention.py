@@ -56,12 +56,10 @@ def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
 
     The kernel reads them once for each block of queries, so a copy soon pays.
     """
-    if torch.jit.is_scripting():
-        return x
-    else:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_cpu or x.shape[-2] < MANY_TOKENS:
-            return x
-        return x.contiguous()
+    if not torch.jit.is_scripting():
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and x.is_cpu and x.shape[-2] >= MANY_TOKENS:
+            return x.contiguous()
+    return x
 
 
 def fused_attention(
