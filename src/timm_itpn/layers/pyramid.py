@@ -4,12 +4,12 @@ It goes from stride 16 down to 4; nothing in it mixes positions except the split
 patch. The levels at strides 32 and 64, which detectors want, are pooled from the one at stride 16.
 """
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm, Mlp
-from torch.types import Device
 
 from .blocks import MlpBlock, run_blocks
 from .patch_embed import ConvPatchSplit, padded
@@ -46,34 +46,18 @@ class PyramidLevel(nn.Module):
     """One level: stage features, plus what comes from the level above, through blocks.
 
     Args:
-        in_dim: Channels of the stage.
-        above_dim: Channels of what comes from above, None at the top.
+        align: Layer that brings stage features to `dim` channels.
+        split: Split of what comes from above, None at the top.
         dim: Channels of the level.
         depth: Blocks after the sum; the top has none.
-        align_bias: Bias in the layer that brings stage features to `dim` channels.
-        split_layer: Class of the split of what comes from above.
         block_kwargs: For the blocks.
     """
 
-    def __init__(
-            self,
-            in_dim: int,
-            above_dim: int | None,
-            dim: int,
-            depth: int,
-            align_bias: bool,
-            split_layer: Callable,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            **block_kwargs: Any,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, align: nn.Module, split: nn.Module | None, dim: int, depth: int, **block_kwargs: Any):
         super().__init__()
         self.grad_checkpointing = False
-        block_kwargs = dict(norm_layer=norm_layer, **block_kwargs, **dd)
-        self.align = nn.Linear(in_dim, dim, bias=align_bias, **dd)
-        self.split = None if above_dim is None else split_layer(above_dim, dim, norm_layer=norm_layer, **dd)
+        self.align = align
+        self.split = split
         self.blocks = nn.Sequential(*[MlpBlock(dim, **block_kwargs) for _ in range(depth)])
         self.out = MlpBlock(dim, **block_kwargs)
 
@@ -130,12 +114,12 @@ class FeaturePyramid(nn.Module):
             raise ValueError(f'pyramid_pool {pool!r} is unknown, use one of {tuple(POOLS)}')
         self.concat = concat
         self.norm = norm_layer(in_dims[2], **dd) if pre_norm else nn.Identity()
-        shared: dict[str, Any] = dict(
-            dim=dim, split_layer=split_layer, mlp_ratio=mlp_ratio, mlp_layer=mlp_layer, norm_layer=norm_layer, **dd)
+        align, split = partial(nn.Linear, **dd), partial(split_layer, norm_layer=norm_layer, **dd)
+        blocks: dict[str, Any] = dict(mlp_ratio=mlp_ratio, mlp_layer=mlp_layer, norm_layer=norm_layer, **dd)
         self.levels = nn.ModuleList([
-            PyramidLevel(in_dims[0], above_dim=dim, depth=depth, align_bias=align_bias, **shared),
-            PyramidLevel(in_dims[1], above_dim=in_dims[2], depth=depth, align_bias=align_bias, **shared),
-            PyramidLevel(in_dims[2], above_dim=None, depth=0, align_bias=True, **shared),
+            PyramidLevel(align(in_dims[0], dim, bias=align_bias), split(dim, dim), dim, depth, **blocks),
+            PyramidLevel(align(in_dims[1], dim, bias=align_bias), split(in_dims[2], dim), dim, depth, **blocks),
+            PyramidLevel(align(in_dims[2], dim), None, dim, 0, **blocks),
         ])
         self.pools = nn.ModuleList([Halve(pool), Halve(pool)])
         level_dims = [dim + in_dim if concat else dim for in_dim in in_dims]

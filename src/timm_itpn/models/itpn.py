@@ -235,8 +235,8 @@ class ITPN(nn.Module):
         )
         plain_mlp = partial(Mlp, act_layer=act)
         scale_norm = norm if differs.scale_mlp else None
-        shared: dict[str, Any] = dict(
-            merge_layer=differs.merge_layer, proj_drop=proj_drop_rate, norm_layer=norm, **dd)
+        merge = partial(differs.merge_layer, norm_layer=norm, **dd)
+        shared: dict[str, Any] = dict(proj_drop=proj_drop_rate, norm_layer=norm, **dd)
         stem: dict[str, Any] = dict(
             mlp_ratio=stem_mlp_ratio,
             mlp_layer=partial(plain_mlp, norm_layer=scale_norm),
@@ -244,16 +244,15 @@ class ITPN(nn.Module):
             **shared,
         )
         self.stages = nn.Sequential(
-            MlpStage(dims[0], depths[0], drop_path=drop_path[0], **stem),
-            MlpStage(dims[1], depths[1], in_dim=dims[0], drop_path=drop_path[1], **stem),
+            MlpStage(nn.Identity(), dims[0], drop_path[0], **stem),
+            MlpStage(merge(dims[0], dims[1]), dims[1], drop_path[1], **stem),
             third(
+                merge(dims[1], dims[2]),
                 dims[2],
-                depths[2],
                 num_heads,
-                in_dim=dims[1],
+                drop_path[2],
                 grid_size=self.patch_embed.grid_size,
                 dynamic_grid_size=dynamic_img_size,
-                drop_path=drop_path[2],
                 pos_drop=pos_drop_rate,
                 attn_layer=partial(Attention, k_bias=differs.k_bias, attn_impl=attn_impl, attn_drop=attn_drop_rate),
                 rel_pos_bias=rel_pos_bias,
