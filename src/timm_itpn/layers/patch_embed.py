@@ -16,7 +16,8 @@ from .fused import FusedLinear, weights_of
 from .tracing import holds
 
 __all__ = [
-    'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'padded', 'token_grid']
+    'ConvPatchMerge', 'ConvPatchSplit', 'ImageSize', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'padded',
+    'token_grid']
 
 ImageSize = int | tuple[int, int]
 

@@ -6,8 +6,8 @@
     residual: None, or of the shape of the output.
 
 `onednn_linear` is the matrix product of oneDNN on the CPU, through the operators that PyTorch's own compiler emits when
-it freezes a model. The weight is kept in the blocked layout of the kernel, and the activation or the sum is done on each
-tile of the output while it is in the cache.
+it freezes a model. The weight is kept in the blocked layout of the kernel, and the activation or the sum is done on
+each tile of the output while it is in the cache.
 """
 import torch
 import torch.nn.functional as F
