@@ -1,4 +1,6 @@
 """The detectors and segmenters of transformers that take a backbone of timm, on our models and real photographs."""
+from itertools import product
+
 import numpy as np
 import pytest
 import timm
@@ -45,7 +47,8 @@ SEGMENTERS = {
         hidden_size=32, auxiliary_channels=16, pool_scales=[1, 2, 3])),
 }
 BACKBONES = ('fast_itpn_tiny_fpn', 'itpn_tiny_fpn', 'fast_itpn_tiny')
-FOUR_LEVELS = {'OneFormerForUniversalSegmentation': 'itpn_tiny_fpn'}  # it takes no fewer
+FOUR_LEVELS = {'OneFormerForUniversalSegmentation': BACKBONES[:2]}  # it takes no fewer
+SIZES_IN_PIXELS = [(224, 320), (330, 500), (640, 480)]
 
 
 @pytest.fixture(autouse=True)
@@ -96,17 +99,22 @@ def check_uses(model, inputs, targets, names, folder):
     return outputs
 
 
-def in_turn(names):
-    """Each name with one of the backbones, and each backbone with some name."""
-    return [(name, FOUR_LEVELS.get(name, BACKBONES[i % len(BACKBONES)])) for i, name in enumerate(names)]
+def cases(names, wants_multiples_of_32=()):
+    """Small images for each name with one of the backbones in turn; slow, all names, backbones and sizes."""
+    for i, name in enumerate(names):
+        backbones = FOUR_LEVELS.get(name, BACKBONES)
+        sizes = [size for size in SIZES_IN_PIXELS if name not in wants_multiples_of_32 or not any(n % 32 for n in size)]
+        yield name, backbones[i % len(backbones)], (96, 160) if name in wants_multiples_of_32 else (100, 150)
+        for backbone, size in product(backbones, sizes):
+            yield pytest.param(name, backbone, size, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('name, backbone', in_turn(DETECTORS))
-def test_detector_trains_predicts_and_is_kept(name, backbone, photos, tmp_path):
+@pytest.mark.parametrize('name, backbone, size', cases(DETECTORS, ('RTDetr', 'RTDetrV2', 'DFine')))
+def test_detector_trains_predicts_and_is_kept(name, backbone, size, photos, tmp_path):
     processor_name, levels, kwargs = DETECTORS[name]
-    kwargs, size = dict(kwargs), dict(shortest_edge=100, longest_edge=150)
-    if 'hidden_expansion' in kwargs:  # these want multiples of 32 with every backbone
-        is_pyramid, size = backbone.endswith('_fpn'), dict(height=96, width=160)
+    kwargs, size = dict(kwargs), dict(height=size[0], width=size[1])
+    if 'hidden_expansion' in kwargs:
+        is_pyramid = backbone.endswith('_fpn')
         kwargs['encoder_in_channels'] = [256] * 3 if is_pyramid else [16, 32, 64]
         kwargs['feat_strides'] = [8, 16, 32] if is_pyramid else [4, 8, 16]
     processor = getattr(transformers, processor_name)(size=size)
@@ -120,18 +128,19 @@ def test_detector_trains_predicts_and_is_kept(name, backbone, photos, tmp_path):
         assert len(found['boxes']) == len(found['scores']) > 0 and found['boxes'].isfinite().all()
 
 
-@pytest.mark.parametrize('name, backbone', in_turn(SEGMENTERS))
-def test_segmenter_trains_predicts_and_is_kept(name, backbone, photos, tmp_path):
+@pytest.mark.parametrize('name, backbone, size', cases(SEGMENTERS))
+def test_segmenter_trains_predicts_and_is_kept(name, backbone, size, photos, tmp_path):
     processor_name, levels, kwargs = SEGMENTERS[name]
+    size = dict(height=size[0], width=size[1])
     if not backbone.endswith('_fpn'):
         kwargs = dict(kwargs, **({'feature_strides': [4, 8, 16]} if 'feature_size' in kwargs else {}))
     maps = [np.tile((np.arange(640) * NUM_LABELS // 640).astype(np.uint8), (427, 1)) for _ in photos]
     is_semantic = name.startswith('UperNet')
     if is_semantic:
         kwargs = dict(kwargs, auxiliary_in_channels=256 if backbone.endswith('_fpn') else 64)
-        processor = transformers.SegformerImageProcessor(size=dict(height=100, width=150))
+        processor = transformers.SegformerImageProcessor(size=size)
     else:
-        processor = getattr(transformers, processor_name)(size=dict(shortest_edge=100, longest_edge=150), num_labels=3)
+        processor = getattr(transformers, processor_name)(size=size, num_labels=NUM_LABELS)
     inputs = processor(photos, segmentation_maps=maps, return_tensors='pt')
     targets = {key: inputs.pop(key) for key in list(inputs) if key.endswith('labels')}
     if name.startswith('OneFormer'):  # its own processor needs a vocabulary
@@ -154,7 +163,7 @@ def test_backbone_is_built_by_name(hub):
         assert model(torch.randn(1, 3, 90, 130)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize('size', [(224, 320), (330, 500), (640, 480)])
+@pytest.mark.parametrize('size', SIZES_IN_PIXELS)
 @pytest.mark.parametrize('backbone', BACKBONES)
 def test_maps_have_the_sizes_of_a_convolutional_backbone(backbone, size):
     model = timm.create_model(backbone, features_only=True).eval()
