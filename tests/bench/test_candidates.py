@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 
 from timm_itpn.acceleration.stage import MigrationStage
-from timm_itpn.bench.candidates import Kind, _in_onnx, build, build_ours
-from timm_itpn.bench.cases import Candidates, Case
+from timm_itpn.bench.candidates import _in_onnx, build, build_ours
+from timm_itpn.bench.cases import Asked, Case
 
 pytestmark = pytest.mark.usefixtures('small_models')
 
@@ -39,16 +39,17 @@ def file(tmp_path, monkeypatch):
 
 
 def test_ours_is_first_and_every_form_has_its_weights():
-    asked = Candidates(baseline=True, fuse=True, compile='default', peers=('test_vit',), accelerations=('full',))
-    candidates = build(CASE, asked, 'cpu')
+    asked = Asked(baseline=True, fuse=True, compile='default', peers=('test_vit',), acceleration=('full',))
+    candidates = build(CASE, asked)
     names = ['ours', 'ours fused', 'ours full', 'ours full fused']
     assert [c.name for c in candidates] == [
         *names, *(f'{name} compiled (default)' for name in names), 'baseline', 'test_vit']
-    kinds = [Kind.SAME_FUNCTION] * 2 + [Kind.ACCELERATED] * 2
-    assert [c.kind for c in candidates] == [*kinds, *kinds, Kind.SAME_FUNCTION, Kind.OTHER]
+    same_function = [True, True, False, False]
+    assert [c.same_function for c in candidates] == [*same_function, *same_function, True, False]
+    assert [c.name for c in candidates if not c.same_weights] == ['test_vit']
     assert not any(c.model.training for c in candidates)
     ours, full, full_fused = (candidates[i] for i in (0, 2, 3))
-    assert full_fused.plain is full.plain is full.model is not full_fused.model
+    assert full_fused.model is full.model is full.run is not full_fused.run
     assert candidates[4].model is ours.model and candidates[4].run is not ours.model
     assert isinstance(full.model.stages[2], MigrationStage) and not isinstance(ours.model.stages[2], MigrationStage)
     torch.testing.assert_close(full.model.state_dict(), ours.model.state_dict(), rtol=0, atol=0)
@@ -56,7 +57,7 @@ def test_ours_is_first_and_every_form_has_its_weights():
 
 @pytest.mark.parametrize('model', ['fast_itpn_tiny_fpn', 'hivit_tiny'])
 def test_pyramid_gives_its_levels(model):
-    ours, full = build(replace(PYRAMID, model=model), Candidates(accelerations=('full',)), 'cpu')
+    ours, full = build(replace(PYRAMID, model=model), Asked(acceleration=('full',)))
     for candidate in (ours, full):
         with torch.inference_mode():
             levels = candidate.run(torch.randn(2, 3, 64, 32))
@@ -65,7 +66,7 @@ def test_pyramid_gives_its_levels(model):
 
 
 def test_baseline_has_the_pyramid_of_ours():
-    ours, baseline = (c.model.double() for c in build(PYRAMID, Candidates(baseline=True), 'cpu'))
+    ours, baseline = (c.model.double() for c in build(PYRAMID, Asked(baseline=True)))
     images = torch.randn(2, 3, 64, 32, dtype=torch.float64)
     with torch.inference_mode():
         torch.testing.assert_close(baseline(images), ours(images), rtol=1e-5, atol=1e-5)  # its scores are float32
@@ -73,10 +74,10 @@ def test_baseline_has_the_pyramid_of_ours():
 
 def test_type_and_mode_are_those_of_the_case():
     case = replace(CASE, dtype='bfloat16', mode='train')
-    for candidate in build(case, Candidates(baseline=True, peers=('test_vit',)), 'cpu'):
+    for candidate in build(case, Asked(baseline=True, peers=('test_vit',))):
         assert {parameter.dtype for parameter in candidate.model.parameters()} == {torch.bfloat16}
         assert candidate.model.training
-    ours = build(replace(CASE, dtype='amp_bfloat16'), Candidates(), 'cpu')[0].model
+    ours = build(replace(CASE, dtype='amp_bfloat16'), Asked())[0].model
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
 
 
@@ -95,7 +96,7 @@ def test_every_layer_shows_in_the_output():
 
 @pytest.mark.parametrize('size', [(160, 160), (64, 32)])  # its own, and another
 def test_peer_takes_the_size_of_the_case(size):
-    peer = build(replace(CASE, img_size=size), Candidates(peers=('test_vit',)), 'cpu')[1].model
+    peer = build(replace(CASE, img_size=size), Asked(peers=('test_vit',)))[1].model
     assert peer.patch_embed.img_size == size
 
 
@@ -106,11 +107,11 @@ def test_peer_takes_the_size_of_the_case(size):
 ])
 def test_peer_that_cannot_take_part_is_refused(size, name, message):
     with pytest.raises(ValueError, match=message):
-        build(replace(CASE, img_size=size), Candidates(peers=(name,)), 'cpu')
+        build(replace(CASE, img_size=size), Asked(peers=(name,)))
 
 
 def test_function_of_a_file_is_called_with_size_and_classes(file):
-    module = build(replace(CASE, img_size=(64, 32)), Candidates(against=f'{file}:build'), 'cpu')[1].model
+    module = build(replace(CASE, img_size=(64, 32)), Asked(against=f'{file}:build'))[1].model
     assert isinstance(module, nn.Linear) and module.weight.shape == (1000, 64 * 3)
 
 
@@ -124,17 +125,18 @@ def test_function_of_a_file_is_called_with_size_and_classes(file):
 def test_module_that_cannot_be_built_is_refused(source, message, file):
     source = source.format(file=file)
     with pytest.raises(ValueError) as error:
-        build(CASE, Candidates(against=source), 'cpu')
+        build(CASE, Asked(against=source))
     assert str(error.value) == f'--against {source}{message.format(file=file)}'
 
 
 @pytest.mark.parametrize('model, objective', [('fast_itpn_tiny', 'clip'), ('itpn_tiny', 'pixel')])
 def test_step_of_pre_training_is_that_of_the_objective(model, objective):
     case = Case(model, (64, 64), 2, mode='train', pyramid=True)
-    step = build(case, Candidates(objective=objective), 'cpu')[1]
-    assert step.name == f'ours pre-training ({objective})' and step.kind is Kind.OTHER and step.model.training
+    step = build(case, Asked(objective=objective))[1]
+    assert step.name == f'ours pre-training ({objective})' and not step.same_weights and step.model.training
     (loss,) = step.run(torch.randn(2, 3, 64, 64))
-    assert step.model.masked.any() and (step.model.target is not None) == objective.startswith('clip')
+    assert step.model.masked.sum(dim=(1, 2)).tolist() == 2 * [step.model.objective.num_masked]
+    assert (step.model.target is not None) == objective.startswith('clip')
     loss.backward()
     missing = [name for name, p in step.model.objective.backbone.named_parameters() if p.grad is None]
     assert all(name.startswith('stages.2.pos_embed') for name in missing), missing
@@ -142,7 +144,7 @@ def test_step_of_pre_training_is_that_of_the_objective(model, objective):
 
 def test_kept_templates_give_what_everything_anew_does():
     case = Case('fast_itpn_tiny', (64, 64), 1, templates=2)
-    candidates = build(case, Candidates(baseline=True, fuse=True, accelerations=('full',)), 'cpu')
+    candidates = build(case, Asked(baseline=True, fuse=True, acceleration=('full',)))
     assert [c.name for c in candidates] == ['ours', 'ours fused', 'ours full', 'ours full fused', 'baseline']
     images = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():

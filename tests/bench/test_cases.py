@@ -1,10 +1,8 @@
 """Cases: sizes as users write them, what a case is called, and what can be measured."""
 import pytest
 import timm
-import torch
 
-from timm_itpn.bench.cases import PEERS, Candidates, Case, Rounds, check, parse_size
-from timm_itpn.bench.suites import SUITES
+from timm_itpn.bench.cases import PEERS, Asked, Case, check, parse_size
 
 
 @pytest.mark.parametrize('text, size', [('224', (224, 224)), ('800x1344', (800, 1344)), ('64x032', (64, 32))])
@@ -21,9 +19,9 @@ def test_text_that_is_not_a_size_is_refused(text):
 @pytest.mark.parametrize('changes', [dict(mode='forward'), dict(pyramid=False), dict(img_size=(32, 48))])
 def test_step_of_pre_training_needs_training_pyramid_and_squares(changes):
     case = dict(model='fast_itpn_tiny', img_size=(32, 32), batch=2, mode='train', pyramid=True)
-    check(Case(**case), Candidates(objective='clip'), Rounds(), 'cpu')
+    check(Case(**case), Asked(objective='clip'))
     with pytest.raises(ValueError, match='^a step of pre-training needs square images and the pyramid'):
-        check(Case(**{**case, **changes}), Candidates(objective='clip'), Rounds(), 'cpu')
+        check(Case(**{**case, **changes}), Asked(objective='clip'))
 
 
 @pytest.mark.parametrize(('changes', 'asked', 'message'), [
@@ -35,7 +33,7 @@ def test_step_of_pre_training_needs_training_pyramid_and_squares(changes):
 ])
 def test_what_cannot_be_measured_together_is_refused(changes, asked, message):
     with pytest.raises(ValueError, match=message):
-        check(Case(**{'img_size': (64, 64), **changes}), Candidates(**asked), Rounds(), 'cpu')
+        check(Case(**{'img_size': (64, 64), **changes}), Asked(**asked))
 
 
 def test_case_says_what_it_is():
@@ -43,14 +41,6 @@ def test_case_says_what_it_is():
     assert str(Case(templates=2)).startswith('fast_itpn_base, templates 2, forward, 224 px')
     case = Case('fast_itpn_tiny', (800, 1344), 2, mode='train', pyramid=True)
     assert str(case) == 'fast_itpn_tiny, pyramid, train, 800x1344 px, batch 2, float32'
-
-
-@pytest.mark.parametrize('name', SUITES)
-def test_every_case_of_a_suite_can_be_measured_and_is_listed_once(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    for case, candidates, rounds in SUITES[name]:
-        check(case, candidates, rounds, 'cuda' if name == 'gpu' else 'cpu')
-    assert len({case for case, _, _ in SUITES[name]}) == len(SUITES[name])
 
 
 def test_peers_are_models_of_timm():

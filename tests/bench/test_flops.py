@@ -1,4 +1,4 @@
-"""Operations are those that the architecture has, counted by hand."""
+"""Operations are those that the architecture has, counted by hand; the ceiling follows from times and counts."""
 import pytest
 import timm
 import torch
@@ -6,7 +6,9 @@ import torch.nn as nn
 from support.small import small_model
 
 from timm_itpn.bench.baseline import Baseline
-from timm_itpn.bench.flops import Product, count_flops, count_products
+from timm_itpn.bench.flops import Product, TimedProduct, count_flops, count_products, product_calls, rates
+
+A, B = Product(8, 16, 32), Product(4, 8, 8)
 
 
 def by_hand(side, embed_dim=512, depths=(3, 3, 24), num_classes=1000, mlp_ratio=3):
@@ -75,3 +77,20 @@ def test_pyramid_is_counted(name):
 def test_products_of_grouped_convolutions_are_those_of_each_group():
     model = nn.Conv2d(4, 6, 3, groups=2, padding=1)
     assert count_products(model, torch.randn(2, 4, 5, 5)) == {Product(2 * 25, 2 * 9, 3): 2}
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_all_implementations_that_can_run_here_do(dtype):
+    calls = product_calls({A: 1, B: 2}, dtype, 'cpu')
+    assert {key.product for key in calls if key.implementation == 'mm' and key.repeats > 1} == {A, B}
+    for call in calls.values():
+        call()
+
+
+def test_each_product_counts_in_its_fastest_implementation():
+    times_ms = {  # of ten calls
+        TimedProduct(A, 'mm', 10): [40, 41, 1000], TimedProduct(A, 'packed', 10): [19, 20, 21],
+        TimedProduct(B, 'mm', 10): [10], TimedProduct(B, 'packed', 10): [30]}
+    flops = 3 * A.flops + B.flops
+    assert rates({A: 3, B: 1}, times_ms) == pytest.approx(
+        (flops / (3 * 0.002 + 0.001), flops / (3 * 0.0041 + 0.001)))

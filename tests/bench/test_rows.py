@@ -6,9 +6,7 @@ import pytest
 
 from timm_itpn.bench import rows
 from timm_itpn.bench.cases import Case
-from timm_itpn.bench.chart import draw
-from timm_itpn.bench.machine import Machine
-from timm_itpn.bench.rows import Row
+from timm_itpn.bench.rows import Machine, Row
 from timm_itpn.cli import main
 
 MACHINE = Machine('A CPU', None, 4, 2, '3.11.7', '2.15.0', '1.0.31', '0.1.0', '2026-01-02')
@@ -48,7 +46,7 @@ fast_itpn_tiny, latency, 32 px, batch 2, float32; ceiling 0.04 TFLOP/s (`torch.m
 
 def test_bars_and_ceiling_are_at_their_values():
     large = replace(ROW, case=replace(ROW.case, img_size=(64, 96)), ms=80.)
-    first, second = draw([ROW, BASELINE, large]).axes
+    first, second = rows.draw([ROW, BASELINE, large]).axes
     assert [[bar.get_width() for bar in axes.patches] for axes in (first, second)] == [[10, 15], [40]]
     assert [label.get_text() for label in first.get_yticklabels()] == ['ours', 'baseline']
     assert list(first.lines[0].get_xdata()) == pytest.approx([5, 5])
@@ -62,7 +60,7 @@ def test_recorded_row_replaces_the_one_of_the_same_case_candidate_and_processor(
     rows.record(path, [ROW, *others])
     newer = replace(ROW, ms=5., machine=replace(MACHINE, torch='3.0'))
     rows.record(path, [newer])
-    assert rows.read(path, Row.of_json) == [newer, *others] and list(tmp_path.iterdir()) == [path]
+    assert rows.read(path, Row) == [newer, *others] and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize('text', ['no json', '{"a": 1}', '[1]', '3', '{"case": {}, "machine": {}}'])

@@ -5,23 +5,19 @@ import re
 import pytest
 import torch
 
-from timm_itpn.bench import ceiling, rows, suites
+from timm_itpn.bench import flops, rows
 from timm_itpn.bench import measure as measure_file
-from timm_itpn.bench.cases import Candidates, Case, Rounds
-from timm_itpn.cli import main
+from timm_itpn.bench.cases import Case, check
+from timm_itpn.cli import bench, main
 
 TINY = ('--model', 'fast_itpn_tiny', '--size', '32', '--batch', '1', '--repeats', '3')
 
 pytestmark = pytest.mark.usefixtures('one_thread', 'small_models')
 
 
-def recorded(path):
-    return rows.read(path, rows.Row.of_json)
-
-
 @pytest.fixture(autouse=True)
 def short_ceiling(monkeypatch):
-    monkeypatch.setattr(ceiling, '_TARGET_FLOPS', {'cpu': 1e6, 'cuda': 1e6})
+    monkeypatch.setattr(flops, '_TARGET_FLOPS', {'cpu': 1e6, 'cuda': 1e6})
 
 
 def test_every_combination_is_a_case(monkeypatch, capsys):
@@ -42,9 +38,9 @@ def test_rows_are_printed_recorded_and_drawn(tmp_path, capsys):
     argv = ['bench', *TINY, '--size', '32x48', '--pyramid', '--fuse', '--json']
     for _ in range(2):  # the second run replaces the rows of the first
         assert main([*argv, '--record', str(path), '--plot', str(picture)]) == 0
-        printed = [rows.Row.of_json(**json.loads(line)) for line in capsys.readouterr().out.splitlines()]
-        assert [row.candidate for row in printed] == ['ours', 'ours fused']
-        assert recorded(path) == printed and printed[0].case.img_size == (32, 48)
+        recorded = rows.read(path, rows.Row)
+        assert [row.candidate for row in recorded] == ['ours', 'ours fused']
+        assert capsys.readouterr().out == path.read_text() and recorded[0].case.img_size == (32, 48)
     assert picture.stat().st_size > 1000 and len(list(tmp_path.iterdir())) == 2
 
 
@@ -56,18 +52,34 @@ def test_outputs_that_differ_are_an_error_after_the_rows(monkeypatch, capsys):
     assert 'timm-itpn: outputs differ from ours: ours by 0, baseline by ' in captured.err
 
 
-def test_suite_runs_its_cases_on_its_device(monkeypatch, capsys):
-    work = Case('fast_itpn_tiny', (32, 32), 1), Candidates(), Rounds(3, 1)
-    monkeypatch.setitem(suites.SUITES, 'cpu', [work])
+def test_suite_runs_its_lines(monkeypatch, tmp_path, capsys):
+    (tmp_path / 'cpu.txt').write_text(' '.join(TINY))
+    monkeypatch.setattr(bench, 'SUITES', tmp_path)
     assert main(['bench', '--suite', 'cpu', '--json', '--threads', '1']) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row['case']['img_size'], row['repeats'], row['machine']['threads']) == ([32, 32], 3, 1)
 
 
+@pytest.mark.parametrize('name, num', [('cpu', 18), ('tracking', 7), ('gpu', 16)])
+def test_every_case_of_a_suite_can_be_measured_and_is_listed_once(name, num):
+    work = list(bench._suite(name, {}))
+    for case, asked in work:
+        check(case, asked)
+        assert asked.device == ('cuda' if name == 'gpu' else 'cpu')
+    assert len({case for case, _ in work}) == len(work) == num
+
+
+def test_options_that_are_not_given_are_those_of_the_classes():
+    given = {'mode': ['latency', 'train'], 'size': ['64x96'], 'baseline': True, 'peers': []}
+    work = list(bench._asked_for(given))
+    assert [case for case, _ in work] == [
+        Case(img_size=(64, 96), batch=1, mode='latency'), Case(img_size=(64, 96), mode='train')]
+    assert all(asked.baseline and asked.peers == bench.PEERS and not asked.fuse for _, asked in work)
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--pyramid', '--peers'], 'peers are classifiers: leave out --peers, or --pyramid and --templates'),
     (['--model', 'itpn_tiny', '--baseline'], 'itpn_tiny has no baseline, only fast_itpn_* models have one: leave out'),
-    (['--repeats', '0'], '0 repeats are too few for a median: ask for at least 3'),
     (['--mode', 'train', '--fuse'], 'a fused model cannot be trained: leave out --fuse, or the mode train'),
     (['--suite', 'cpu', '--size', '224', '--fuse', '--warmup', '1'], 'a suite is fixed: leave out --size, --fuse, --w'),
 ])
@@ -76,9 +88,8 @@ def test_what_excludes_each_other_is_said(argv, message, capsys):
     assert capsys.readouterr().err.startswith(f'timm-itpn: {message}')
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')
 @pytest.mark.parametrize('argv', [['--suite', 'gpu'], ['--device', 'cuda']])
-def test_missing_cuda_device_is_one_sentence(argv, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+def test_missing_cuda_device_is_one_sentence(argv, capsys):
     assert main(['bench', *argv]) == 1
-    assert capsys.readouterr().err == (
-        'timm-itpn: there is no CUDA device: measure with --device cpu, or --suite cpu\n')
+    assert capsys.readouterr().err.startswith("timm-itpn: device 'cuda' cannot be used: ")

@@ -136,6 +136,7 @@ WRITERS = {
     'bench --plot': (*BENCH, '--plot', 'OUT'),
     'bench --record': (*BENCH, '--record', 'OUT'),
     'evidence --record': ('evidence', 'pretraining', '--record', 'OUT'),
+    'evidence --plot': ('evidence', '--measured', '--plot', 'OUT'),
 }
 
 
@@ -208,7 +209,7 @@ ARGUMENTS = {  # (command, option): what it cannot be
     ('bench', '--suite'): ('cpu', 'tpu'),
     ('bench', '--objective'): ('clip', 'nosuch'),
     ('bench', '--plot'): ('x.jpg',),
-    ('evidence', '--seeds'): ('1 1', '-1', 'x', str(10 ** 20)),
+    ('evidence', '--seeds'): ('-1', 'x', str(10 ** 20)),
     ('evidence', 'x'): (),
     ('evidence all', '--seeds'): ('0',),  # without the name of one
     ('bench --suite', '--repeats'): ('0',),

@@ -1,6 +1,5 @@
 """Compilers, tracers and exporters take the models, and what they make computes the same."""
 import functools
-import itertools
 
 import onnxruntime
 import pytest
@@ -32,47 +31,6 @@ def test_exported_program_agrees(name):
     program = torch.export.export(model, (x,))
     with torch.no_grad():
         assert_same(program.module()(x), model(x))
-
-
-def exported(model, how, path):
-    """A function of images of any size; the example is not as large as the model is built for."""
-    x = images(2, 3, 160, 96)
-    height, width = (torch.export.Dim(name, min=5, max=16) for name in ('height', 'width'))
-    shapes = {'x': {0: torch.export.Dim('batch', min=1, max=8), 2: 16 * height, 3: 16 * width}}
-    if how == 'torch.jit.trace':
-        return torch.jit.trace(model, x)
-    if how == 'torch.export':
-        return torch.export.export(model, (x,), dynamic_shapes=shapes).module()
-    if how == 'ONNX, dynamo=True':
-        torch.onnx.export(model, (x,), path, dynamo=True, verbose=False, dynamic_shapes=shapes)
-    else:
-        axes = {0: 'batch', 2: 'height', 3: 'width'}
-        torch.onnx.export(model, (x,), path, dynamo=False, input_names=['x'], dynamic_axes={'x': axes})
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda x: [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
-
-
-def any_size():
-    """All models in all ways; those that take long, all but one of their kind, are not run by default."""
-    for name, how in itertools.product(
-            [*FAMILIES, *PYRAMIDS], ('torch.jit.trace', 'ONNX, dynamo=False', 'ONNX, dynamo=True', 'torch.export')):
-        quick = how.endswith(('trace', 'False')) or (name, how) == ('itpn_tiny_fpn', 'torch.export')
-        yield pytest.param(name, how, marks=[] if quick else pytest.mark.slow)
-
-
-@pytest.mark.filterwarnings('ignore:Constant folding', 'ignore:# .axis name')  # of the exporters
-@pytest.mark.parametrize('name, how', [*any_size()])
-def test_images_of_any_size(name, how, tmp_path):
-    more = dict(features_only=True) if name in PYRAMIDS else {}
-    model = small_model(name, img_size=96, dynamic_img_size=True, exportable=True, **TINY, **more)
-    with torch.no_grad():
-        run = exported(model, how, str(tmp_path / 'model.onnx'))
-        for size in ((2, 3, 96, 96), (3, 3, 160, 96), (1, 3, 80, 112)):
-            x = images(*size)
-            found, expected = run(x), model(x)
-            for actual, wanted in zip(*(a if isinstance(a, (list, tuple)) else [a] for a in (found, expected))):
-                assert_same(actual, wanted)
 
 
 @pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows
@@ -110,17 +68,6 @@ def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_buil
         for outputs in (traced(x), program.module()(x), torch.jit.script(model)(x), map(torch.from_numpy, found)):
             for actual, wanted in zip(outputs, expected, strict=True):
                 assert_same(actual, wanted)
-
-
-def test_trace_of_an_accelerated_model_is_right_or_fails():
-    model = small_model('fast_itpn_tiny', dynamic_img_size=True, **TINY | FULL)
-    x = images(1, 3, 96, 64)
-    with torch.no_grad():
-        traced = torch.jit.trace(model, x)
-        assert_same(traced(x), model(x))
-        for size in ((64, 96), (64, 64), (96, 96)):
-            with pytest.raises(RuntimeError, match='must match the existing size'):
-                traced(images(1, 3, *size))
 
 
 def test_scripted_detection_backbone_agrees():

@@ -18,7 +18,7 @@ def test_study_measures_seeds_that_are_not_done(monkeypatch):
     monkeypatch.setattr(acceleration, '_MODEL', dict(acceleration._MODEL, img_size=128))
     monkeypatch.setattr(acceleration, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
     monkeypatch.setattr(results, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
-    rows = list(acceleration.study((3, 4), done={3}))
+    rows = list(results.run('acceleration', (3, 4), {3}, 'cpu'))
     assert [(row.arm, row.measured, row.seed) for row in rows] == [
         (arm, kind, 4) for arm in acceleration.ARMS for kind in ('as it is', 'tuned')]
 

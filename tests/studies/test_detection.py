@@ -1,9 +1,9 @@
 """The experiment on detection, much shortened."""
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from timm_itpn.bench.rows import read
 from timm_itpn.cli import main
 from timm_itpn.studies import detection, results
 from timm_itpn.studies.canvases import draw
@@ -18,7 +18,7 @@ def test_command_measures_starts_and_acceleration_and_goes_on(tmp_path, monkeypa
         name: {**options, 'num': 4 if name.endswith('train') else 1} for name, options in detection._SPLITS.items()})
     monkeypatch.setattr(detection, '_MODEL', dict(detection._MODEL, depths=(1, 1, 2)))
     monkeypatch.setattr(detection, '_PRETRAINING', Training(1, 2, 1e-3))
-    monkeypatch.setattr(detection, '_TRAINING', ('--epochs', '1'))
+    monkeypatch.setattr(detection, '_TRAINING', dict(detection._TRAINING, epochs=1))
     starts = ('pixel', 'pixel, new pyramid')
     monkeypatch.setattr(detection, '_STARTS', {name: detection._STARTS[name] for name in starts})
     monkeypatch.setattr(detection, 'draw', lambda *args, num, **kwargs: draw(*args, num=4, **kwargs))
@@ -27,7 +27,7 @@ def test_command_measures_starts_and_acceleration_and_goes_on(tmp_path, monkeypa
     found = []
     for name in ('rows.jsonl', 'again.jsonl'):
         assert main(['evidence', 'detection', '--seeds', '3', '--record', str(tmp_path / name)]) == 0
-        found.append([results.Row.of_json(**json.loads(line)) for line in (tmp_path / name).read_text().splitlines()])
+        found.append(read(tmp_path / name, results.Row))
     assert [(row.arm, row.measured) for row in found[0]] == [
         ('pixel', 'trained'), ('pixel, new pyramid', 'trained'), ('pixel, full', 'larger images'),
         ('pixel, full', 'tuned to them')]

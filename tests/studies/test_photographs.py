@@ -19,7 +19,6 @@ def short(monkeypatch):
     fake = SimpleNamespace(load_dataset=lambda: noise)
     monkeypatch.setitem(sys.modules, 'elpv_dataset', SimpleNamespace(utils=fake))
     monkeypatch.setitem(sys.modules, 'elpv_dataset.utils', fake)
-    monkeypatch.setattr(photographs, 'require', lambda *_: None)
     monkeypatch.setattr(results, 'ProcessPoolExecutor', lambda *_: ThreadPoolExecutor(1))
     update = Training(1, 2, 1e-3)
     for name, value in dict(
@@ -30,11 +29,11 @@ def short(monkeypatch):
 
 
 def test_all_arms_are_measured_with_the_same_scores_again(short):
-    rows = list(photographs.study((3,)))
+    rows = list(results.run('photographs', (3,), (), 'cpu'))
     assert [(row.arm, row.measured) for row in rows] == [
         (arm, kind) for arm in photographs.ARMS for kind in ('as it is', 'tuned')]
     assert all(set(row.scores) == {'top-1', 'AP'} and 0 <= row.scores['AP'] <= 100 for row in rows)
-    assert [row.scores for row in photographs.study((3, 4), done={4})] == [row.scores for row in rows]
+    assert [row.scores for row in results.run('photographs', (3, 4), {4}, 'cpu')] == [row.scores for row in rows]
 
 
 def test_without_its_data_it_says_what_to_install(monkeypatch, capsys):

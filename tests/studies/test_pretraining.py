@@ -1,10 +1,10 @@
 """The experiment on pre-training, much shortened."""
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from timm_itpn.bench.rows import read
 from timm_itpn.cli import main
 from timm_itpn.studies import pretraining, results
 from timm_itpn.studies.canvases import draw, load_digits
@@ -24,19 +24,19 @@ def short(monkeypatch):
 def test_command_measures_all_starts_once_and_writes_rows(short, tmp_path, capsys, monkeypatch):
     path = tmp_path / 'rows.jsonl'
     assert main(['evidence', 'pretraining', '--seeds', '3', '--record', str(path)]) == 0
-    rows = [results.Row.of_json(**json.loads(line)) for line in path.read_text().splitlines()]
+    rows = read(path, results.Row)
     expected = [(3, arm, f'{num} labels') for arm in pretraining.ARMS for num in (10, 50)]
     assert [(row.seed, row.arm, row.measured) for row in rows] == expected
     table = capsys.readouterr().out
     assert table == f'{results.markdown("pretraining", rows)}\n'
-    monkeypatch.setattr(pretraining, '_study_seed', None)  # what is done is not done again
+    monkeypatch.setattr(pretraining, 'study_seed', None)  # what is done is not done again
     assert main(['evidence', 'pretraining', '--seeds', '3', '--record', str(path)]) == 0
     assert capsys.readouterr().out == table
 
 
 @pytest.mark.parametrize('arm', pretraining.ARMS)
 def test_network_has_the_weights_that_its_start_says(short, arm):
-    start = pretraining._STARTS[arm]
+    start = pretraining.STARTS[arm]
     canvases = draw(*load_digits(test=True), num=4, seed=0, **pretraining._CANVAS)
     untrained = pretraining._network(start, {}, seed=0).model.state_dict()
     state = {}

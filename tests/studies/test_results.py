@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from timm_itpn.bench.machine import Machine
+from timm_itpn.bench.rows import Machine
 from timm_itpn.cli import main
-from timm_itpn.studies import NAMES, results
+from timm_itpn.studies import STUDIES, results
 from timm_itpn.studies.results import Row
 
 NOT_RUN = {
@@ -39,16 +39,32 @@ def test_results_are_those_of_the_committed_rows(capsys):
     assert Path(results.__file__).with_name('RESULTS.md').read_text() == capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', STUDIES)
 def test_every_arm_has_committed_rows(name):
     """But for those that studies/README.md says have not been run."""
     missing = set(results.load(name).ARMS) - {row.arm for row in results.measured(name)}
     assert missing == set(NOT_RUN.get(name, ()))
 
 
+def test_chart_shows_speed_and_differences_of_the_committed_rows(tmp_path, capsys):
+    axes, = results.draw().axes
+    allowed, *lines = axes.lines
+    assert set(allowed.get_ydata()) == {-0.5}
+    shown = {line.get_label(): line.get_xydata().tolist() for line in lines}
+    assert list(shown) == ['mIoU, carried', 'mIoU, stored', 'top-1, carried', 'top-1, stored', 'box AP, carried']
+    tables = results.markdown('acceleration', results.measured('acceleration'))
+    for label, ((off, zero), light, full) in shown.items():
+        assert (off, zero) == (1, 0) and 1 < light[0] < full[0]
+        if label.startswith('mIoU'):
+            assert f'({full[1]:+.2f})' in tables
+    path = tmp_path / 'chart.png'
+    assert main(['evidence', '--measured', '--plot', str(path)]) == 0
+    assert path.stat().st_size > 1000 and capsys.readouterr().err == f'{path}\n'
+
+
 @pytest.mark.parametrize('argv, message', [
+    (['--plot', 'x.png'], '--plot draws what comes with the package: use it with --measured'),
     ([], 'name an experiment, one of: acceleration, photographs, pretraining, detection'),
-    (['pretraining', '--seeds', '1', '1'], '--seeds [1, 1]: give different numbers from 0 to 4294967295'),
     (['pretraining', '--record', 'nope/rows.jsonl'], 'nope/rows.jsonl cannot be written: there is no folder nope'),
 ])
 def test_bad_input_is_one_sentence(argv, message, capsys):

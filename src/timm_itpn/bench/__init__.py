@@ -1,5 +1,5 @@
 """The benchmark: models timed in turn, beside others and against what the machine can do.
 
-What is measured: `cases`, `candidates` (`baseline` among them), `ceiling`, `suites`. How: `timing`, `memory`, `flops`,
-put together in `measure`. What comes out: `rows`, with `machine`, and `chart`.
+What is measured: `cases`, of which the files in `suites/` are lists; `candidates`, `baseline` among them; `flops`, with
+the ceiling. How: `measure`. What comes out: `rows`.
 """

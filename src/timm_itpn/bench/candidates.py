@@ -1,12 +1,10 @@
 """What is measured: the model itself, what can be made of it, and other models."""
 import copy
-import enum
 import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -16,15 +14,14 @@ from timm.models import get_pretrained_cfg
 
 from .. import fuse
 from ..acceleration.schedule import parse_schedule
-from ..pretrain.masking import MASKINGS
 from ..pretrain.objectives import OBJECTIVES, create_objective, create_student
 from ..tracking import JointEncoder
 from ..weights.layout import PYRAMID, native_depths, native_to_official
 from .baseline import Baseline, JointBaseline
-from .cases import DTYPES, Candidates, Case
+from .cases import Asked, Case
 from .flops import Outputs
 
-__all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Candidate', 'Kind', 'build', 'build_ours']
+__all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Candidate', 'build', 'build_ours']
 
 NUM_CLASSES = 1000
 OURS = 'ours'
@@ -33,20 +30,14 @@ BASELINE = 'baseline'
 _TEACHER_DIM = 512  # of OpenAI's ViT-B
 
 
-class Kind(enum.Enum):
-    SAME_FUNCTION = enum.auto()  # same weights and outputs as ours
-    ACCELERATED = enum.auto()  # same weights, other outputs by design
-    OTHER = enum.auto()
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is measured."""
+    """What is measured."""
     name: str  # in the rows
-    model: nn.Module  # as written
-    run: Callable[[torch.Tensor], Outputs]  # what is called: the module, or what a compiler made of it
-    kind: Kind
-    plain: nn.Module  # what operations are counted of: those of fused layers cannot be
+    model: nn.Module  # as written: operations of fused layers cannot be counted
+    run: Callable[[torch.Tensor], Outputs]  # what is called: the model, fused, or what a compiler made of it
+    same_weights: bool = True  # as ours
+    same_function: bool = True  # outputs have to agree with ours; those of an accelerated model do not
 
 
 class PretrainingStep(nn.Module):
@@ -63,12 +54,11 @@ class PretrainingStep(nn.Module):
         student = create_student(case.model, name, case.img_size[0])
         self.objective: Any = create_objective(name, student, teacher_dim=teacher_dim)
         generator = torch.Generator().manual_seed(0)
-        masking = MASKINGS[self.objective.MASKING]
-        masked = torch.stack([
-            masking(self.objective.grid_size, self.objective.num_masked, generator) for _ in range(case.batch)])
-        self.register_buffer('masked', masked)
-        target = torch.randn(case.batch, masked[0].numel(), _TEACHER_DIM, generator=generator)
-        self.register_buffer('target', target if teacher_dim else None)
+        height, width = self.objective.grid_size
+        order = torch.rand(case.batch, height * width, generator=generator).argsort(dim=1)
+        self.masked = nn.Buffer((order < self.objective.num_masked).reshape(case.batch, height, width))
+        target = torch.randn(case.batch, height * width, _TEACHER_DIM, generator=generator)
+        self.target = nn.Buffer(target) if teacher_dim else None
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         return [self.objective(images, self.masked, self.target)['loss']]
@@ -86,13 +76,12 @@ class Frame(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.templates = nn.Buffer(templates, persistent=False)
-        self.kept: torch.Tensor = nn.Buffer(templates, persistent=False)
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> 'Frame':
         super().train(mode)
         if not mode:
-            self.kept = self.encoder.embed(self.templates, 'template')
+            self.kept = nn.Buffer(self.encoder.embed(self.templates, 'template'), persistent=False)
         return self
 
     def forward(self, search: torch.Tensor) -> list[torch.Tensor]:
@@ -100,45 +89,40 @@ class Frame(nn.Module):
         return [self.encoder(dict(search=search, template=template))[1]['search']]
 
 
-def build(case: Case, asked: Candidates, device: str) -> list[Candidate]:
+def build(case: Case, asked: Asked) -> list[Candidate]:
     """Build all candidates of a case, ours first.
 
     Raises:
         ValueError: A candidate cannot be built, or not for this case.
     """
-    against = _build_against(asked.against, case.img_size) if asked.against else None
     ours = build_ours(case)
-    plain = {OURS: (ours, Kind.SAME_FUNCTION)}
-    for name in asked.accelerations:
+    forms = [Candidate(OURS, ours, ours)]
+    for name in asked.acceleration:
         accelerated = _create(case, name)
         accelerated.load_state_dict(ours.state_dict())
-        plain[f'{OURS} {name}'] = accelerated, Kind.ACCELERATED
-    others: dict[str, tuple[nn.Module, Kind]] = {}
+        forms.append(Candidate(f'{OURS} {name}', accelerated, accelerated, same_function=False))
+    beside = []
     if asked.baseline:
-        others[BASELINE] = _build_baseline(ours, case), Kind.SAME_FUNCTION
-    for name in asked.peers:
-        others[name] = _build_peer(name, case.img_size), Kind.OTHER
-    if against is not None:
-        others[asked.against] = against, Kind.OTHER
+        baseline = _build_baseline(ours, case)
+        beside.append(Candidate(BASELINE, baseline, baseline))
+    others = {name: _build_peer(name, case.img_size) for name in asked.peers}
+    if asked.against:
+        others[asked.against] = _build_against(asked.against, case.img_size)
     if asked.objective:
-        others[f'{OURS} pre-training ({asked.objective})'] = PretrainingStep(case, asked.objective), Kind.OTHER
-    dtype = getattr(torch, DTYPES[case.dtype][0])
-    for model, _ in (*plain.values(), *others.values()):
-        model.to(device, dtype).train(case.mode == 'train')
+        others[f'{OURS} pre-training ({asked.objective})'] = PretrainingStep(case, asked.objective)
+    beside += [Candidate(name, model, model, False, False) for name, model in others.items()]
+    dtype = getattr(torch, case.weight_dtype)
+    for c in (*forms, *beside):
+        c.model.to(asked.device, dtype).train(case.mode == 'train')
 
-    candidates = []
-    for name, (model, kind) in plain.items():
-        candidates.append(Candidate(name, model, model, kind, plain=model))
-        if asked.fuse:  # last: what fusing does depends on device and type
-            fused = fuse(model)
-            candidates.append(Candidate(f'{name} fused', fused, fused, kind, plain=model))
+    if asked.fuse:  # only now: what fusing does depends on device and type
+        forms = [form for c in forms for form in (c, replace(c, name=f'{c.name} fused', run=fuse(c.model)))]
     if asked.compile:
-        candidates += [
-            replace(c, name=f'{c.name} compiled ({asked.compile})', run=_compiled(c.model, asked.compile))
-            for c in candidates]
+        forms += [
+            replace(c, name=f'{c.name} compiled ({asked.compile})', run=_compiled(c.run, asked.compile)) for c in forms]
     if asked.onnx:
-        candidates.append(replace(candidates[0], name=f'{OURS} ONNX', run=_in_onnx(ours, case)))
-    return candidates + [Candidate(name, model, model, kind, plain=model) for name, (model, kind) in others.items()]
+        forms.append(replace(forms[0], name=f'{OURS} ONNX', run=_in_onnx(ours, case)))
+    return forms + beside
 
 
 def build_ours(case: Case) -> nn.Module:
@@ -170,13 +154,9 @@ def _create(case: Case, acceleration: str | None = None) -> nn.Module:
     return Frame(encoder, torch.randn(case.batch, case.templates, 3, *roles['template'], generator=generator))
 
 
-def _unwrapped(model: nn.Module) -> Any:
-    """The model in timm's wrapper for features, or the model itself."""
-    return getattr(model, 'model', model)
-
-
 def _build_baseline(ours: nn.Module, case: Case) -> nn.Module:
-    model = getattr(ours, 'encoder', None) or _unwrapped(ours)
+    """The baseline with the weights of our model, of timm's wrapper for features, or of a tracker's encoder."""
+    model: Any = getattr(ours, 'encoder' if case.templates else 'model', ours)
     state = model.state_dict()
     sizes: dict[str, Any] = dict(
         img_size=case.img_size,
@@ -200,9 +180,9 @@ def _build_peer(name: str, img_size: tuple[int, int]) -> nn.Module:
     """A model of timm with random weights for images of a size."""
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: look it up with timm.list_models('*{name.partition('_')[0]}*')")
+    height, width = img_size
     cfg = get_pretrained_cfg(name)
     own_size = cfg is not None and cfg.input_size[1:] == img_size
-    height, width = img_size
     options: dict[str, Any] = {} if own_size else {'img_size': img_size}
     try:
         peer = timm.create_model(name, num_classes=NUM_CLASSES, **options)
@@ -238,7 +218,7 @@ def _build_against(source: str, img_size: tuple[int, int]) -> nn.Module:
     return module
 
 
-def _compiled(model: nn.Module, mode: str) -> Callable[[torch.Tensor], Outputs]:
+def _compiled(model: Callable[[torch.Tensor], Outputs], mode: str) -> Callable[[torch.Tensor], Outputs]:
     compiled = torch.compile(model, mode=mode)
 
     def run(images: torch.Tensor) -> Outputs:
@@ -253,9 +233,8 @@ def _in_onnx(model: nn.Module, case: Case) -> Callable[[torch.Tensor], Outputs]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with TemporaryDirectory() as folder:
-        path = f'{folder}/model.onnx'
-        torch.onnx.export(model, (torch.zeros(case.batch, 3, *case.img_size),), path, dynamo=True, verbose=False)
-        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
+    images = torch.zeros(case.batch, 3, *case.img_size)
+    program: Any = torch.onnx.export(model, (images,), dynamo=True, verbose=False)
+    program.initialize_inference_session(
+        lambda file: onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider']))
+    return program

@@ -1,25 +1,16 @@
 """What is measured: a model at one size, batch, type and mode, and what beside it. Nothing here needs torch."""
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-__all__ = ['COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Candidates', 'Case', 'Rounds', 'check', 'parse_size']
+__all__ = ['COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Asked', 'Case', 'check', 'parse_size']
 
 MODES = ('forward', 'train', 'latency')
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 PEERS = (
     'vit_base_patch16_224', 'eva02_base_patch14_224', 'hiera_base_plus_224', 'swin_base_patch4_window7_224')
 
-# --dtype -> (type of weights and images, type that autocast computes in, None without autocast)
-DTYPES: dict[str, tuple[str, str | None]] = {
-    'float32': ('float32', None),
-    'bfloat16': ('bfloat16', None),
-    'float16': ('float16', None),
-    'amp_bfloat16': ('float32', 'bfloat16'),
-}
-
-_STRIDE = 16  # pixels per token
-_MIN_REPEATS = 3
+DTYPES = ('float32', 'bfloat16', 'float16', 'amp_bfloat16')  # amp_: of autocast, weights and images are float32
 
 
 @dataclass(frozen=True)
@@ -31,10 +22,15 @@ class Case:
     model: str = 'fast_itpn_base'
     img_size: tuple[int, int] = (224, 224)  # height, width in pixels, multiples of 16
     batch: int = 8  # images per call
-    dtype: str = 'float32'  # a key of DTYPES
+    dtype: str = 'float32'  # one of DTYPES
     mode: str = 'forward'  # or 'train' (forward, loss and backward, no optimizer) or 'latency' (forward, with its p95)
     pyramid: bool = False  # backbone and feature pyramid (strides 4 to 64) instead of backbone and classifier
     templates: int = 0  # images of half the side that are encoded with each, as trackers do; 0 for none
+
+    @property
+    def weight_dtype(self) -> str:
+        """Type of weights and images."""
+        return 'float32' if self.dtype.startswith('amp_') else self.dtype
 
     def __str__(self) -> str:
         height, width = self.img_size
@@ -44,22 +40,19 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """What is measured beside the model."""
+class Asked:
+    """What is measured beside the model, on which device, and how often."""
     baseline: bool = False  # the same model computed the unfused way, with the same weights
     fuse: bool = False  # the model, and each accelerated one, after `fuse`
-    compile: str = ''  # all of these under `torch.compile` in this mode too
-    peers: tuple[str, ...] = ()  # models of timm
-    against: str = ''  # FILE:FUNCTION that builds any other module
-    accelerations: tuple[str, ...] = ()  # the model with the same weights and an acceleration, by name
+    acceleration: Sequence[str] = ()  # the model with the same weights and an acceleration, by name
+    compile: str = ''  # the model, accelerated and fused too, under `torch.compile` in this mode
+    onnx: bool = False  # the model in ONNX Runtime
     objective: str = ''  # a step of pre-training with this objective, without its teacher
-    onnx: bool = False  # the model in ONNX Runtime too
-
-
-class Rounds(NamedTuple):
-    """How often every candidate runs; None: as suits the mode and the device."""
-    repeats: int | None = None
-    warmup: int | None = None
+    peers: Sequence[str] = ()  # models of timm
+    against: str = ''  # FILE:FUNCTION that builds any other module
+    device: str = 'cpu'  # or 'cuda'
+    repeats: int | None = None  # rounds that count, at least 3; None: as suits mode and device
+    warmup: int | None = None  # rounds before them; None: as suits the device
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -74,35 +67,23 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def check(case: Case, candidates: Candidates, rounds: Rounds, device: str) -> None:
-    """Raise if the case cannot be measured.
-
-    Raises:
-        ValueError: An argument is not usable, or two of them exclude each other.
-        RuntimeError: There is no CUDA device.
-    """
-    import torch
-
+def check(case: Case, asked: Asked) -> None:
+    """Raise ValueError if the case cannot be measured: an argument is not usable, or two of them exclude each other."""
+    from ..layers.patch_embed import check_side_lengths
     from ..models import check_name
 
     check_name(case.model)
-    height, width = case.img_size
-    if min(height, width) < _STRIDE or height % _STRIDE or width % _STRIDE:
-        raise ValueError(f'images of {height} x {width} pixels are not usable: sides must be multiples of {_STRIDE}')
-    if candidates.baseline and not case.model.startswith('fast_itpn'):
+    height, width = check_side_lengths(case.img_size, 16)
+    if asked.baseline and not case.model.startswith('fast_itpn'):
         raise ValueError(f'{case.model} has no baseline, only fast_itpn_* models have one: leave out --baseline')
-    if candidates.objective and (case.mode != 'train' or not case.pyramid or height != width):
+    if asked.objective and (case.mode != 'train' or not case.pyramid or height != width):
         raise ValueError(
             'a step of pre-training needs square images and the pyramid: use --objective with --mode train --pyramid')
     if case.templates and (case.pyramid or height % 32 or width % 32):
         raise ValueError('templates have half the side, and no pyramid: use sides that are multiples of 32')
-    if candidates.onnx and (device, case.dtype, case.mode) not in (('cpu', 'float32', mode) for mode in MODES[::2]):
+    if asked.onnx and (asked.device != 'cpu' or case.dtype != 'float32' or case.mode == 'train'):
         raise ValueError('ONNX Runtime is measured on the CPU in float32 and without training: leave out --onnx')
-    if (case.pyramid or case.templates) and candidates.peers:
+    if asked.peers and (case.pyramid or case.templates):
         raise ValueError('peers are classifiers: leave out --peers, or --pyramid and --templates')
-    if rounds.repeats is not None and rounds.repeats < _MIN_REPEATS:
-        raise ValueError(f'{rounds.repeats} repeats are too few for a median: ask for at least {_MIN_REPEATS}')
-    if case.mode == 'train' and candidates.fuse:
+    if asked.fuse and case.mode == 'train':
         raise ValueError('a fused model cannot be trained: leave out --fuse, or the mode train')
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise RuntimeError('there is no CUDA device: measure with --device cpu, or --suite cpu')

@@ -2,8 +2,7 @@
 
 It is trained without acceleration, on small canvases first, then measured with it, as it is and after fine-tuning.
 """
-from collections.abc import Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,10 +14,10 @@ from ..acceleration import migration
 from ..acceleration.stage import MigrationStage
 from ..models import itpn
 from .canvases import NUM_CLASSES, draw, load_digits
-from .results import Row, measure, measure_seeds
+from .results import Measurement
 from .two_tasks import State, Training, TwoTasks, test, train
 
-__all__ = ['ARMS', 'SETTINGS', 'study']
+__all__ = ['ARMS', 'SETTINGS', 'study_seed']
 
 _SIDE = 256  # pixels, 16 x 16 tokens
 _WINDOW = 8
@@ -61,21 +60,8 @@ _CONTROLS = {'full, random tokens leave': _RandomTokensLeave, 'full, not repleni
 ARMS = (*SETTINGS, *_CONTROLS)
 
 
-def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
-    """Train, measure, fine-tune and measure again; as many seeds at a time as there are cores.
-
-    Args:
-        seeds: Of weights and order; the data are the same for all.
-        done: Seeds that are not wanted.
-        device: 'cpu' or 'cuda'.
-
-    Yields:
-        A row for each seed and setting, as it is and fine-tuned.
-    """
-    yield from measure_seeds(_study_seed, seeds, done, device)
-
-
-def _study_seed(seed: int, device: str) -> list[Row]:
+def study_seed(seed: int, device: str) -> Iterator[Measurement]:
+    """Train, measure, fine-tune and measure again, with each setting."""
     train_digits, test_digits = load_digits(test=False), load_digits(test=True)
     train_set = draw(*train_digits, num=3 * len(train_digits[1]), side=_SIDE, copies=3, seed=1)
     # on those of seed 2 the settings were chosen
@@ -88,9 +74,12 @@ def _study_seed(seed: int, device: str) -> list[Row]:
     train(network, small, _SMALL_TRAINING, seed)
     network.model.set_input_size(_SIDE)
     train(network, train_set, _TRAINING, seed)
-    return measure(
-        ARMS, seed, device, partial(_network, device=device, state=network.state_dict()),
-        partial(train, data=train_set, training=_TUNING, seed=seed), partial(test, data=test_set))
+    state = network.state_dict()
+    for arm in ARMS:
+        network = _network(arm, device, state)
+        yield arm, 'as it is', test(network, test_set)
+        train(network, train_set, _TUNING, seed)
+        yield arm, 'tuned', test(network, test_set)
 
 
 def _network(arm: str, device: str, state: State | None = None) -> TwoTasks:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['NUM_CLASSES', 'NUM_TEXTURES', 'Canvases', 'draw', 'drawing', 'ground', 'integer', 'load_digits']
+__all__ = ['NUM_CLASSES', 'NUM_TEXTURES', 'Canvases', 'draw', 'ground', 'integer', 'load_digits', 'with_digit']
 
 NUM_CLASSES = 10
 NUM_TEXTURES = 2
@@ -75,9 +75,7 @@ def draw(
             canvas, first = ground(side, generator)
         marks = torch.zeros(1, side, side)
         for _ in range(copies):
-            ink = drawing(digits[which[i]], side, sizes, generator)
-            colour = 1 - 0.3 * torch.rand(3, 1, 1, generator=generator)
-            canvas = canvas + ink * (colour - canvas)
+            canvas, ink = with_digit(canvas, digits[which[i]], sizes, generator)
             marks = torch.maximum(marks, ink)
         images[i] = (canvas * 255).round().to(torch.uint8)
         share = F.avg_pool2d((marks > 0.5).float(), stride)[0]
@@ -87,8 +85,14 @@ def draw(
 
 
 def ground(side: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crops of both photographs, (3, side, side) in 0..1, and where the first one is, (1, side, side)."""
-    first = _boundary(side, generator)
+    """Crops of both photographs, (3, side, side) in 0..1, and where the first one is, (1, side, side).
+
+    It is on one side of a random line, which passes near the middle.
+    """
+    angle = 2 * math.pi * torch.rand((), generator=generator)
+    offset = (torch.rand((), generator=generator) - 0.5) * 0.6
+    along = torch.linspace(-1, 1, side)
+    first = (along * angle.cos() + along[:, None] * angle.sin() > offset)[None]
     textures = [_texture(photograph, side, generator) for photograph in _photographs()]
     return torch.where(first, textures[0], textures[1]), first
 
@@ -105,14 +109,6 @@ def integer(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high, (), generator=generator))
 
 
-def _boundary(side: int, generator: torch.Generator) -> torch.Tensor:
-    """True on one side of a random line, (1, side, side); it passes near the middle."""
-    angle = 2 * math.pi * torch.rand((), generator=generator)
-    offset = (torch.rand((), generator=generator) - 0.5) * 0.6
-    along = torch.linspace(-1, 1, side)
-    return (along * angle.cos() + along[:, None] * angle.sin() > offset)[None]
-
-
 def _texture(photograph: torch.Tensor, side: int, generator: torch.Generator) -> torch.Tensor:
     """A square crop of a photograph, perhaps mirrored, dimmed, (3, side, side)."""
     _, height, width = photograph.shape
@@ -125,11 +121,14 @@ def _texture(photograph: torch.Tensor, side: int, generator: torch.Generator) ->
     return crop * (_DIM / 2 + _DIM / 2 * torch.rand((), generator=generator))
 
 
-def drawing(digit: torch.Tensor, side: int, sizes: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """Ink of a digit (8, 8) at a random position of an empty canvas, (1, side, side) in 0..1."""
-    size = integer(*sizes, generator)
+def with_digit(
+        canvas: torch.Tensor, digit: torch.Tensor, sizes: tuple[int, int], generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A canvas (3, side, side) with a digit (8, 8) drawn on it at a random position, and its ink, (1, side, side)."""
+    side, size = canvas.shape[2], integer(*sizes, generator)
     top, left = integer(0, side - size + 1, generator), integer(0, side - size + 1, generator)
     ink = torch.zeros(1, side, side)
     drawn = F.interpolate(digit[None, None], (size, size), mode='bicubic')[0].clamp(0, 1)
     ink[:, top:top + size, left:left + size] = drawn
-    return ink
+    colour = 1 - 0.3 * torch.rand(3, 1, 1, generator=generator)
+    return canvas + ink * (colour - canvas), ink

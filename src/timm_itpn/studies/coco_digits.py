@@ -7,17 +7,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .canvases import NUM_CLASSES, drawing, ground, integer, load_digits
+from .canvases import NUM_CLASSES, ground, integer, load_digits, with_digit
 
 __all__ = ['write_split']
 
+_SIZES = (32, 65)  # of a drawing, in pixels, the last excluded
 _CATEGORIES = [dict(id=1 + digit, name=str(digit)) for digit in range(NUM_CLASSES)]
 
 
 def write_split(
-        folder: Path, name: str, num: int, seed: int, side: int = 128, most: int = 4, sizes: tuple[int, int] = (32, 65),
-        test: bool = False,
-) -> None:
+        folder: Path, name: str, num: int, seed: int, side: int = 128, most: int = 4, test: bool = False) -> None:
     """Write square images of digits that do not overlap, and their annotations.
 
     Args:
@@ -27,10 +26,9 @@ def write_split(
         seed: Of all that is random.
         side: Of the images, in pixels.
         most: Digits on an image; there are one to so many.
-        sizes: Of a drawing, in pixels, the last excluded.
         test: Draw those that are held out.
     """
-    from pycocotools.mask import encode
+    from pycocotools.mask import encode, toBbox
 
     digits, labels = load_digits(test)
     generator = torch.Generator().manual_seed(seed)
@@ -42,19 +40,16 @@ def write_split(
         taken = torch.zeros(side, side, dtype=torch.bool)
         for _ in range(integer(1, most + 1, generator)):
             which = integer(0, len(labels), generator)
-            ink = drawing(digits[which], side, sizes, generator)
-            colour = 1 - 0.3 * torch.rand(3, 1, 1, generator=generator)
-            drawn = ink[0] > 0.5
-            rows, columns = drawn.any(1).nonzero()[:, 0], drawn.any(0).nonzero()[:, 0]
-            top, bottom, left, right = (int(each) for each in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1))
-            if taken[top:bottom, left:right].any():
+            with_it, ink = with_digit(image, digits[which], _SIZES, generator)
+            code = encode(np.asfortranarray((ink[0] > 0.5).numpy().astype(np.uint8)))
+            left, top, width, height = map(int, toBbox(code))
+            box = slice(top, top + height), slice(left, left + width)
+            if taken[box].any():
                 continue
-            taken[top:bottom, left:right] = True
-            image = image + ink * (colour - image)
-            code = encode(np.asfortranarray(drawn.numpy().astype(np.uint8)))
+            image, taken[box] = with_it, True
             annotations.append(dict(
                 id=len(annotations) + 1, image_id=number, category_id=1 + int(labels[which]),
-                bbox=[left, top, right - left, bottom - top],
+                bbox=[left, top, width, height],
                 segmentation=dict(size=[side, side], counts=code['counts'].decode())))
         file = f'{number:05d}.png'
         Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).save(folder / name / file)

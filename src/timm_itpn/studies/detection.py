@@ -2,16 +2,16 @@
 
 All detectors see the same images in the same order. Runs are in `_FOLDER`; a study that was cut goes on with them.
 """
-from collections.abc import Collection, Iterator, Sequence
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import timm
 import torch
 from safetensors.torch import save_file
 
-from ..bench.machine import this_machine
-from ..checks import require
 from ..detection.arguments import add_arguments
 from ..detection.task import DetectionTask, detect
 from ..engine.arguments import ConfigurableParser
@@ -20,11 +20,11 @@ from ..pretrain.pixel import Pixel
 from .acceleration import SETTINGS
 from .canvases import draw, load_digits
 from .coco_digits import write_split
-from .pretraining import PixelOfStage3, pretrain
-from .results import Row, measure_seeds
+from .pretraining import STARTS, pretrain
+from .results import Measurement
 from .two_tasks import Training
 
-__all__ = ['ARMS', 'study']
+__all__ = ['ARMS', 'study_seed']
 
 _FOLDER = Path('output/evidence/detection')
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
@@ -35,54 +35,41 @@ _SPLITS: dict[str, dict[str, Any]] = {
     'large_val': dict(num=60, seed=3, side=_LARGE, most=12, test=True)}
 _PRETRAINING = Training(300, 32, 2e-3)
 _NUM_MASKED = 40  # of 64 tokens
-_OPTIONS = (
-    '-c', 'mask_rcnn_digits', '--resume', 'auto', '--figure-interval', '0', '--layer-decay', '1', '--eval-interval',
-    '99', '--warmup-updates', '25')
-_TRAINING = ('--epochs', '10')
-_TUNING = ('--epochs', '1', '--lr', '3e-4', '--train-split', 'large_train')
+# options of `timm-itpn detect`
+_OPTIONS: dict[str, Any] = dict(
+    resume='auto', figure_interval=0, layer_decay=1., eval_interval=99, warmup_updates=25)
+_TRAINING: dict[str, Any] = dict(epochs=10, val_split='val')
+_TUNING: dict[str, Any] = dict(epochs=1, lr=3e-4, train_split='large_train', val_split='large_val')
 
-# what is pre-trained, and whether the detector gets a new pyramid; the first is accelerated
-_STARTS: dict[str, tuple[type[Pixel] | None, bool]] = {
-    'pixel': (Pixel, False), 'scratch': (None, True), 'pixel, new pyramid': (Pixel, True),
-    'pixel without pyramid, new pyramid': (PixelOfStage3, True)}
+_STARTS = {name: STARTS[name] for name in (  # the first is accelerated
+    'pixel', 'scratch', 'pixel, new pyramid', 'pixel without pyramid, new pyramid')}
 _ACCELERATION: dict[str, dict[str, Any]] = {'pixel': {}} | {
     f'pixel, {name}': dict(kwargs, gather_window=8) for name, kwargs in SETTINGS.items() if kwargs}
 ARMS = (*_STARTS, *list(_ACCELERATION)[1:])
 
 
-def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
-    """Pre-train, train, measure on larger images, as it is and fine-tuned; as many seeds at a time as there are cores.
+def study_seed(seed: int, device: str) -> Iterator[Measurement]:
+    """Pre-train, train from each start, and measure on larger images with each setting, as it is and fine-tuned.
 
-    Args:
-        seeds: Of weights, order and masks; the data are the same for all.
-        done: Seeds that are not wanted.
-        device: 'cpu' or 'cuda', which trains; it is the CPU that is measured with.
-
-    Yields:
-        A row for each seed, and start or acceleration.
+    It is the CPU that is measured with, also where `device` trains.
     """
-    require('the experiment', 'detection', 'pycocotools', 'filelock')
-    for name, options in _SPLITS.items():
-        if not (_FOLDER / 'annotations' / f'instances_{name}.json').exists():
-            write_split(_FOLDER, name, **options)
-    yield from measure_seeds(_study_seed, seeds, done, device)
-
-
-def _study_seed(seed: int, device: str) -> list[Row]:
-    rows = []
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(_FOLDER / '.lock'):  # the first of the seeds writes the images
+        for name, options in _SPLITS.items():
+            if not (_FOLDER / 'annotations' / f'instances_{name}.json').exists():
+                write_split(_FOLDER, name, **options)
     for arm, (objective_type, new_pyramid) in _STARTS.items():
-        weights = () if objective_type is None else (
-            '--pretrained-path', str(_weights(objective_type, new_pyramid, seed, device)))
-        run = _arguments(f'{arm}-{seed}', seed, device, _SIDE, {}, *_TRAINING, *weights)
-        detect(_parsed(run))
-        rows.append(_row(arm, 'trained', seed, run))
-    trained = ('--initial-checkpoint', str(_FOLDER / f'pixel-{seed}' / 'detector.safetensors'))
+        weights = None if objective_type is None else str(_weights(objective_type, new_pyramid, seed, device))
+        args = _arguments(f'{arm}-{seed}', seed, device, _SIDE, {}, pretrained_path=weights, **_TRAINING)
+        detect(args)
+        yield arm, 'trained', _scores(args, args.output / 'detector.safetensors')
+    trained = _FOLDER / f'pixel-{seed}' / 'detector.safetensors'
     for arm, kwargs in _ACCELERATION.items():
-        run = _arguments(f'{arm}-tuned-{seed}', seed, device, _LARGE, kwargs, *_TUNING, *trained)
-        rows.append(_row(arm, 'larger images', seed, run, trained))
-        detect(_parsed(run))
-        rows.append(_row(arm, 'tuned to them', seed, run))
-    return rows
+        args = _arguments(
+            f'{arm}-tuned-{seed}', seed, device, _LARGE, kwargs, initial_checkpoint=str(trained), **_TUNING)
+        yield arm, 'larger images', _scores(args, trained)
+        detect(args)
+        yield arm, 'tuned to them', _scores(args, args.output / 'detector.safetensors')
 
 
 def _weights(objective_type: type[Pixel], new_pyramid: bool, seed: int, device: str) -> Path:
@@ -100,27 +87,22 @@ def _weights(objective_type: type[Pixel], new_pyramid: bool, seed: int, device: 
 
 
 def _arguments(
-        name: str, seed: int, device: str, side: int, model_kwargs: dict[str, Any], *more: str) -> list[str]:
-    """Command line of a run, which ends with the folder."""
-    kwargs = [f'{key}={value!r}' for key, value in {**_MODEL, **model_kwargs}.items()]
-    val = 'val' if side == _SIDE else 'large_val'
-    return ['--data-dir', str(_FOLDER), '--val-split', val, '--seed', str(seed), '--device', device, '--model-kwargs', *kwargs,
-            '--short-sides', str(side), '--max-side', str(side), '--crop-short-sides', str(side),
-            '--crop-sides', str(7 * side // 8), str(side), *_OPTIONS, *more, '--output', str(_FOLDER / name)]
-
-
-def _parsed(argv: Sequence[str]) -> Any:
+        name: str, seed: int, device: str, side: int, model_kwargs: dict[str, Any], **options: Any,
+) -> argparse.Namespace:
+    """Arguments of a run of `timm-itpn detect`, in a folder of that name."""
     parser = ConfigurableParser()
     add_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(['-c', 'mask_rcnn_digits'])
+    vars(args).update(
+        _OPTIONS, data_dir=_FOLDER, output=_FOLDER / name, seed=seed, device=device,
+        model_kwargs={**_MODEL, **model_kwargs}, short_sides=[side], max_side=side, crop_short_sides=[side],
+        crop_sides=[7 * side // 8, side], **options)
+    return args
 
 
-def _row(arm: str, measured: str, seed: int, run: list[str], checkpoint: Sequence[str] = ()) -> Row:
-    """Measure what a run has trained, or a checkpoint with its settings."""
-    checkpoint = checkpoint or ('--initial-checkpoint', f'{run[-1]}/detector.safetensors')
-    args = _parsed([*run, *checkpoint])
-    vars(args).update(rank=0, world_size=1, distributed=False)
-    task = DetectionTask(args, torch.device('cpu'))
+def _scores(args: argparse.Namespace, detector: Path) -> dict[str, float]:
+    """Average precision of a detector with the settings of a run, in percent."""
+    settings = dict(vars(args), initial_checkpoint=str(detector), rank=0, world_size=1, distributed=False)
+    task = DetectionTask(argparse.Namespace(**settings), torch.device('cpu'))
     metrics = task.evaluate(task.model)
-    scores = {name.replace('_', ' '): 100 * (metrics[name] or 0.) for name in ('box_AP', 'mask_AP')}
-    return Row(arm, measured, seed, scores, this_machine(args.device))
+    return {name.replace('_', ' '): 100 * (metrics[name] or 0.) for name in ('box_AP', 'mask_AP')}

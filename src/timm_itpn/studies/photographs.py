@@ -2,8 +2,7 @@
 
 `elpv-dataset` has 2,624, grey, 300 x 300 pixels (CC BY-NC-SA 4.0, no part of this package); every fourth is held out.
 """
-from collections.abc import Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -11,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from timm.utils import random_seed
 
-from ..checks import require
 from ..pretrain.pixel import Pixel
 from .acceleration import SETTINGS
 from .canvases import Canvases
 from .pretraining import pretrain
-from .results import Row, measure, measure_seeds
+from .results import Measurement
 from .two_tasks import State, Training, fit, normalised
 
-__all__ = ['ARMS', 'study']
+__all__ = ['ARMS', 'study_seed']
 
 _SIDE = 320  # pixels
 _MODEL: dict[str, Any] = dict(embed_dim=128, depths=(1, 1, 6), num_heads=4)
@@ -33,46 +31,36 @@ _PRETRAINED = 'off, pre-trained on them'
 ARMS = (*SETTINGS, _PRETRAINED)
 
 
-def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
-    """As `acceleration.study`."""
-    require('the experiment', 'photographs', 'elpv_dataset')
-    yield from measure_seeds(_study_seed, seeds, done, device)
-
-
-def _study_seed(seed: int, device: str) -> list[Row]:
+def study_seed(seed: int, device: str) -> Iterator[Measurement]:
+    """Train without acceleration, on small images first, from scratch and pre-trained; then as `acceleration` does."""
     from elpv_dataset.utils import load_dataset
 
     images, certainty = (torch.from_numpy(array.copy()) for array in load_dataset()[:2])
     large, labels = _resized(images[:, None], _SIDE), (certainty > 0.5).long()
     held_out = torch.arange(len(labels)) % 4 == 0
     train_set, test_set = (Canvases(large[part], labels[part], labels[part]) for part in (~held_out, held_out))
-    rows = []
+    sets = {side: train_set._replace(images=_resized(train_set.images, side)) for side in _TRAININGS}
+    small = min(sets)
     for arms in (SETTINGS, [_PRETRAINED]):
-        state = _train_off(train_set, seed, _PRETRAINED in arms, device)
-        rows += measure(
-            arms, seed, device, partial(_model, state=state, device=device),
-            partial(_train, data=train_set, training=_TUNING, seed=seed), partial(_test, data=test_set))
-    return rows
+        state: State = {}
+        if _PRETRAINED in arms:
+            state = pretrain(Pixel, sets[small], _PRETRAINING, seed, device, _NUM_MASKED, _MODEL, _DECODER)
+        random_seed(seed)
+        model = _model('off', state, device, img_size=small)
+        for side, training in _TRAININGS.items():
+            model.set_input_size(side)
+            _train(model, sets[side], training, seed)
+        state = model.state_dict()
+        for arm in arms:
+            model = _model(arm, state, device)
+            yield arm, 'as it is', _test(model, test_set)
+            _train(model, train_set, _TUNING, seed)
+            yield arm, 'tuned', _test(model, test_set)
 
 
 def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
     """(M, 1 or 3, h, w) -> (M, 3, side, side), which are views of one channel."""
     return F.interpolate(images[:, :1], (side, side), mode='bilinear', antialias=True).expand(-1, 3, -1, -1)
-
-
-def _train_off(data: Canvases, seed: int, pretrained: bool, device: str) -> State:
-    """State of a network that is trained without acceleration, on small images first."""
-    sets = {side: data._replace(images=_resized(data.images, side)) for side in _TRAININGS}
-    side = min(sets)
-    state: State = {}
-    if pretrained:
-        state = pretrain(Pixel, sets[side], _PRETRAINING, seed, device, _NUM_MASKED, _MODEL, _DECODER)
-    random_seed(seed)
-    model = _model('off', state, device, img_size=side)
-    for side, training in _TRAININGS.items():
-        model.set_input_size(side)
-        _train(model, sets[side], training, seed)
-    return model.state_dict()
 
 
 def _model(arm: str, state: State, device: str, **kwargs: Any) -> Any:

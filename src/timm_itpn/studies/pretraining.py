@@ -3,7 +3,7 @@
 The tasks are the digit, by the classifier, and the digit at each position of the pyramid's finest level. All networks
 see the same labels in the same order; only their weights at the start differ.
 """
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import timm
@@ -12,16 +12,15 @@ import torch.nn as nn
 from timm.layers import LayerNorm
 from timm.utils import random_seed
 
-from ..bench.machine import this_machine
 from ..pretrain.masking import random_masking
 from ..pretrain.objectives import create_student
 from ..pretrain.pixel import Mfm, Pixel
 from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
-from .results import Row, measure_seeds
+from .results import Measurement
 from .two_tasks import State, Training, TwoTasks, fit, normalised, test, train
 
-__all__ = ['ARMS', 'PixelOfStage3', 'pretrain', 'study']
+__all__ = ['ARMS', 'STARTS', 'pretrain', 'study_seed']
 
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
 _DECODER: dict[str, Any] = dict(decoder_dim=64, decoder_depth=2, decoder_num_heads=2)
@@ -48,59 +47,41 @@ class PixelOfStage3(Pixel):
         return [self.decoder_embed(visible_maps(self.backbone, images, visible)[2][:, 0])]
 
 
-class _Start(NamedTuple):
+class Start(NamedTuple):
     """Where fine-tuning starts."""
     objective: type[Pixel] | None = None  # of pre-training
     new_pyramid: bool = False  # the pyramid does not get the trained weights
 
 
-_STARTS = {
-    'scratch': _Start(),
-    'pixel': _Start(Pixel),
-    'pixel, new pyramid': _Start(Pixel, new_pyramid=True),
-    'pixel without pyramid, new pyramid': _Start(PixelOfStage3, new_pyramid=True),
-    'mfm': _Start(Mfm),
-    'mfm, new pyramid': _Start(Mfm, new_pyramid=True),
+STARTS = {
+    'scratch': Start(),
+    'pixel': Start(Pixel),
+    'pixel, new pyramid': Start(Pixel, new_pyramid=True),
+    'pixel without pyramid, new pyramid': Start(PixelOfStage3, new_pyramid=True),
+    'mfm': Start(Mfm),
+    'mfm, new pyramid': Start(Mfm, new_pyramid=True),
 }
-ARMS = tuple(_STARTS)
+ARMS = tuple(STARTS)
 
 
-def study(seeds: Sequence[int], done: Collection[int] = (), device: str = 'cpu') -> Iterator[Row]:
-    """Pre-train, fine-tune with few labels, and measure; as many seeds at a time as there are cores.
-
-    Args:
-        seeds: Of weights, order and masks; the data are the same for all.
-        done: Seeds that are not wanted.
-        device: 'cpu' or 'cuda'.
-
-    Yields:
-        A row for each seed, start and number of labels.
-    """
-    yield from measure_seeds(_study_seed, seeds, done, device)
-
-
-def _study_seed(seed: int, device: str) -> list[Row]:
+def study_seed(seed: int, device: str) -> Iterator[Measurement]:
+    """Pre-train, fine-tune with few labels, and measure; from each start, with each number of labels."""
     digits, labels = load_digits(test=False)
     unlabelled = draw(digits, labels, num=_DRAWINGS * len(labels), seed=1, **_CANVAS)
     test_digits, test_labels = load_digits(test=True)
     test_set = draw(test_digits, test_labels, num=_TEST_DRAWINGS * len(test_labels), seed=4, **_CANVAS)
-    train_sets = {num: _labelled(digits, labels, num) for num in _LABELS}
+    train_sets = {}
+    for num in _LABELS:  # the first digits of each class
+        indices = torch.cat([(labels == label).nonzero()[:num, 0] for label in range(NUM_CLASSES)])
+        train_sets[num] = draw(digits[indices], labels[indices], num=len(indices), seed=7, **_CANVAS)
     states: dict[type[Pixel] | None, State] = {None: {}}  # starts share what is pre-trained alike
-    rows: list[Row] = []
-    for arm, start in _STARTS.items():
+    for arm, start in STARTS.items():
         if start.objective is not None and start.objective not in states:
             states[start.objective] = pretrain(start.objective, unlabelled, _PRETRAINING, seed, device)
         for num, train_set in train_sets.items():
             network = _network(start, states[start.objective], seed).to(device)
             train(network, train_set, _TUNING, seed)
-            rows.append(Row(arm, f'{num} labels', seed, test(network, test_set), this_machine(device)))
-    return rows
-
-
-def _labelled(digits: torch.Tensor, labels: torch.Tensor, num: int) -> Canvases:
-    """A canvas of each of the first `num` digits of each class."""
-    indices = torch.cat([(labels == label).nonzero()[:num, 0] for label in range(NUM_CLASSES)])
-    return draw(digits[indices], labels[indices], num=len(indices), seed=7, **_CANVAS)
+            yield arm, f'{num} labels', test(network, test_set)
 
 
 def pretrain(
@@ -128,7 +109,7 @@ def pretrain(
     return student.state_dict()
 
 
-def _network(start: _Start, state: State, seed: int) -> TwoTasks:
+def _network(start: Start, state: State, seed: int) -> TwoTasks:
     """A network with the weights of `state`; all others, and for scratch all, are new."""
     random_seed(seed)
     model = timm.create_model(

@@ -1,22 +1,35 @@
-"""Rows of the studies, those that come with the package, and their tables."""
+"""Rows of the studies, those that come with the package, their tables, and a chart of what acceleration costs."""
 import importlib
 import os
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..bench.machine import Machine, this_machine
-from ..bench.rows import read, table
+from ..bench import rows as speed
+from ..bench.cases import Case
+from ..bench.rows import Machine, read, table, this_machine
 
-__all__ = ['Row', 'load', 'markdown', 'measure', 'measure_seeds', 'measured']
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ['Measurement', 'Row', 'draw', 'load', 'markdown', 'measured', 'run']
+
+Measurement = tuple[str, str, dict[str, float]]  # `arm`, `measured` and `scores` of a row
+
+_TIMED = Case('fast_itpn_base', (1024, 1024), batch=1, pyramid=True)
+_SCORES = (  # score and its marker; study, its arm without acceleration, how those with it begin, when it is measured
+    ('mIoU', 'o', 'acceleration', 'off', '', 'tuned'),
+    ('top-1', 's', 'acceleration', 'off', '', 'tuned'),
+    ('box AP', '^', 'detection', 'pixel', 'pixel, ', 'tuned to them'))
+_ALLOWED = -0.5  # points
 
 
 @dataclass(frozen=True)
@@ -28,59 +41,47 @@ class Row:
     scores: dict[str, float]  # by name, in percent
     machine: Machine
 
-    @classmethod
-    def of_json(cls, machine: dict[str, Any], **values: Any) -> 'Row':
-        return cls(machine=Machine(**machine), **values)
-
     def __str__(self) -> str:
         scores = ', '.join(f'{name} {value:.2f}' for name, value in self.scores.items())
         return f'{self.arm}, {self.measured}, seed {self.seed}: {scores}'
 
 
 def load(name: str) -> ModuleType:
-    """The module of a study: `ARMS`, of which the first is what the others are compared with, and `study`."""
+    """The module of a study.
+
+    It has `ARMS`, of which the first is what the others are compared with, and `study_seed(seed, device)`, which
+    yields what is measured with one seed, a `Measurement` each.
+    """
     return importlib.import_module(f'{__package__}.{name}')
 
 
-def measure(
-        arms: Iterable[str], seed: int, device: str, make: Callable[[str], Any], tune: Callable[[Any], None],
-        test: Callable[[Any], dict[str, float]],
-) -> list[Row]:
-    """Rows of the networks of all arms, as they are and tuned."""
-    rows = []
-    for arm in arms:
-        network = make(arm)
-        rows.append(Row(arm, 'as it is', seed, test(network), this_machine(device)))
-        tune(network)
-        rows.append(Row(arm, 'tuned', seed, test(network), this_machine(device)))
-    return rows
-
-
-def measure_seeds(
-        rows_of: Callable[[int, str], list[Row]], seeds: Iterable[int], done: Collection[int], device: str,
-) -> Iterator[Row]:
-    """Rows of the seeds that are not done; as many seeds at a time as there are cores, a thread each.
+def run(name: str, seeds: Iterable[int], done: Collection[int], device: str) -> Iterator[Row]:
+    """Measure the seeds that are not done; as many at a time as there are cores, a thread each.
 
     Args:
-        rows_of: Measures one seed on a device; a function that another process can import.
-        seeds: Of weights and order.
+        name: Of the study.
+        seeds: Of weights, order and masks; the data are the same for all.
         done: Seeds that are not wanted.
         device: 'cpu' or 'cuda'.
 
     Yields:
         The rows of a seed when all of it is measured.
     """
-    left = [seed for seed in seeds if seed not in done]
-    processes = max(1, min(len(left), os.cpu_count() or 1))
-    with ProcessPoolExecutor(processes, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
-        for rows in pool.map(rows_of, left, repeat(device)):
+    left = [seed for seed in dict.fromkeys(seeds) if seed not in done]
+    with ProcessPoolExecutor(os.cpu_count(), get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+        for rows in pool.map(_rows_of_seed, repeat(name), left, repeat(device)):
             yield from rows
+
+
+def _rows_of_seed(name: str, seed: int, device: str) -> list[Row]:
+    machine = this_machine(device)
+    return [Row(arm, measured, seed, scores, machine) for arm, measured, scores in load(name).study_seed(seed, device)]
 
 
 def measured(name: str) -> list[Row]:
     """The rows of a study that come with the package, if there are any."""
     path = Path(__file__).with_name(f'{name}.jsonl')
-    return read(path, Row.of_json) if path.exists() else []
+    return read(path, Row) if path.exists() else []
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:
@@ -90,14 +91,52 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
     lines = []
     for arm in arms:
         cells = []
-        for kind, score in columns:
-            values, others = (
-                {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (this, kind)}
-                for this in (arm, first))
-            shared = [values[seed] - others[seed] for seed in values.keys() & others.keys()]
-            versus = f' ({statistics.fmean(shared):+.2f})' if shared and arm != first else ''
-            cells.append(f'{statistics.fmean(values.values()):.2f}{versus}' if values else '')
+        for column in columns:
+            values = _by_seed(rows, arm, *column)
+            versus = None if arm == first else _difference(rows, arm, first, *column)
+            cell = f'{statistics.fmean(values.values()):.2f}' if values else ''
+            cells.append(cell if versus is None else f'{cell} ({versus:+.2f})')
         if any(cells):
             lines.append([arm, *cells, str(len({row.seed for row in rows if row.arm == arm}))])
     header = ['arm', *(f'{score}, {kind}' for kind, score in columns), 'seeds']
     return f'{rows[0].machine}:\n\n{table(header, lines)}'
+
+
+def draw() -> 'Figure':
+    """Speed, and mean difference from `off` after fine-tuning, of the rows that come with the package.
+
+    The speed is that on the CPU that was measured first, the same for carried and stored tokens. Scores that were not
+    measured are left out.
+    """
+    from matplotlib.figure import Figure
+
+    timed = [row for row in speed.measured() if row.case == _TIMED and row.machine.gpu is None]
+    machine = timed[0].machine
+    ratios: dict[str, Any] = {row.candidate: row.speedup_over_ours for row in timed if row.machine == machine}
+    speeds = [ratios[name] for name in ('ours', 'ours light', 'ours full')]
+    figure = Figure(figsize=(6., 3.5), layout='constrained')
+    axes = figure.subplots()
+    axes.axhline(_ALLOWED, color='grey', linestyle=':')
+    for score, marker, study, off, prefix, when in _SCORES:
+        rows = measured(study)
+        for tokens, suffix, colour in (('carried', '', 'tab:blue'), ('stored', ', stored', 'tab:orange')):
+            points: list[Any] = [
+                _difference(rows, f'{prefix}{setting}{suffix}', off, when, score) for setting in ('light', 'full')]
+            if None not in points:
+                axes.plot(speeds, [0., *points], marker=marker, color=colour, linewidth=0.5, label=f'{score}, {tokens}')
+    axes.set_xticks(speeds, [f'off\n{speeds[0]:.2f}x', f'light\n{speeds[1]:.2f}x', f'full\n{speeds[2]:.2f}x'])
+    axes.set_xlabel(f'times as fast as off: {_TIMED}, {machine.cpu}', fontsize=8)
+    axes.set_ylabel('difference from off, points', fontsize=8)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _difference(rows: Iterable[Row], arm: str, first: str, measured: str, score: str) -> float | None:
+    """Mean difference between the scores of two arms with the same seeds, None without such."""
+    values, others = (_by_seed(rows, each, measured, score) for each in (arm, first))
+    shared = [values[seed] - others[seed] for seed in values.keys() & others.keys()]
+    return statistics.fmean(shared) if shared else None
+
+
+def _by_seed(rows: Iterable[Row], arm: str, measured: str, score: str) -> dict[int, float]:
+    return {row.seed: row.scores[score] for row in rows if (row.arm, row.measured) == (arm, measured)}

@@ -1,6 +1,6 @@
 """A model that tells the digit of a canvas, and for each token of it what it shows; how it is trained and tested."""
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ def fit(
     Args:
         module: What is trained.
         loss_of: Loss of a batch, which is on the module's device.
-        data: What batches are taken from.
+        data: What random batches are taken from.
         training: How long.
         seed: Of the order, and of all that is random in the model.
         after_update: Called with the share of all updates that are done.
@@ -84,10 +84,14 @@ def fit(
         warmup_lr_init=training.lr / 100, warmup_prefix=False, t_in_epochs=False)
     module.train()
     device = next(module.parameters()).device
-    for i, batch in enumerate(_batches(data, training, seed)):
+    generator = torch.Generator().manual_seed(seed)
+    num, num_data = training.updates * training.batch, len(data.labels)
+    # all of the data come before one repeats
+    order = torch.cat([torch.randperm(num_data, generator=generator) for _ in range(1 + num // num_data)])
+    for i, indices in enumerate(order[:num].split(training.batch)):
         scheduler.step_update(i)
         optimizer.zero_grad()
-        loss_of(Canvases(*(values.to(device) for values in batch))).backward()
+        loss_of(Canvases(*(values[indices].to(device) for values in data))).backward()
         nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         optimizer.step()
         after_update((i + 1) / training.updates)
@@ -105,27 +109,15 @@ def train(network: TwoTasks, data: Canvases, training: Training, seed: int) -> N
     fit(network, loss_of, data, training, seed)
 
 
-def _batches(data: Canvases, training: Training, seed: int) -> Iterator[Canvases]:
-    """Random batches; all canvases come before one repeats."""
-    generator = torch.Generator().manual_seed(seed)
-    num = training.updates * training.batch
-    order = torch.cat([
-        torch.randperm(len(data.labels), generator=generator) for _ in range(1 + num // len(data.labels))])
-    for indices in order[:num].split(training.batch):
-        yield Canvases(*(values[indices] for values in data))
-
-
 @torch.inference_mode()
 def test(network: nn.Module, data: Canvases) -> dict[str, float]:
     """Accuracy of both tasks, in percent: canvases whose digit is right, and overlap of tokens, mean over classes."""
+    from sklearn.metrics import jaccard_score
+
     network.eval()
     random_seed(0)
-    right, counts = 0, torch.zeros(_NUM_TOKEN_CLASSES ** 2)
-    for images, labels, token_labels in zip(*(values.split(_TEST_BATCH) for values in data)):
-        logits, token_logits = (output.cpu() for output in network(normalised(images, network.model)))
-        right += int((logits.argmax(dim=1) == labels).sum())
-        pairs = token_labels * _NUM_TOKEN_CLASSES + token_logits.argmax(dim=3)
-        counts += torch.bincount(pairs.flatten(), minlength=len(counts))
-    counts = counts.reshape(_NUM_TOKEN_CLASSES, _NUM_TOKEN_CLASSES)
-    overlap = counts.diag() / (counts.sum(0) + counts.sum(1) - counts.diag())
-    return {'top-1': 100 * right / len(data.labels), 'mIoU': 100 * overlap.nanmean().item()}
+    outputs = [network(normalised(images, network.model)) for images in data.images.split(_TEST_BATCH)]
+    digits, tokens = (torch.cat([logits.argmax(dim=-1).cpu() for logits in batches]) for batches in zip(*outputs))
+    right = int((digits == data.labels).sum())
+    overlap = jaccard_score(data.token_labels.flatten(), tokens.flatten(), average='macro')
+    return {'top-1': 100 * right / len(data.labels), 'mIoU': 100 * overlap}
