@@ -10,7 +10,7 @@ from support import golden
 
 from timm_itpn.cli import main
 from timm_itpn.tools import convert as conversion
-from timm_itpn.weights.integrity import sha256_of
+from timm_itpn.weights.sources import sha256_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -79,7 +79,7 @@ def test_interrupted_conversion_leaves_nothing(pretraining, tmp_path, monkeypatc
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what runs in the background
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(conversion, 'model_card', interrupt)  # the last thing written
+            patch.setattr(conversion, '_model_card', interrupt)  # the last thing written
             assert convert(pretraining, '-o', tmp_path / 'out') == 130
     finally:
         signal.signal(signal.SIGINT, before)

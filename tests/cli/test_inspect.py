@@ -160,7 +160,7 @@ def test_converted_folder_names_its_source(pretraining, capsys, tmp_path, monkey
 ])
 def test_network_under_a_prefix_is_told(tree, wrapper, pretraining, capsys):
     facts = inspect(tree(pretraining), capsys)
-    assert facts['wrapper'] == wrapper and facts['model'] == TINY and f'under {wrapper}\n' in facts['table']
+    assert facts['wrapper'] == wrapper and facts['model'] == TINY and f' {wrapper}\n' in facts['table']
     assert facts['others'] == ({'net.other tensors': '1'} if 'net' in wrapper else {})
 
 

@@ -16,9 +16,8 @@ from support.small import SMALL, images, small_model
 from timm_itpn import __version__
 from timm_itpn.tools import convert as conversion
 from timm_itpn.tools.convert import convert, revert
-from timm_itpn.weights.integrity import sha256_of
 from timm_itpn.weights.layout import native_to_official
-from timm_itpn.weights.sources import SOURCES
+from timm_itpn.weights.sources import SOURCES, sha256_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -297,7 +296,7 @@ def test_type_that_cannot_hold_a_value_is_refused(function, tmp_path):
 def test_nothing_half_written_is_left(error, classifier, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise error
-    monkeypatch.setattr(conversion, 'model_card', fail)  # the last thing written
+    monkeypatch.setattr(conversion, '_model_card', fail)  # the last thing written
     with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
         convert(classifier, tmp_path / 'out')
     monkeypatch.setattr(torch, 'save', fail)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support import golden
 
-from timm_itpn.weights.checkpoint import AVERAGED, PLAIN, to_native, unwrap
+from timm_itpn.weights.checkpoint import to_native, unwrap
 from timm_itpn.weights.layout import find_prefixes, official_to_native
 
 OFFICIAL = {key: torch.empty(shape, device='meta') for key, shape in golden.load('fast_itpn_tiny')['keys']}
@@ -67,10 +67,10 @@ def test_network_in_a_network_is_told_apart():
     assert to_native(checkpoint, prefix='').keys() == to_native(checkpoint, prefix='teacher').keys() == NATIVE.keys()
 
 
-def test_averaged_weights_alone_are_taken_if_asked_for():
-    assert unwrap({'model': OFFICIAL, 'model_ema': under('module')}, AVERAGED)[1] == 'model_ema.module'
-    assert unwrap({'model': OFFICIAL, 'model_ema': OFFICIAL}, PLAIN + AVERAGED)[1] == 'model'
-    assert unwrap({'model': OFFICIAL}, AVERAGED)[1] == ''
+def test_averaged_or_plain_weights_are_preferred_as_asked():
+    assert unwrap({'model': OFFICIAL, 'model_ema': under('module')}, averaged=True)[1] == 'model_ema.module'
+    assert unwrap({'model': OFFICIAL, 'model_ema': OFFICIAL}, averaged=False)[1] == 'model'
+    assert unwrap({'model': OFFICIAL, 'model_ema': {'epoch': 1}}, averaged=True)[1] == 'model'
 
 
 @pytest.mark.parametrize('content, message', [

@@ -19,7 +19,7 @@ from support.drive_server import QUOTA_PAGE
 from support.hub_server import Fault
 
 from timm_itpn.weights import fetch as fetching
-from timm_itpn.weights import integrity, sources
+from timm_itpn.weights import sources
 from timm_itpn.weights.fetch import cached, fetch
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -181,10 +181,10 @@ def test_known_hash_is_checked_wherever_the_file_is(published, google, known_has
         hub_cache=lambda: create(cache_dir=hub_cache), drive_cache=lambda: create(cache_dir=drive_cache),
         folder=by_folder)
     known_hash(hashlib.sha256(content).hexdigest())
-    before = integrity._sha256.cache_info()
+    before = sources._sha256.cache_info()
     for way in 2 * ['file']:
         assert torch.equal(ways[way]().stages[2].pos_embed, model.stages[2].pos_embed)
-    after = integrity._sha256.cache_info()
+    after = sources._sha256.cache_info()
     assert after.misses == before.misses + 1 and after.hits > before.hits  # a file is read once for it
     known_hash('0' * 64)
     google.page = QUOTA_PAGE

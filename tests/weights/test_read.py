@@ -2,6 +2,7 @@
 import argparse
 import collections
 import dataclasses
+import functools
 import io
 import os
 import pathlib
@@ -22,8 +23,8 @@ import torch
 from support.pickles import FORMATS, both_formats, save, write_pickle
 
 from timm_itpn.weights import read
-from timm_itpn.weights.integrity import sha256_of
-from timm_itpn.weights.read import read_contents, stand_in_name
+from timm_itpn.weights.read import read_contents, stand_in_name, why_no_weight_file
+from timm_itpn.weights.sources import sha256_of
 
 
 def assert_same(found, expected, meta=False):
@@ -220,6 +221,37 @@ def test_what_came_instead_is_said(content, reason, tmp_path):
     with pytest.raises(ValueError) as error:
         read_contents(path)
     assert str(error.value).startswith(f'{path} ({len(content)} bytes) {reason}: get it again from where it came')
+
+
+SAVERS = {
+    **{name: functools.partial(save, file_format=name) for name in FORMATS},
+    'safetensors': lambda content, path: safetensors.torch.save_file(content, path, {'format': 'pt'})}
+
+
+@pytest.mark.parametrize('kind', SAVERS)
+def test_whole_files_are_told_from_truncated_ones(kind, tmp_path):
+    path = tmp_path / 'w.pt'
+    SAVERS[kind]({}, path)
+    assert why_no_weight_file(path) == ''
+    SAVERS[kind]({'a': torch.arange(3000.), 'c': torch.ones(7, dtype=torch.bfloat16)}, path)
+    assert why_no_weight_file(path) == ''
+    whole = path.read_bytes()
+    for size in [len(whole) * tenth // 10 for tenth in range(1, 10)] + [9, 30, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        assert why_no_weight_file(path) == 'truncated, damaged or not a weight file'
+    with pytest.raises(FileNotFoundError):
+        why_no_weight_file(tmp_path / 'absent.pt')
+
+
+def test_damaged_safetensors_are_read_or_refused(tmp_path):
+    noise = random.Random(0)
+    whole = safetensors.torch.save({'a': torch.arange(300.), 'c': torch.ones(7)}, {'format': 'pt'})
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(noise.choice((1, 2, 5))):
+            damaged[noise.randrange(300)] = noise.choice((0, 255, noise.randrange(256)))  # the header
+        (tmp_path / 'w.pt').write_bytes(damaged)
+        assert isinstance(why_no_weight_file(tmp_path / 'w.pt'), str)  # an answer, not an exception
 
 
 @both_formats

@@ -49,8 +49,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from ..tools.checkpoint_file import DATA
     from ..tools.convert import convert, revert
-    from ..tools.settings import DATA
 
     only_forward = ('model', 'role', 'class_map', *DATA)
     of_folder = {key: value for key, value in vars(args).items() if key in only_forward and value}

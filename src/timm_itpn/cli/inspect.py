@@ -11,7 +11,7 @@ from ..checks import printable
 from .arguments import PREFIX_HELP, ROLE_HELP, sizes_of_roles
 
 MAX_LINES = 12
-LAYOUTS = {'official': "official (the authors' names)", 'native': 'native (the names of this package)'}
+NAMES = {'globals': 'pickled names', 'wrapper': 'under', 'others': 'besides'}  # of facts
 
 
 def add_parser(subparsers: Any) -> None:
@@ -39,50 +39,32 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(facts: dict[str, Any]) -> str:
-    found = facts['network']
-    rows: list[tuple[str, list[str]]] = [
-        ('file', [facts['file']]),
-        ('format', [facts['format']]),
-        ('size', [f'{facts["bytes"]:,} bytes']),
-        ('SHA-256', [facts['sha256'], facts['hash_check']]),
-        ('metadata', listed(f'{key}: {value}' for key, value in facts['metadata'].items())),
-        ('pickled names', listed(facts['globals'])),
-        ('weights', [f'under {facts["wrapper"]}'] if facts['wrapper'] else []),
-        ('besides', listed(f'{name}: {value}' for name, value in facts['others'].items())),
-        ('tensors', [f'{facts["num_tensors"]:,} with {facts["num_values"]:,} values']),
-        ('dtypes', [f'{dtype}: {number:,} tensors' for dtype, number in facts['dtypes'].items()]),
-        ('first keys', [] if found else facts['first_keys']),
-        ('layout', [LAYOUTS[facts['layout']]] if facts['layout'] else []),
-    ]
-    if found:
-        fitting = [f'{model["name"]}{with_args(model["args"])}' for model in facts['models'] if model['fits']]
-        rows += [
-            ('network', [f'{found["family"]}, embed_dim {found["embed_dim"]}, depths {list(found["depths"])}']),
-            ('input', [f'{found["in_chans"]} channels, position embedding of {found["num_tokens"]} tokens']),
-            ('classes', [str(found['num_classes'] or 'no classifier')]),
-            ('parts', [f'{part}: {number:,} values' for part, number in facts['parts'].items()]),
-            ('fits', fitting or ['no registered model']),
-        ]
-    rows += [
-        ('does not fit', [f'{model["name"]}: {model["problem"]}' for model in facts['models'] if not model['fits']]),
-        ('problem', [facts['problem']] if facts['problem'] else []),
-        ('notes', facts['notes']),
-    ]
-    shown = [(name, lines) for name, lines in rows if lines]
-    width = max(len(name) for name, _ in shown)
+    """Facts as lines to read: names and values, without the empty ones and 'model', which is among 'models'."""
+    rows = [(NAMES.get(key, key.replace('_', ' ')), in_lines(value)) for key, value in facts.items() if key != 'model']
+    width = max(len(name) for name, _ in rows)
     return '\n'.join(
-        f'{"" if i else name:<{width}}  {printable(line)}' for name, lines in shown for i, line in enumerate(lines))
+        f'{"" if i else name:<{width}}  {printable(line)}' for name, lines in rows for i, line in enumerate(lines))
 
 
-def with_args(args: dict[str, Any]) -> str:
-    """The arguments that a model is created with."""
-    return ' with ' + ', '.join(f'{key}={value}' for key, value in args.items()) if args else ''
+def in_lines(value: Any) -> list[str]:
+    """A fact in lines, of many the first `MAX_LINES`."""
+    if isinstance(value, dict):
+        lines = [f'{key}: {in_words(each)}' for key, each in value.items()]
+    else:
+        values = value if isinstance(value, list) else [value]
+        lines = [in_words(each) for each in values if each not in (None, '')]
+    more = len(lines) - MAX_LINES
+    return lines if more <= 0 else [*lines[:MAX_LINES], f'and {more:,} more']
 
 
-def listed(lines: Iterable[str]) -> list[str]:
-    found = list(lines)
-    more = len(found) - MAX_LINES
-    return found if more <= 0 else [*found[:MAX_LINES], f'and {more:,} more']
+def in_words(value: Any) -> str:
+    """A value, or a model with the arguments that it needs, or with why it does not fit."""
+    if not isinstance(value, dict):
+        return f'{value:,}' if type(value) is int else str(value)
+    name, args = value['name'], ', '.join(f'{key}={each}' for key, each in value['args'].items())
+    if not value['fits']:
+        return f'{name} does not fit: {value["problem"]}'
+    return f'{name} with {args}' if args else name
 
 
 def next_command(path: Path, facts: dict[str, Any], prefix: str | None = None, roles: Iterable[str] = ()) -> str:

@@ -51,10 +51,9 @@ def facts(name: str) -> dict[str, Any]:
         'num_params': _num_params(cfg.architecture.removesuffix('_fpn'), cfg.num_classes),
         'input_size': cfg.input_size,
         'cached': None if file is None else str(file),
-        'license': cfg.license,
         'drive_url': drive_url(source) if source else None,
-        'bytes': known.pop('size'),
-        **{key: value or None for key, value in known.items() if key != 'license'},
+        **{key: value or None for key, value in known.items()},
+        'license': cfg.license,
     }
 
 

@@ -8,9 +8,11 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..weights.checkpoint import fit_to_model, leave_out, to_native, unwrap, why_no_weights, with_weights
+from ..weights.checkpoint import fit_positions, fit_to_model, leave_out, to_native, unwrap, why_no_weights
 from ..weights.fetch import fetch
 from ..weights.layout import is_fused, layout_of, to_current
+from ..weights.read import read_contents
+from ..weights.sources import check_published
 
 __all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
 
@@ -25,7 +27,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Any) -> dict[str, to
     """
     native = fit_to_model(to_native(state_dict), model)
     cfg = getattr(model, 'pretrained_cfg', {})
-    if cfg.get('state_dict') is state_dict:  # of `with_weights`: the model needs no second copy of its weights
+    if cfg.get('state_dict') is state_dict:  # of `fetched`: the model needs no second copy of its weights
         del cfg['state_dict']
     num_classes = len(native.get('head.fc.bias', ()))
     cfg_classes = cfg.get('num_classes', num_classes)
@@ -48,7 +50,10 @@ def prepare_state_dict(model: Any, state_dict: Mapping[str, Any], strict: bool) 
     if layout_of(state_dict) == 'native' or is_fused(target) or set(state_dict) <= set(target):
         return state_dict
     if not strict:
-        return _unwrapped(state_dict)
+        try:
+            return unwrap(dict(state_dict))[0]
+        except ValueError:
+            return state_dict  # for PyTorch to report
     native = fit_to_model(to_native(dict(state_dict)), model)
     if model.num_classes > 0 and 'head.fc.weight' not in native:
         raise ValueError(
@@ -70,7 +75,7 @@ def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     if is_fused(target):
         raise ValueError('The model is a fused copy: load these weights into a plain model, and fuse that.')
     converted = to_current(weights, strict=False)
-    converted = fit_to_model(converted, model, strict=False) if layout == 'official' else leave_out(converted, target)
+    converted = leave_out(fit_positions(converted, model) if layout == 'official' else converted, target)
     loaded = {key: converted[key] for key in target if isinstance(converted.get(key), torch.Tensor)}
     if wrong := why_no_weights(loaded):
         _logger.warning(f'The weights that are loaded cannot be right: {wrong}.')
@@ -79,43 +84,42 @@ def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
     state_dict.update({prefix + key: value for key, value in converted.items()})
 
 
-def _unwrapped(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state dict in a checkpoint, or what was given if there is none, for PyTorch to report."""
-    try:
-        return unwrap(dict(state_dict))[0]
-    except ValueError:
-        return state_dict
-
-
 def fetched(
         variant: str,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         cache_dir: str | Path | None = None,
         **_: Any,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Overlay of the pretrained cfg that has the weights of the file on this machine, fetched if need be.
 
     If the caller names a source other than a file or the registered one, it comes back as it is: timm looks there.
+    Files are read here, since timm refuses those that hold more than tensors.
 
     Raises:
         RuntimeError: The weights cannot be had, or there are none.
+        ValueError: The file cannot be read, holds no weights, or is not the published one of its name.
     """
+    overlay: dict[str, Any] = dict(pretrained_cfg_overlay or {})
     asked = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     name = f'{variant}.{asked.tag}' if asked.tag else variant
     registered = get_pretrained_cfg(name)
-    if registered is None or _sources(asked) != _sources(registered):
-        return with_weights(pretrained_cfg_overlay)
-    path = fetch(name, cache_dir)
-    if path is None:
-        raise RuntimeError(
-            f'{name} has no published weights: create it without pretrained=True, or pass a local copy with '
-            'pretrained_cfg_overlay=dict(file=...).')
-    return with_weights({**(pretrained_cfg_overlay or {}), 'file': str(path)})
+    if registered is not None and _sources(asked) == _sources(registered):
+        path = fetch(name, cache_dir)
+        if path is None:
+            raise RuntimeError(
+                f'{name} has no published weights: create it without pretrained=True, or pass a local copy with '
+                'pretrained_cfg_overlay=dict(file=...).')
+        overlay['file'] = str(path)
+    if (file := overlay.get('file')) and not overlay.get('state_dict'):
+        overlay['state_dict'] = unwrap(read_contents(Path(file)).tree)[0]
+        check_published(Path(file))
+        if not overlay['state_dict']:
+            raise ValueError(f'{file} holds no tensors.')
+    return overlay
 
 
-def _sources(pretrained_cfg: PretrainedCfg) -> list[Any]:
+def _sources(cfg: PretrainedCfg) -> list[Any]:
     """Where a pretrained cfg says that its weights are."""
-    keys = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'source')
-    values = [getattr(pretrained_cfg, key) for key in keys]
-    return [tuple(value) if isinstance(value, list) else value for value in values]  # lists: a pair that was in JSON
+    url = list(cfg.url or ())  # a pair, which is a list if it was in JSON
+    return [url, cfg.file, cfg.hf_hub_id, cfg.hf_hub_filename, cfg.state_dict, cfg.source]

@@ -9,7 +9,7 @@ from timm.layers import to_2tuple
 
 from ..engine.checkpoints import not_finite
 from ..weights.fetch import in_a_line
-from ..weights.integrity import why_no_weight_file
+from ..weights.read import why_no_weight_file
 
 __all__ = ['Teacher', 'create_teacher']
 

@@ -3,22 +3,19 @@
 Nothing of the file is run and none of its tensors is read, so it may be from anyone. Text in it comes back as it is, to
 be escaped before a terminal gets it.
 """
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from ..models import check_name
-from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
+from ..weights.checkpoint import AVERAGED, StateDict, to_native, unwrap
 from ..weights.describe import Description, describe
-from ..weights.integrity import sha256_of
 from ..weights.layout import layout_of
 from ..weights.read import read_contents, stand_in_name
-from ..weights.sources import hash_check
+from ..weights.sources import hash_check, sha256_of
 from ..weights.tracker import tracker_to_native
 from .checkpoint_file import WEIGHTS
 from .match import matching_models, model_args
@@ -28,11 +25,12 @@ __all__ = ['inspect']
 MAX_KEYS = 8
 MAX_TEXT = 200
 
-Roles = Mapping[str, tuple[int, int]]
+Size = tuple[int, int]
 
 
 def inspect(
-        path: Path, name: str | None = None, prefix: str | None = None, roles: Roles | None = None) -> dict[str, Any]:
+        path: Path, name: str | None = None, prefix: str | None = None, roles: Mapping[str, Size] | None = None,
+) -> dict[str, Any]:
     """What is in a weight file, for JSON.
 
     Args:
@@ -48,35 +46,48 @@ def inspect(
         check_name(name)
     path = path / WEIGHTS if path.is_dir() else path
     contents = read_contents(path, meta=True)
+    tensors: StateDict = {}
+    wrapper, layout, problem = '', '', ''
+    found: dict[str, Any] = dict(network=None, parts={}, models=[])
     try:
-        (tensors, wrapper), problem = unwrap(contents.tree, PLAIN + AVERAGED, prefix), ''
+        tensors, wrapper = unwrap(contents.tree, averaged=False, prefix=prefix)
+        layout = layout_of(tensors)
+        if layout:
+            published = layout == 'official' and not roles or '.' in contents.metadata.get('model', '')
+            native = to_native(tracker_to_native(tensors, roles))
+            found = _network(native, name, published, next(iter((roles or {}).values()), None))
+            problem = '' if found['models'] else 'It fits no registered model.'
+        else:
+            problem = 'It fits no model of this package.' if tensors else 'It holds no named tensors.'
     except ValueError as error:
-        tensors, wrapper, problem = {}, '', str(error)
-    facts = {
+        problem = str(error)
+    others = {entry: _summary(value) for entry, value in _others(contents.tree, wrapper, len(tensors))}
+    fitting = [model['name'] for model in found['models'] if model['fits']]
+    chosen = name or (fitting[0] if len(fitting) == 1 else None)
+    sha256, origin = sha256_of(path), contents.metadata.get('source_sha256') if layout == 'native' else None
+    told = f'says that it was converted from {origin}, which ' if origin else ''
+    return {
         'file': str(path),
         'format': contents.format,
         'bytes': path.stat().st_size,
-        'sha256': sha256_of(path),
+        'sha256': sha256,
+        'hash_check': told + hash_check(origin or sha256, chosen),
         'metadata': contents.metadata,
         'globals': list(contents.globals),
         'wrapper': wrapper,
-        'others': {entry: _summary(value) for entry, value in _others(contents.tree, wrapper, len(tensors))},
+        'others': others,
         'num_tensors': len(tensors),
         'num_values': sum(value.numel() for value in tensors.values()),
         'dtypes': dict(Counter(_short(value.dtype) for value in tensors.values()).most_common()),
-        'first_keys': list(tensors)[:MAX_KEYS],
-        **_network(tensors, name, contents.metadata.get('model', ''), roles or {}),
+        'first_keys': [] if found['network'] else list(tensors)[:MAX_KEYS],
+        'layout': layout,
+        **found,
+        'model': chosen,
+        'problem': problem,
+        'notes': [
+            f"averaged weights in {key}: timm's loaders take those, convert does with --ema"
+            for key in AVERAGED if others.get(key, '').startswith('dict')],
     }
-    facts['problem'] = problem or facts['problem']
-    facts['notes'] = [
-        f"averaged weights in {key}: timm's loaders take those, convert does with --ema"
-        for key in AVERAGED if facts['others'].get(key, '').startswith('dict')]
-    fitting = [model['name'] for model in facts['models'] if model['fits']]
-    facts['model'] = name or (fitting[0] if len(fitting) == 1 else None)
-    origin = contents.metadata.get('source_sha256') if facts['layout'] == 'native' else None
-    told = f'says that it was converted from {origin}, which ' if origin else ''
-    facts['hash_check'] = told + hash_check(origin or facts['sha256'], facts['model'])
-    return facts
 
 
 def _others(tree: Any, wrapper: str, num_tensors: int, path: str = '') -> Iterator[tuple[str, Any]]:
@@ -89,15 +100,13 @@ def _others(tree: Any, wrapper: str, num_tensors: int, path: str = '') -> Iterat
     tensors = set()
     if inner is None and num_tensors:
         tensors = {key for key, value in tree.items() if isinstance(value, torch.Tensor)}
-    yield from ((path + _text(key), value) for key, value in tree.items() if key != inner and key not in tensors)
+    for key, value in tree.items():
+        if key != inner and key not in tensors:
+            yield path + (key if isinstance(key, str) else _summary(key)), value
     if inner is not None:
         yield from _others(tree[inner], wrapper[len(inner) + 1:], num_tensors, f'{path}{inner}.')
     elif len(tensors) > num_tensors:
         yield path + 'other tensors', len(tensors) - num_tensors
-
-
-def _text(key: Any) -> str:
-    return key if isinstance(key, str) else _summary(key)
 
 
 def _summary(value: Any) -> str:
@@ -126,41 +135,24 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _network(state_dict: StateDict, name: str | None, converted_as: str, roles: Roles) -> dict[str, Any]:
-    """Layout, network and parts of the weights, and the models that they are compared with."""
-    layout = layout_of(state_dict)
-    found: dict[str, Any] = dict(layout=layout, network=None, parts={}, models=[], problem='')
-    if not layout:
-        found['problem'] = 'It fits no model of this package.' if state_dict else 'It holds no named tensors.'
-        return found
-    try:
-        native = to_native(tracker_to_native(state_dict, roles))
-        weights = describe(native)
-        is_square = math.isqrt(weights.num_tokens) ** 2 == weights.num_tokens
-        compared = weights if is_square else weights._replace(num_tokens=1)  # the grid of no published file
-        names = matching_models(compared, published=not roles and layout == 'official' or '.' in converted_as)
-    except ValueError as error:
-        found['problem'] = str(error)
-        return found
+def _network(native: StateDict, name: str | None, published: bool, img_size: Size | None) -> dict[str, Any]:
+    """The network and the parts of native weights, and the models that they are compared with."""
+    weights = describe(native)
+    names = matching_models(weights, published)
     network = weights._asdict()
+    parts = network.pop('parts')
     return dict(
-        found,
-        parts=network.pop('parts'),
         network=network,
-        models=[
-            _fit(each, native, weights, next(iter(roles.values()), None))
-            for each in dict.fromkeys([*names, *([name] if name else [])])],
+        parts=parts,
+        models=[_fit(each, native, weights, img_size) for each in dict.fromkeys([*names, *([name] if name else [])])],
     )
 
 
-def _fit(
-        name: str, native: StateDict, weights: Description, img_size: tuple[int, int] | None) -> dict[str, Any]:
+def _fit(name: str, native: StateDict, weights: Description, img_size: Size | None) -> dict[str, Any]:
     """Whether a model holds the weights, and what it needs to be told for that."""
     try:
         args = model_args(name, native, weights, img_size)
     except ValueError as error:
         return dict(name=name, fits=False, args={}, problem=str(error))
     args.pop('pretrained_cfg_overlay', None)
-    if args['num_classes'] == timm.create_model(name, device='meta').num_classes:
-        args.pop('num_classes')
     return dict(name=name, fits=True, args=args, problem='')

@@ -1,5 +1,6 @@
 """Which registered model takes given weights, and with which arguments."""
 import functools
+import math
 from typing import Any
 
 import timm
@@ -44,9 +45,8 @@ def why_not_published(name: str, weights: Description) -> str:
         args = _args(name, weights)
     except ValueError as error:
         return str(error)
-    args.pop('img_size', None)
-    if args:
-        told = ', '.join(f'{key}={value}' for key, value in args.items())
+    told = ', '.join(f'{key}={value}' for key, value in args.items() if key not in ('img_size', 'num_classes'))
+    if told:
         return f'{name} holds it only if created with {told}, which the published file does not need'
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and weights.pretraining != (cfg.num_classes == 0):
@@ -61,12 +61,10 @@ def choose_model(weights: Description, published: bool) -> str:
         ValueError: There is none, or more than one.
     """
     names = matching_models(weights, published)
-    if len(names) == 1:
-        return names[0]
-    if not names:
-        raise ValueError(f'The checkpoint is of {weights.network}, which no registered model is.')
-    raise ValueError(
-        f'The checkpoint is of {weights.network}, which {" and ".join(names)} are: choose one with --model.')
+    if len(names) != 1:
+        which = f'which {" and ".join(names)} are: choose one with --model' if names else 'which no registered model is'
+        raise ValueError(f'The checkpoint is of {weights.network}, {which}.')
+    return names[0]
 
 
 def model_args(
@@ -93,7 +91,6 @@ def model_args(
         raise ValueError(
             f'The checkpoint has no feature pyramid, which {name} needs: take {plain_name(name)} with --model.')
     args = {**(told or {}), **_args(name, weights, img_size, told), **_cfg_args(name)}
-    args['num_classes'] = weights.num_classes
     try:
         model = timm.create_model(name, device='meta', pyramid=weights.pyramid_dim > 0, **args)
     except Exception as error:  # whatever values of a file make the constructor raise
@@ -108,17 +105,21 @@ def _args(
         img_size: tuple[int, int] | None = None,
         told: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a model needs to be told, beside its number of classes, to hold the weights."""
+    """What a model needs to be told to hold the weights."""
     default, default_size = _default(name, weights.pyramid_dim > 0)
     args: dict[str, Any] = {}
     if SIZE_ARGS & (told or {}).keys():
         args = dict(embed_dim=weights.embed_dim, depths=weights.depths)
     elif (file := weights.network) != (own := default.network):
         raise ValueError(f'The checkpoint is of {file}, but the model is of {own}: name another with --model.')
-    pixels = img_size or tuple(16 * side for side in weights.grid_size)
-    if pixels != default_size:
+    side = math.isqrt(weights.num_tokens)
+    if img_size is None and side * side != weights.num_tokens:
+        raise ValueError(
+            f'The position embedding has {weights.num_tokens} tokens, which is not a square grid: give `timm-itpn '
+            'convert` the image size that it was trained at with --img-size HEIGHT WIDTH.')
+    if (pixels := img_size or (16 * side, 16 * side)) != default_size:
         args['img_size'] = pixels
-    for key in ('in_chans', 'pyramid_dim', 'pyramid_depth'):
+    for key in ('num_classes', 'in_chans', 'pyramid_dim', 'pyramid_depth'):
         if getattr(weights, key) != getattr(default, key):
             args[key] = getattr(weights, key)
     if weights.layer_scale != default.layer_scale:

@@ -2,7 +2,6 @@
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from timm.layers import to_2tuple
 from ..layers.rel_pos_bias import resample_table
 from ..layers.stages import resample_pos_embed
 from .describe import describe, part_of
-from .integrity import check_published
 from .layout import (
     CLASSIFIER,
     CLASSIFIER_NORM,
@@ -25,11 +23,10 @@ from .layout import (
     native_pyramid_depth,
     to_current,
 )
-from .read import read_contents
 
 __all__ = [
-    'AVERAGED', 'PLAIN', 'StateDict', 'fit_to_model', 'leave_out', 'to_native', 'unwrap', 'why_no_weights',
-    'with_weights',
+    'AVERAGED', 'PLAIN', 'StateDict', 'fit_positions', 'fit_to_model', 'leave_out', 'to_native', 'unwrap',
+    'why_no_weights',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -41,17 +38,13 @@ PLAIN = ('state_dict', 'model', 'module')
 MAX_WRAPPERS = 8
 
 
-def unwrap(
-        checkpoint: Any,
-        wrappers: tuple[str, ...] = AVERAGED + PLAIN,
-        prefix: str | None = None,
-) -> tuple[StateDict, str]:
+def unwrap(checkpoint: Any, averaged: bool = True, prefix: str | None = None) -> tuple[StateDict, str]:
     """Find the network of this package in a checkpoint, whatever dicts and prefixes it is under.
 
     Args:
         checkpoint: What a file holds.
-        wrappers: Keys that may hold it, the preferred ones first: averaged weights, as timm does. Dicts under other
-            keys are looked through where none of these holds a network.
+        averaged: Prefer averaged weights to plain ones, as timm does. Dicts under other keys than `AVERAGED` and
+            `PLAIN` come last.
         prefix: Where in the checkpoint it is, such as 'net.backbone' or 'backbone', needed only if several networks
             are there.
 
@@ -62,17 +55,17 @@ def unwrap(
     Raises:
         ValueError: There are several networks and `prefix` does not choose one, or there is no dict of tensors.
     """
-    found = list(_dicts(checkpoint, None if prefix is not None else wrappers))
+    found = list(_dicts(checkpoint, AVERAGED + PLAIN if averaged else PLAIN + AVERAGED))
     networks = [each for each in found if each.num_left is not None]
-    if prefix is not None:
+    if prefix is None:
+        chosen = [network for network in networks if network.rank == min(each.rank for each in networks)]
+    else:
         end = prefix.strip('.')
         chosen = [network for network in networks if network.path == end]
         chosen = chosen or [network for network in networks if f'.{network.path}'.endswith(f'.{end}')]
         if not chosen:
             raise ValueError(
                 f'The checkpoint has no network under the prefix {prefix!r}, only under: {_paths(networks)}.')
-    else:
-        chosen = [network for network in networks if network.rank == min(each.rank for each in networks)]
     if len(chosen) > 1:
         raise ValueError(
             f'The checkpoint has {len(chosen)} networks, under {_paths(chosen)}: choose one with '
@@ -93,9 +86,8 @@ class _Dict(NamedTuple):
     num_left: int | None  # tensors beside them that have another prefix, None if they are no network of this package
 
 
-def _dicts(tree: Any, wrappers: tuple[str, ...] | None, path: str = '', rank: tuple[int, ...] = ()) -> Iterator[_Dict]:
-    """All networks, and dicts of other tensors; those in a known wrapper that is not one of `wrappers` only if that is
-    None."""
+def _dicts(tree: Any, wrappers: tuple[str, ...], path: str = '', rank: tuple[int, ...] = ()) -> Iterator[_Dict]:
+    """All networks, and dicts of other tensors; `wrappers` are the usual keys, the preferred ones first."""
     if not isinstance(tree, dict) or len(rank) > MAX_WRAPPERS:  # a dict may hold itself
         return
     tensors = {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
@@ -110,12 +102,7 @@ def _dicts(tree: Any, wrappers: tuple[str, ...] | None, path: str = '', rank: tu
     if tensors and not prefixes:
         yield _Dict(tensors, path.strip('.'), rank, None)
     for key, value in tree.items():
-        if wrappers is not None and key in wrappers:
-            place = wrappers.index(key)
-        elif wrappers is not None and key in AVERAGED + PLAIN:
-            continue
-        else:
-            place = len(wrappers or ())
+        place = wrappers.index(key) if key in wrappers else len(wrappers)
         yield from _dicts(value, wrappers, f'{path}{key}.', (*rank, place))
 
 
@@ -141,22 +128,7 @@ def to_native(checkpoint: dict[str, Any], prefix: str | None = None) -> StateDic
     raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT: {found}.')
 
 
-def with_weights(overlay: dict[str, Any] | None) -> dict[str, Any] | None:
-    """An overlay of timm's pretrained cfg with the weights of its file: timm refuses files that hold more than tensors.
-
-    Raises:
-        ValueError: The file cannot be read, holds no weights, or is not the published one of its name.
-    """
-    if not overlay or not overlay.get('file') or overlay.get('state_dict'):
-        return overlay
-    state_dict, _ = unwrap(read_contents(Path(overlay['file'])).tree)
-    check_published(Path(overlay['file']))
-    if not state_dict:
-        raise ValueError(f'{overlay["file"]} holds no tensors.')
-    return {**overlay, 'state_dict': state_dict}
-
-
-def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> StateDict:
+def fit_to_model(state_dict: StateDict, model: Any) -> StateDict:
     """Check native weights against a model, and resample their position embeddings to its grid.
 
     The classifier is not checked: whether it is kept or replaced is decided by timm, which has the numbers of classes.
@@ -164,22 +136,15 @@ def fit_to_model(state_dict: StateDict, model: Any, strict: bool = True) -> Stat
     Args:
         state_dict: Native weights.
         model: The model that they are for; read, not changed.
-        strict: False = only resample, and leave out what the model never has; the rest is for the caller to check.
 
     Raises:
-        ValueError: `strict`, and the weights are of another family or size, a key is unknown, or one is missing, the
-            message lists them; or a tensor is of another shape, not of a floating-point type, or not finite.
+        ValueError: The weights are of another family or size, a key is unknown, or one is missing, the message lists
+            them; or a tensor is of another shape, not of a floating-point type, or not finite.
     """
     target = model.state_dict()
-    if strict and (file := describe(state_dict).network) != (own := describe(target).network):
+    if (file := describe(state_dict).network) != (own := describe(target).network):
         raise ValueError(f'The checkpoint is of {file}, but the model is of {own}: create one that fits the file.')
-    if POS_EMBED in state_dict:
-        old_grid = _source_grid(state_dict[POS_EMBED].shape[1], model)
-        new_grid = model.patch_embed.grid_size
-        state_dict = {key: _resampled(key, value, old_grid, new_grid) for key, value in state_dict.items()}
-    state_dict = leave_out(state_dict, target)
-    if not strict:
-        return state_dict
+    state_dict = leave_out(fit_positions(state_dict, model), target)
     state_dict = _fit_head(state_dict, target)
     state_dict = _fit_pyramid(state_dict, target, model.pyramid_init)
     unknown = [key for key in state_dict if key not in target and key not in CLASSIFIER]
@@ -235,12 +200,11 @@ def leave_out(state_dict: StateDict, target: StateDict) -> StateDict:
 
 def _fit_head(state_dict: StateDict, target: StateDict) -> StateDict:
     """Leave out a classifier that the model has no place for; let what a pre-training file lacks start new."""
-    if any(key in state_dict for key in CLASSIFIER):
-        if CLASSIFIER[0] not in target:
-            _logger.info('Left out the classifier: the model has none.')
-            return {key: value for key, value in state_dict.items() if key not in CLASSIFIER}
-        return state_dict
-    if any(key in state_dict for key in CLASSIFIER_NORM):
+    has_classifier = any(key in state_dict for key in CLASSIFIER)
+    if has_classifier and CLASSIFIER[0] not in target:
+        _logger.info('Left out the classifier: the model has none.')
+        return {key: value for key, value in state_dict.items() if key not in CLASSIFIER}
+    if has_classifier or any(key in state_dict for key in CLASSIFIER_NORM):
         return state_dict
     _logger.info('The checkpoint is of pre-training, it has no classifier: norm and classifier start new.')
     new = {key: target[key] for key in CLASSIFIER_NORM if key in target}
@@ -261,18 +225,17 @@ def _fit_pyramid(state_dict: StateDict, target: StateDict, pyramid_init: str) ->
                 'pyramid that starts new.')
         _logger.info('The checkpoint has no feature pyramid: it starts new, as asked for by pyramid_init.')
         return {**state_dict, **{key: target[key] for key in in_model}}
-    if _pyramid_sizes(state_dict) != _pyramid_sizes(target):
-        file_sizes, sizes = (', '.join(f'{k} {v}' for k, v in _pyramid_sizes(d).items()) for d in (state_dict, target))
+    if (file := _pyramid_sizes(state_dict)) != (own := _pyramid_sizes(target)):
         raise ValueError(
-            f"The checkpoint's pyramid has {file_sizes}, but the model's has {sizes}: create the model with "
-            'pyramid_dim= and pyramid_depth= that fit the file.')
+            f"The checkpoint's pyramid has {file}, but the model's has {own}: create the model with pyramid_dim= and "
+            'pyramid_depth= that fit the file.')
     return state_dict
 
 
-def _pyramid_sizes(state_dict: StateDict) -> dict[str, int]:
+def _pyramid_sizes(state_dict: StateDict) -> str:
     weight = state_dict.get('pyramid.levels.2.out.mlp.fc1.weight')
     hidden, dim = (0, 0) if weight is None else weight.shape
-    return {'dim': dim, 'depth': native_pyramid_depth(state_dict), 'hidden width': hidden}
+    return f'dim {dim}, depth {native_pyramid_depth(state_dict)}, hidden width {hidden}'
 
 
 def _mismatch(unknown: list[str], missing: list[str], target: StateDict) -> str:
@@ -288,16 +251,27 @@ def _mismatch(unknown: list[str], missing: list[str], target: StateDict) -> str:
     return message
 
 
-def _resampled(key: str, value: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Resample a position embedding to another grid; other tensors come back as they are."""
-    if key == POS_EMBED:
-        return resample_pos_embed(value, new_size=list(new_grid), old_size=list(old_grid))
-    if not key.endswith(TABLE) or old_grid == new_grid:
-        return value
-    old_height, old_width = old_grid
-    if len(value) != (2 * old_height - 1) * (2 * old_width - 1):
-        raise ValueError(f'{key} has {len(value)} rows, the position embedding {old_height} x {old_width} tokens.')
-    return resample_table(value, new_grid, old_grid)
+def fit_positions(state_dict: StateDict, model: Any) -> StateDict:
+    """Resample native position embeddings, and the tables of relative positions, to a model's grid.
+
+    Raises:
+        ValueError: Their grid cannot be told, or tables and position embedding are of different grids.
+    """
+    if POS_EMBED not in state_dict:
+        return state_dict
+    old_grid, new_grid = _source_grid(state_dict[POS_EMBED].shape[1], model), model.patch_embed.grid_size
+    if old_grid == new_grid:
+        return state_dict
+    height, width = old_grid
+    resampled = dict(state_dict)
+    for key, value in state_dict.items():
+        if key == POS_EMBED:
+            resampled[key] = resample_pos_embed(value, new_size=list(new_grid), old_size=list(old_grid))
+        elif key.endswith(TABLE):
+            if len(value) != (2 * height - 1) * (2 * width - 1):
+                raise ValueError(f'{key} has {len(value)} rows, the position embedding {height} x {width} tokens.')
+            resampled[key] = resample_table(value, new_grid, old_grid)
+    return resampled
 
 
 def _source_grid(num_tokens: int, model: Any) -> tuple[int, int]:

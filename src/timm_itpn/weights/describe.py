@@ -1,5 +1,4 @@
 """What native weights are: which network, and which parts are there. No tensor's values are looked at."""
-import math
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -42,20 +41,6 @@ class Description(NamedTuple):
     def network(self) -> str:
         """Family and size, in words."""
         return f'{self.family} with depths {list(self.depths)} and embed_dim {self.embed_dim}'
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of the position embedding, if it is square.
-
-        Raises:
-            ValueError: It is not.
-        """
-        side = math.isqrt(self.num_tokens)
-        if side * side != self.num_tokens:
-            raise ValueError(
-                f'The position embedding has {self.num_tokens} tokens, which is not a square grid: give '
-                '`timm-itpn convert` the image size that it was trained at with --img-size HEIGHT WIDTH.')
-        return side, side
 
 
 def describe(native: dict[str, torch.Tensor]) -> Description:

@@ -1,28 +1,22 @@
 """From the name of a pretrained model to its weight file on this machine.
 
-The sources are tried in this order; why one does not give the file goes to the log, and into the error if none does:
-  1. the folder TIMM_ITPN_WEIGHTS, with official or converted files;
-  2. repositories `arch.tag` of TIMM_ITPN_HUB, a user or organisation of the Hub;
-  3. the published copy on the Hub;
-  4. the authors' file on Google Drive.
-
-What is downloaded is checked: it is whole, and has the known hash if there is one.
+The README of this room says where it looks, in which order. Why a place does not give the file goes to the log, and
+into the error if none does. What is downloaded is checked: it is whole, and has the known hash if there is one.
 """
 import glob
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.utils import LocalEntryNotFoundError, are_progress_bars_disabled
 from torch.hub import get_dir
 
 from .. import __version__
-from .integrity import why_no_weight_file, why_not_expected
-from .sources import drive_url, file_name, plain_name, source_of
+from .read import why_no_weight_file
+from .sources import Source, drive_url, file_name, plain_name, source_of, why_not_expected
 
 __all__ = ['cached', 'fetch', 'in_a_line']
 
@@ -32,14 +26,8 @@ DRIVE_TIMEOUT_S = 30.  # without a byte from the server
 DRIVE_RETRIES = 4
 HUB_FILE = 'model.safetensors'
 Folder = str | Path | None
-
-
-class _Candidate(NamedTuple):
-    """Where weights may be."""
-    words: str  # for messages
-    # finds or downloads the file. None if it is not there, RuntimeError if something went wrong
-    get: Callable[[], Path | None]
-    held: Callable[[], Path | None]  # the file if it is on this machine
+# finds the file on this machine, or downloads it if True; None if it is not there, RuntimeError if something went wrong
+Find = Callable[[bool], Path | None]
 
 
 def fetch(name: str, cache_dir: Folder = None) -> Path | None:
@@ -56,17 +44,17 @@ def fetch(name: str, cache_dir: Folder = None) -> Path | None:
         RuntimeError: No source has it; the message says why for each, and what to do.
     """
     reasons = []
-    for candidate in _candidates(name, cache_dir):
+    for place, find in _places(name, cache_dir):
         try:
-            path = candidate.get()
+            path = find(True)
         except RuntimeError as error:
-            reasons.append(f'{candidate.words}: {error}')
-            _logger.warning(f'{name} not from {candidate.words}: {error}')
+            reasons.append(f'{place}: {error}')
+            _logger.warning(f'{name} not from {place}: {error}')
             continue
         if path is not None:
-            _logger.info(f'{name} from {candidate.words}: {path}')
+            _logger.info(f'{name} from {place}: {path}')
             return path
-        _logger.info(f'{name} is not in {candidate.words}')
+        _logger.info(f'{name} is not in {place}')
     if reasons:
         raise RuntimeError(f'{name} could not be fetched. {" ".join(reasons)}')
     return None
@@ -74,32 +62,28 @@ def fetch(name: str, cache_dir: Folder = None) -> Path | None:
 
 def cached(name: str, cache_dir: Folder = None) -> Path | None:
     """The first file that the sources of a model hold on this machine; None if `fetch` would have to download."""
-    return next(filter(None, (candidate.held() for candidate in _candidates(name, cache_dir))), None)
+    return next(filter(None, (find(False) for _, find in _places(name, cache_dir))), None)
 
 
-def _candidates(name: str, cache_dir: Folder) -> list[_Candidate]:
-    candidates = []
+def _places(name: str, cache_dir: Folder) -> Iterator[tuple[str, Find]]:
+    """Where weights may be: in words, and how they are found there."""
     folder, owner, source = os.environ.get('TIMM_ITPN_WEIGHTS'), os.environ.get('TIMM_ITPN_HUB'), source_of(name)
     if folder:
         if not Path(folder).is_dir():
             raise RuntimeError(f'TIMM_ITPN_WEIGHTS={folder} is not a folder: correct or unset it.')
-        find = partial(_in_folder, Path(folder), name)
-        candidates.append(_Candidate(f'TIMM_ITPN_WEIGHTS={folder}', find, find))
-    on_hub = [(f'{owner}/{plain_name(name)}', HUB_FILE)] if owner else []
+        yield f'TIMM_ITPN_WEIGHTS={folder}', partial(_in_folder, Path(folder), name)
+    if owner:
+        repo = f'{owner}/{plain_name(name)}'
+        yield f'Hub {repo}', partial(_on_hub, repo, HUB_FILE, cache_dir)
     if source and source.hub_repo:
-        on_hub.append((source.hub_repo, source.hub_path))
-    for repo, path in on_hub:
-        get = partial(_from_hub, repo, path, cache_dir)
-        candidates.append(_Candidate(f'Hub {repo}', get, partial(_held_by_hub, repo, path, cache_dir)))
+        yield f'Hub {source.hub_repo}', partial(_on_hub, source.hub_repo, source.hub_path, cache_dir)
     if source:
         # where timm keeps what it downloads by URL
         target = (Path(cache_dir) if cache_dir else Path(get_dir()) / 'checkpoints') / file_name(name)
-        get = partial(_from_drive, source.drive_id, drive_url(source), target)
-        candidates.append(_Candidate('Google Drive', get, lambda: target if target.exists() else None))
-    return candidates
+        yield 'Google Drive', partial(_on_drive, source, target)
 
 
-def _in_folder(folder: Path, name: str) -> Path | None:
+def _in_folder(folder: Path, name: str, _: bool) -> Path | None:
     """A converted file or folder by the model's name, or an official file by its own."""
     names = [f'{each}{end}' for each in (name, plain_name(name)) for end in ('.safetensors', f'/{HUB_FILE}')]
     if source_of(name):
@@ -107,13 +91,11 @@ def _in_folder(folder: Path, name: str) -> Path | None:
     return next((folder / each for each in names if (folder / each).is_file()), None)
 
 
-def _held_by_hub(repo: str, path: str, cache_dir: Folder) -> Path | None:
-    found = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _from_hub(repo: str, path: str, cache_dir: Folder) -> Path:
-    before = _held_by_hub(repo, path, cache_dir)
+def _on_hub(repo: str, path: str, cache_dir: Folder, download: bool) -> Path | None:
+    held = try_to_load_from_cache(repo, path, cache_dir=cache_dir)
+    before = Path(held) if isinstance(held, str) else None  # else the cache may say that the Hub has no such file
+    if not download:
+        return before
     for force in (False, True):  # damage may be in the cache: by a process that died, or by pieces put together wrongly
         try:
             file = Path(hf_hub_download(
@@ -138,15 +120,17 @@ def _from_hub(repo: str, path: str, cache_dir: Folder) -> Path:
     raise RuntimeError(f'{path} is {wrong}; it was not kept.')
 
 
-def _from_drive(file_id: str, url: str, target: Path) -> Path:
+def _on_drive(source: Source, target: Path, download: bool) -> Path | None:
+    if not download:
+        return target if target.exists() else None
     try:
         if not target.is_file():
-            _download_from_drive(file_id, target)
+            _download_from_drive(source.drive_id, target)
     except (OSError, RuntimeError) as error:  # OSError: of the disk, and all of requests
         raise RuntimeError(
-            f'{target.name} could not be downloaded ({in_a_line(error)}): run it again, or get it from {url} with a '
-            'browser and put it, by this name, in the folder that the environment variable TIMM_ITPN_WEIGHTS names.'
-        ) from error
+            f'{target.name} could not be downloaded ({in_a_line(error)}): run it again, or get it from '
+            f'{drive_url(source)} with a browser and put it, by this name, in the folder that the environment variable '
+            'TIMM_ITPN_WEIGHTS names.') from error
     return target
 
 

@@ -29,24 +29,25 @@ CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
 NUMBER = r'(\d{1,3})'  # of a block; a larger one is an unknown key, not a table of a billion blocks
 
-Sources = tuple[str, ...]
-Table = dict[str, Sources]
+Table = dict[str, tuple[str, ...]]
 
 
 class Layout(NamedTuple):
     """Names of one family; each part is a table of its own."""
     family: str  # its name in messages
     ends: Table  # stem, position embedding and head
-    merge: Table  # a merge
+    merge: Table  # a merge, or a split of the pyramid
     mlp_block: Table  # a block of stage 1 or 2
     attention_block: Table  # a block of stage 3
-    pyramid: Table  # the feature pyramid without its blocks
-    pretraining: dict[str, str]  # parts of a pre-training file that no backbone has, by the start of their names
+    pyramid: Table  # the layers of the feature pyramid that are named alone
+    pretraining: Table  # parts of a pre-training file that no backbone has, and how the official keys of each start
     conv1x1: str  # native weights of Linear layers that are 1x1 convolutions in official files, a regular expression
 
 
-def _same_leaves(native: str, official: str) -> Table:
-    return {f'{native}.{leaf}': (f'{official}.{leaf}',) for leaf in ('weight', 'bias')}
+def _layers(names: dict[str, str]) -> Table:
+    """Rows for weight and bias of layers, native name -> official name."""
+    leaves = ('weight', 'bias')
+    return {f'{native}.{leaf}': (f'{official}.{leaf}',) for native, official in names.items() for leaf in leaves}
 
 
 def _under(native: str, official: str, table: Table) -> Table:
@@ -54,91 +55,59 @@ def _under(native: str, official: str, table: Table) -> Table:
     return {f'{native}.{key}': tuple(f'{official}.{source}' for source in row) for key, row in table.items()}
 
 
-# level of the pyramid -> official name of the blocks in it, and of its last block
-PYRAMID_BLOCKS = {0: 'block_8to4', 1: 'block_16to8'}
-PYRAMID_OUT = {0: 'fpn_modules.2', 1: 'fpn_modules.1', 2: 'fpn_modules.0'}
 # what the families have in common
-ENDS: Table = {
-    **_same_leaves('patch_embed.proj', 'patch_embed.proj'),
-    **_same_leaves('head.norm', 'fc_norm'),
-    **_same_leaves('head.fc', 'head'),
-}
-MLP_BLOCK: Table = {
-    **_same_leaves('norm', 'norm2'),
-    **_same_leaves('mlp.fc1', 'mlp.fc1'),
-    **_same_leaves('mlp.fc2', 'mlp.fc2'),
-}
+ENDS = _layers({'patch_embed.proj': 'patch_embed.proj', 'head.norm': 'fc_norm', 'head.fc': 'head'})
+MLP_BLOCK = _layers({'norm': 'norm2', 'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2'})
 ATTENTION_BLOCK: Table = {
-    **_same_leaves('norm1', 'norm1'),
-    **_same_leaves('attn.proj', 'attn.proj'),
+    **_layers({'norm1': 'norm1', 'attn.proj': 'attn.proj', 'norm2': 'norm2'}),
     'ls1.gamma': ('gamma_1',),
-    **_same_leaves('norm2', 'norm2'),
     'ls2.gamma': ('gamma_2',),
 }
-PRETRAINING = {'mask_token': 'mask token', 'decoder_': 'decoder', 'lm_head.': 'teacher head'}
+PRETRAINING: Table = {'mask token': ('mask_token',), 'decoder': ('decoder_',), 'teacher head': ('lm_head.',)}
 
 FAST_ITPN = Layout(
     family='Fast-iTPN',
     ends={**ENDS, POS_EMBED: ('pos_embed',)},
-    merge={**_same_leaves('norm', 'norm'), **_same_leaves('reduction', 'reduction')},
-    mlp_block={**MLP_BLOCK, **_same_leaves('mlp.norm', 'mlp.ffn_ln')},
+    merge=_layers({'norm': 'norm', 'reduction': 'reduction'}),
+    mlp_block={**MLP_BLOCK, **_layers({'mlp.norm': 'mlp.ffn_ln'})},
     attention_block={
         **ATTENTION_BLOCK,
         'attn.qkv.weight': ('attn.q_proj.weight', 'attn.k_proj.weight', 'attn.v_proj.weight'),
         'attn.qkv_bias.q_bias': ('attn.q_bias',),
         'attn.qkv_bias.v_bias': ('attn.v_bias',),
-        **_same_leaves('mlp.fc1_g', 'mlp.w1'),
-        **_same_leaves('mlp.fc1_x', 'mlp.w2'),
-        **_same_leaves('mlp.norm', 'mlp.ffn_ln'),
-        **_same_leaves('mlp.fc2', 'mlp.w3'),
+        **_layers({'mlp.fc1_g': 'mlp.w1', 'mlp.fc1_x': 'mlp.w2', 'mlp.norm': 'mlp.ffn_ln', 'mlp.fc2': 'mlp.w3'}),
     },
-    pyramid={
-        **_same_leaves('norm', 'norm'),  # not the classifier's norm: that one is fc_norm
-        **_same_leaves('levels.2.align', 'align_dim_16tofpn'),
-        **_same_leaves('levels.1.align', 'align_dim_16to8'),
-        **_same_leaves('levels.1.split.norm', 'split_16to8.norm'),
-        **_same_leaves('levels.1.split.reduction', 'split_16to8.reduction'),
-        **_same_leaves('levels.0.align', 'align_dim_8to4'),
-        **_same_leaves('levels.0.split.norm', 'split_8to4.norm'),
-        **_same_leaves('levels.0.split.reduction', 'split_8to4.reduction'),
-    },
+    pyramid=_layers({
+        'norm': 'norm',  # not the classifier's norm: that one is fc_norm
+        'levels.2.align': 'align_dim_16tofpn',
+        'levels.1.align': 'align_dim_16to8',
+        'levels.0.align': 'align_dim_8to4',
+    }),
     pretraining=PRETRAINING,
     conv1x1=r'(stages\.[01]\.blocks|pyramid)\..*(mlp\.fc[12]|align)\.weight',
 )
 
 ITPN = Layout(
     family='iTPN',
-    ends={
-        **ENDS,
-        **_same_leaves('patch_embed.norm', 'patch_embed.norm'),
-        POS_EMBED: ('absolute_pos_embed',),
-    },
-    merge={**_same_leaves('norm', 'norm'), 'reduction.weight': ('reduction.weight',)},
+    ends={**ENDS, **_layers({'patch_embed.norm': 'patch_embed.norm'}), POS_EMBED: ('absolute_pos_embed',)},
+    merge={**_layers({'norm': 'norm'}), 'reduction.weight': ('reduction.weight',)},
     mlp_block={**MLP_BLOCK, 'ls.gamma': ('gamma_2',)},
     attention_block={
         **ATTENTION_BLOCK,
-        **_same_leaves('attn.qkv', 'attn.qkv'),
+        **_layers({'attn.qkv': 'attn.qkv', 'mlp.fc1': 'mlp.fc1', 'mlp.fc2': 'mlp.fc2'}),
         'rel_pos_bias.relative_position_bias_table': ('attn.relative_position_bias_table',),
-        **_same_leaves('mlp.fc1', 'mlp.fc1'),
-        **_same_leaves('mlp.fc2', 'mlp.fc2'),
     },
     pyramid={
-        **_same_leaves('levels.2.align', 'align_dim_16tofpn'),
+        **_layers({'levels.2.align': 'align_dim_16tofpn'}),
         'levels.1.align.weight': ('align_dim_16to8.weight',),
-        **_same_leaves('levels.1.split.norm', 'split_16to8.norm'),
-        'levels.1.split.reduction.weight': ('split_16to8.reduction.weight',),
         'levels.0.align.weight': ('align_dim_8to4.weight',),
-        **_same_leaves('levels.0.split.norm', 'split_8to4.norm'),
-        'levels.0.split.reduction.weight': ('split_8to4.reduction.weight',),
     },
     pretraining={
         **PRETRAINING,
-        'norm.': 'decoder',  # not the classifier's norm: that one is fc_norm
-        'cls_pt_layers.': 'auxiliary branch',
-        'norm_cls.': 'auxiliary branch',
-        'lm_cls_head.': 'auxiliary branch',
+        'decoder': ('decoder_', 'norm.'),  # not the classifier's norm: that one is fc_norm
+        'auxiliary branch': ('cls_pt_layers.', 'norm_cls.', 'lm_cls_head.'),
     },
-    conv1x1=r'(?!)',  # none
+    conv1x1='',  # none
 )
 
 
@@ -163,11 +132,12 @@ def key_table(layout: Layout, depths: tuple[int, int, int], pyramid_depth: int =
             number += 1
     if pyramid_depth:
         table.update({f'pyramid.{native}': official for native, official in layout.pyramid.items()})
-        for level, official in PYRAMID_OUT.items():
-            table.update(_under(f'pyramid.levels.{level}.out', official, MLP_BLOCK))
-        for level, official in PYRAMID_BLOCKS.items():
+        for level in range(3):
+            table.update(_under(f'pyramid.levels.{level}.out', f'fpn_modules.{2 - level}', MLP_BLOCK))
+        for level, strides in enumerate(('8to4', '16to8')):
+            table.update(_under(f'pyramid.levels.{level}.split', f'split_{strides}', layout.merge))
             for i in range(pyramid_depth):
-                table.update(_under(f'pyramid.levels.{level}.blocks.{i}', f'{official}.{i}', MLP_BLOCK))
+                table.update(_under(f'pyramid.levels.{level}.blocks.{i}', f'block_{strides}.{i}', MLP_BLOCK))
     return table
 
 
@@ -211,7 +181,7 @@ def native_pyramid_depth(state_dict: dict[str, Any]) -> int:
 
 def pretraining_part(key: str, layout: Layout) -> str:
     """Name of the part of pre-training that an official key belongs to, '' for none."""
-    return next((part for start, part in layout.pretraining.items() if key.startswith(start)), '')
+    return next((part for part, starts in layout.pretraining.items() if key.startswith(starts)), '')
 
 
 def is_fused(keys: Iterable[str]) -> bool:
@@ -256,7 +226,7 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
     first, second = _merges(state_dict)
     layout = FAST_ITPN if state_dict[f'blocks.{first}.reduction.weight'].ndim == 4 else ITPN
     depths = (first, second - first - 1, _count(rf'blocks\.{NUMBER}\.', state_dict) - second - 1)
-    pyramid_depth = _count(rf'(?:{"|".join(PYRAMID_BLOCKS.values())})\.{NUMBER}\.', state_dict)
+    pyramid_depth = _count(rf'block_(?:8to4|16to8)\.{NUMBER}\.', state_dict)
 
     native: dict[str, torch.Tensor] = {}
     left = {key for key in state_dict if not key.endswith('relative_position_index')}
@@ -280,9 +250,8 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
         raise ValueError(
             f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(unknown)}. Those of a '
             'tracker are read with --role, or by tracking.JointEncoder.load.')
-    left.difference_update(unknown)
-    native.update({f'{PRETRAIN}{key}': value for key, value in state_dict.items() if key in left})
-    return {**native, **{key: state_dict[key] for key in unknown}}
+    return native | {
+        PRETRAIN + key if pretraining_part(key, layout) else key: state_dict[key] for key in sorted(left)}
 
 
 def to_current(state_dict: dict[str, Any], strict: bool = True) -> dict[str, torch.Tensor]:
@@ -325,8 +294,9 @@ def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     Raises:
         ValueError: A key is unknown.
     """
+    state_dict = dict(state_dict)
     if ALL_POSITIONS in state_dict:
-        state_dict = {**state_dict, POS_EMBED: state_dict[ALL_POSITIONS]}
+        state_dict[POS_EMBED] = state_dict.pop(ALL_POSITIONS)
     layout = native_layout(state_dict)
     table = key_table(layout, native_depths(state_dict), native_pyramid_depth(state_dict))
     unknown = [key for key in state_dict if key not in table and not key.startswith((PRETRAIN, TRACKING))]
@@ -335,14 +305,14 @@ def native_to_official(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
     official: dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         if key not in table:
-            if key != ALL_POSITIONS:
-                official[key.removeprefix(PRETRAIN).removeprefix(TRACKING)] = value
+            official[key.removeprefix(PRETRAIN).removeprefix(TRACKING)] = value
             continue
         if re.fullmatch(layout.conv1x1, key):
             value = rearrange(value, 'o i -> o i 1 1')
-        if len(table[key]) > 1 and len(value) % len(table[key]):
-            raise ValueError(f'{key} has {len(value)} rows, which is not {len(table[key])} times a whole number.')
-        official.update(zip(table[key], value.chunk(len(table[key])) if len(table[key]) > 1 else [value]))
+        num = len(table[key])
+        if len(value) % num:
+            raise ValueError(f'{key} has {len(value)} rows, which is not {num} times a whole number.')
+        official.update(zip(table[key], value.chunk(num)))
     return official
 
 

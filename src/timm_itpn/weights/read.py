@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..checks import check_regular_file
 
-__all__ = ['DAMAGED', 'Contents', 'StandIn', 'UnreadableError', 'read_contents', 'stand_in_name']
+__all__ = ['Contents', 'StandIn', 'UnreadableError', 'read_contents', 'stand_in_name', 'why_no_weight_file']
 
 MAX_DEPTH = 100  # of dicts and lists in one another, so that callers may recurse
 MAX_VALUES = 4_000_000  # shared ones are counted each time, as a recursion meets them
@@ -134,6 +134,19 @@ def read_contents(path: Path, meta: bool = False) -> Contents:
         except UNREADABLE as error:
             raise UnreadableError(path, _what_instead(head) or DAMAGED, ADVICE) from error
     return contents
+
+
+def why_no_weight_file(path: str | Path) -> str:
+    """Why a file is not a whole weight file, as a phrase that ends 'the file is ...'; '' if it is one.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    try:
+        read_contents(Path(path))
+    except UnreadableError as error:
+        return error.reason
+    return ''
 
 
 class _Refused(Exception):

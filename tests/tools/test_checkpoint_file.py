@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 
 from timm_itpn.cli import main
 from timm_itpn.models import ITPN
-from timm_itpn.tools import settings
+from timm_itpn.tools import checkpoint_file
 from timm_itpn.tools.convert import convert, revert
 from timm_itpn.weights.layout import native_to_official
 
@@ -95,7 +95,7 @@ def test_every_argument_of_the_model_is_thought_of():
     not_of_outputs = {
         'drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate', 'attn_impl', 'pyramid_init',
         'head_init_scale', 'device', 'dtype'}
-    known = {*settings.MODEL_ARGS, *told_by_weights, *of_registered_model, *not_of_outputs}
+    known = {*checkpoint_file.MODEL_ARGS, *told_by_weights, *of_registered_model, *not_of_outputs}
     assert known == set(inspect.signature(ITPN).parameters)
 
 
@@ -136,8 +136,8 @@ HUGE = 10 ** 5000
 ])
 def test_values_that_cannot_be_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
-        said = settings.from_training(args)
-        settings.check_data(said.data, 3, said.source)
+        said = checkpoint_file.from_training(args)
+        checkpoint_file.check_data(said.data, 3, said.source)
 
 
 @pytest.mark.parametrize(('args', 'message'), [
