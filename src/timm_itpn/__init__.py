@@ -12,9 +12,29 @@ __version__ = '0.1.0'
 
 
 def fuse(model: Any) -> Any:
-    """A faster copy of a model, for inference only; see `timm_itpn.models.fusion.fuse`."""
-    from .models.fusion import fuse
-    return fuse(model)
+    """Make a copy of a model that is faster and computes the same to float error, for inference only.
+
+    Layer scale and the scale of the scores go into the weights, activations and residual sums are done where the matrix
+    product is. What is best depends on device and type, so fuse last: after loading weights, `.to()` and `.eval()`. The
+    copy has no gradients and no training mode, its state dict is not that of the model, and hooks of the layers that
+    are replaced are gone. timm's `reparameterize_model` and `validate.py --reparam` do the same.
+
+    Args:
+        model: A model of this package in evaluation mode, or one that contains it (a detector, say).
+
+    Returns:
+        The copy; `model` stays as it is.
+
+    Raises:
+        RuntimeError: The model is in training mode.
+        ValueError: There is nothing in it to fuse, or a layer is not what it was: an adapter, say.
+    """
+    from timm.models import reparameterize_model
+    if any(module.training for module in model.modules()):
+        raise RuntimeError('A model in training mode cannot be fused: call model.eval() first.')
+    if not any(hasattr(module, 'fuse') for module in model.modules()):
+        raise ValueError(f'{type(model).__name__} has no layers of this package that could be fused.')
+    return reparameterize_model(model).eval().requires_grad_(False)
 
 
 autoload()

@@ -54,8 +54,7 @@ def test_one_window_without_migration_is_global_attention(name):
 def test_windows_without_windowed_blocks_are_global_attention(name, kwargs):
     """Global blocks between windowed ones see all tokens."""
     plain, other = same_weights(name, gather_window=3, gather_blocks=[0], **kwargs)
-    for block in other.stages[2].blocks:
-        block.windowed = False
+    other.stages[2].windowed = [False] * len(other.stages[2].blocks)
     x = images(2, 3, *plain.patch_embed.img_size)
     torch.testing.assert_close(forward(other, x), forward(plain, x), rtol=1e-12, atol=1e-12)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_itpn.layers.mlp import GatedProduct, SwiGLU
+from timm_itpn.layers.mlp import GatedProduct, GatedSiLU, SwiGLU
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
@@ -25,7 +25,8 @@ def test_values_and_gradients_are_those_of_timm(dtype):
 
 def test_product_has_all_derivatives():
     inputs = tuple(torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in 'gv')
-    assert torch.autograd.gradcheck(GatedProduct.apply, inputs, check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(GatedProduct.apply, inputs)
-    mapped = torch.func.vmap(torch.func.grad(lambda g, v: GatedProduct.apply(g, v).sum()))(*inputs)
+    assert torch.autograd.gradcheck(GatedProduct.apply, inputs, check_batched_grad=True)
+    assert torch.autograd.gradcheck(GatedSiLU(), inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(GatedSiLU(), inputs)
+    mapped = torch.func.vmap(torch.func.grad(lambda g, v: GatedSiLU()(g, v).sum()))(*inputs)
     torch.testing.assert_close(mapped, torch.autograd.grad((F.silu(inputs[0]) * inputs[1]).sum(), inputs[0])[0])

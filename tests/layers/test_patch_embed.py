@@ -11,7 +11,7 @@ from timm_itpn.layers.patch_embed import (
     LinearPatchSplit,
     StemPatchEmbed,
 )
-from timm_itpn.layers.pos_embed import resample_pos_embed
+from timm_itpn.layers.stages import resample_pos_embed
 
 
 def test_stem_is_a_linear_map_of_4_by_4_blocks():

@@ -4,8 +4,7 @@ import torch
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 
 import timm_itpn
-from timm_itpn.layers import run
-from timm_itpn.layers.pos_embed import role_pos_embed
+from timm_itpn.layers import blocks
 
 
 @pytest.mark.parametrize('fused', [False, True], ids=['model', 'fused'])
@@ -17,7 +16,7 @@ def test_rows_at_a_time_give_what_the_whole_does(name, fused, monkeypatch):
     with torch.no_grad():
         whole = model(x)
         for size in (1, 16 * 16 * 32, 2 * 16 * 16 * 32 + 1):
-            monkeypatch.setattr(run, 'SLICE_SIZE', size)
+            monkeypatch.setattr(blocks, 'SLICE_SIZE', size)
             torch.testing.assert_close(model(x), whole, rtol=1e-5, atol=1e-5)
         empty = model(x[:0])
     assert all(len(level) == 0 for level in (empty if name in PYRAMIDS else [empty]))
@@ -59,24 +58,3 @@ def test_bias_is_added_to_that_of_relative_positions():
         torch.testing.assert_close(shifted, plain, rtol=1e-4, atol=1e-4)
         assert (biased - plain).abs().max() > 1e-3
         torch.testing.assert_close(fused.forward_blocks(x, 4, 4, bias=bias), biased, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(('method', 'size', 'expected'), [
-    ('crop', (2, 3), [[0, 1, 2], [4, 5, 6]]),
-    ('crop', (4, 7), [[4 * y + x for x in (0, .40625, 1, 1.5, 2, 2.59375, 3)] for y in range(4)]),  # the border repeats
-    ('corners', (3, 3), [[6 * y + 1.5 * x for x in range(3)] for y in range(3)]),
-])
-def test_positions_are_made_as_trackers_do(method, size, expected):
-    grid = torch.arange(16.).reshape(1, 16, 1)  # 4 * row + column
-    found = role_pos_embed(grid, size, (4, 4), method)
-    torch.testing.assert_close(found.flatten(), torch.tensor(expected).float().flatten())
-    assert torch.equal(role_pos_embed(grid, (4, 4), (4, 4), method), grid)
-
-
-def test_half_pixel_positions_are_those_of_a_model_of_that_size():
-    stage = small_model('fast_itpn_tiny').stages[2]
-    found = role_pos_embed(stage.pos_embed, (3, 5), (4, 4), 'half_pixel')
-    stage.set_grid_size((3, 5))
-    assert torch.equal(found, stage.pos_embed)
-    with pytest.raises(ValueError, match="positions 'nearest' is unknown, use one of .*crop"):
-        role_pos_embed(found, (4, 4), (3, 5), 'nearest')

@@ -9,7 +9,7 @@ from timm.utils import AttentionExtract
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_itpn.layers import linear, run
+from timm_itpn.layers import blocks, linear
 
 peft = pytest.importorskip('peft', reason='peft is not installed')
 accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def onednn(request, monkeypatch):
     """The same layers on every CPU."""
     wanted = 'onednn' in request.node.callspec.params['case']
-    monkeypatch.setattr(linear, 'why_not_onednn', lambda: None if wanted else 'not in this test')
+    monkeypatch.setattr(linear, 'is_onednn_faster', lambda: wanted)
     monkeypatch.setattr(linear, 'MIN_MULTIPLY_ADDS', 0)
 
 
@@ -102,7 +102,7 @@ def test_every_hook_changes_the_output(case):
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         before = outputs_of(model, x)
-        patch.setattr(run, 'SLICE_SIZE', 2048)
+        patch.setattr(blocks, 'SLICE_SIZE', 2048)
         torch.testing.assert_close(outputs_of(model, x), before)
         for name, module in leaves(model).items():
             handle = module.register_forward_hook(add)

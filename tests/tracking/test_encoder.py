@@ -5,7 +5,7 @@ import torch
 from support.small import images, small_model
 
 import timm_itpn
-from timm_itpn.tracking import JointEncoder, foreground_share
+from timm_itpn.tracking import JointEncoder
 
 ROLES = dict(search=64, template=(32, 48))
 TINY = dict(embed_dim=64, depths=(1, 1, 3))
@@ -117,15 +117,6 @@ def test_blocks_may_be_looked_between():
 def test_mistakes_are_one_sentence(change, message):
     with pytest.raises(ValueError, match=message):
         change(encoder_of())
-
-
-def test_share_of_foreground_is_counted_in_pixels():
-    boxes = torch.tensor([[0.27, 0.24, 0.46, 0.52], [0.3, -0.1, 0.9, 0.35], [0.5, 0.5, 0., 0.]], dtype=torch.float64)
-    for (left, top, width, height), share in zip(boxes.tolist(), foreground_share(boxes, 48, 112)):
-        pixels = torch.tensor([
-            [left * 112 <= x < left * 112 + width * 112 and top * 48 <= y < top * 48 + height * 48 for x in range(112)]
-            for y in range(48)]).double()
-        assert torch.equal(share.reshape(3, 7), torch.nn.functional.avg_pool2d(pixels[None], 16)[0])
 
 
 class Frame(torch.nn.Module):

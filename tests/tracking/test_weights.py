@@ -8,9 +8,9 @@ import torch
 from support.small import images, small_model
 
 from timm_itpn.cli import main
-from timm_itpn.layers.pos_embed import role_pos_embed
 from timm_itpn.tools.convert import convert, revert
 from timm_itpn.tracking import JointEncoder
+from timm_itpn.tracking.embeddings import role_pos_embed
 from timm_itpn.weights.layout import native_to_official
 
 ROLES = dict(search=64, template=32)

@@ -1,5 +1,5 @@
 """Which blocks of stage 3 gather and migrate, and how much: what users write, made explicit and checked."""
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 __all__ = ['ACCELERATIONS', 'Schedule', 'num_leaving', 'parse_schedule']
@@ -17,19 +17,13 @@ class Schedule(NamedTuple):
     carry: bool = True  # tokens that left come back up to date, with what their partners went through
 
 
-def _light(depth: int) -> Schedule:
-    """Windows in the first half, as early blocks lose least by them, and three fifths of the tokens stay."""
-    leaves = {depth // 8: 0.2, depth // 4: 0.2}
-    return Schedule(16, tuple(2 * i < depth for i in range(depth)), tuple(leaves.get(i, 0.) for i in range(depth)))
-
-
-def _full(depth: int) -> Schedule:
-    """Windows in the first two thirds, and two fifths of the tokens stay: attention among all of these costs little."""
-    leaves = {depth // 8: 0.2, depth // 4: 0.2, depth // 3: 0.2}
-    return Schedule(16, tuple(3 * i < 2 * depth for i in range(depth)), tuple(leaves.get(i, 0.) for i in range(depth)))
-
-
-ACCELERATIONS: dict[str, Callable[[int], Schedule]] = {'light': _light, 'full': _full}
+# of the number of blocks: side of the windows, blocks with windows, and block -> share of tokens that leave there
+ACCELERATIONS: dict[str, Callable[[int], tuple[int, Collection[int], dict[int, float]]]] = {
+    # windows in the first half, as early blocks lose least by them, and three fifths of the tokens stay
+    'light': lambda depth: (16, range((depth + 1) // 2), {depth // 8: 0.2, depth // 4: 0.2}),
+    # windows in the first two thirds, and two fifths of the tokens stay: attention among all of these costs little
+    'full': lambda depth: (16, range((2 * depth + 2) // 3), {depth // 8: 0.2, depth // 4: 0.2, depth // 3: 0.2}),
+}
 
 
 def parse_schedule(
@@ -62,26 +56,27 @@ def parse_schedule(
         raise ValueError(f'acceleration {acceleration!r} is unknown, use one of {tuple(ACCELERATIONS)} or None')
     if gather_blocks is not None and not (gather_window or acceleration):
         raise ValueError('gather_blocks needs gather_window, the side of the windows in tokens')
-    schedule = Schedule(0, (True,) * depth, (0.,) * depth)
-    if acceleration is not None:
-        schedule = ACCELERATIONS[acceleration](depth)
+    window, windowed, amounts = ACCELERATIONS[acceleration](depth) if acceleration else (0, range(depth), {})
     if gather_window is not None:
         if type(gather_window) is not int or gather_window < 0:
             raise ValueError(f'gather_window {gather_window!r} is not usable: give the side of a window in tokens')
-        schedule = schedule._replace(gather_window=gather_window)
+        window = gather_window
     if gather_blocks is not None:
         if not isinstance(gather_blocks, Sequence) or isinstance(gather_blocks, str):
             raise ValueError(f'gather_blocks {gather_blocks!r} is not usable: give a list of blocks, such as [0, 1, 2]')
-        chosen = {_block(block, depth, 'gather_blocks') for block in gather_blocks}
-        schedule = schedule._replace(windowed=tuple(i in chosen for i in range(depth)))
+        windowed = {_block(block, depth, 'gather_blocks') for block in gather_blocks}
     if migrate is not None:
-        schedule = schedule._replace(migrate=_amounts(migrate, depth))
-    if carry is not None:
-        if carry not in (True, False):
-            raise ValueError(f'carry {carry!r} is not usable: give True or False')
-        schedule = schedule._replace(carry=bool(carry))
-    gathers = schedule.gather_window > 0 and any(schedule.windowed)
-    return schedule if gathers or any(schedule.migrate) else None
+        amounts = _amounts(migrate, depth)
+    if carry not in (None, True, False):
+        raise ValueError(f'carry {carry!r} is not usable: give True or False')
+    if not (window and windowed) and not any(amounts.values()):
+        return None
+    return Schedule(
+        window,
+        windowed=tuple(i in windowed for i in range(depth)),
+        migrate=tuple(amounts.get(i, 0.) for i in range(depth)),
+        carry=carry is None or bool(carry),
+    )
 
 
 def _block(index: int | str, depth: int, name: str) -> int:
@@ -95,8 +90,8 @@ def _block(index: int | str, depth: int, name: str) -> int:
     return number % depth
 
 
-def _amounts(migrate: Mapping[Any, Amount], depth: int) -> tuple[float, ...]:
-    """How much leaves at each block."""
+def _amounts(migrate: Mapping[Any, Amount], depth: int) -> dict[int, float]:
+    """Block -> how much leaves there."""
     if not isinstance(migrate, Mapping):
         raise ValueError(f'migrate {migrate!r} is not usable: give block -> number or share, such as {{3: 0.25}}')
     amounts: dict[int, float] = {}
@@ -109,7 +104,7 @@ def _amounts(migrate: Mapping[Any, Amount], depth: int) -> tuple[float, ...]:
             raise ValueError(
                 f'migrate asks for {amount!r} at block {block}: give a number (int) or a share below 1 (float)')
         amounts[block] = float(amount)
-    return tuple(amounts.get(i, 0.) for i in range(depth))
+    return amounts
 
 
 def num_leaving(migrate: list[float], smallest: int) -> list[int]:

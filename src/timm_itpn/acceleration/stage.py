@@ -1,18 +1,110 @@
-"""Stage 3 with token gathering and token migration."""
-from typing import Any
+"""Stage 3 with token gathering and token migration, and its blocks, for training and for inference."""
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from timm.models import checkpoint
 
+from ..layers.blocks import AttentionBlock
+from ..layers.fused import FusedAttentionBlock
 from ..layers.stages import AttentionStage
-from .block import MigrationBlock, Windows
-from .gathering import gathering_bias
-from .migration import Left, replenish
+from .migration import Left, depart, replenish
 from .schedule import Schedule, num_leaving
-from .windows import is_padded, partition, smallest_window, window_positions
+from .windows import (
+    attention_bias,
+    gathering_bias,
+    is_padded,
+    partition,
+    smallest_window,
+    window_heads,
+    window_mean,
+    window_positions,
+)
 
 __all__ = ['MigrationStage']
+
+
+class Windows(NamedTuple):
+    """Where tokens (B, W, K, C) in W windows stand, and who sees whom."""
+    positions: torch.Tensor  # on the grid (1 or B, W, K), row-major, height * width where padded
+    gathering: torch.Tensor | None  # bias of the gathering tokens (W, W); None = all tokens see each other
+    height: int  # of the grid, in tokens
+    width: int  # of the grid, in tokens
+    padded: bool  # there are padded positions
+
+
+def _real(windows: Windows) -> torch.Tensor | None:
+    """(1 or B, W, K), True where a position is not padded; None if none is."""
+    return windows.positions < windows.height * windows.width if windows.padded else None
+
+
+class Migration(nn.Module):
+    """What the block does with its tokens; the class it is mixed with brings the layers: project, attend, feed."""
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            windows: Windows,
+            num_leave: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, Left | None]:
+        """Attention, then tokens leave, then the MLP of those that stay.
+
+        Args:
+            x: Tokens (B, W, K, C).
+            windows: Where they stand.
+            num_leave: Tokens of each window that leave.
+
+        Returns:
+            Tokens and positions as they came, without those that left; and these, None if no token leaves.
+        """
+        qkv = self.project(x)
+        x = self.mix(x, qkv, windows)
+        positions = windows.positions
+        left: Left | None = None
+        if num_leave > 0:
+            positions = positions.expand(x.shape[0], -1, -1)
+            keys = qkv[:, :, :, 1].flatten(-2)  # tokens are compared by their keys, of all heads together
+            x, positions, left = depart(x, positions, keys, _real(windows), num_leave)
+        return self.feed(x), positions, left
+
+    def mix(self, x: torch.Tensor, qkv: torch.Tensor, windows: Windows) -> torch.Tensor:
+        """Attention, with its residual sum.
+
+        Args:
+            x: Tokens (B, W, K, C).
+            qkv: Their queries, keys and values (B, W, K, 3, num_heads, head_dim).
+            windows: Where they stand.
+        """
+        positions, gathering, height, width, padded = windows
+        means: torch.Tensor | None = None
+        if gathering is not None:
+            means = window_mean(qkv[:, :, :, 1:], _real(windows))
+            keys = F.pad(positions, (0, positions.shape[1]), value=float(height * width))  # means have no position
+        else:  # among all tokens: as in one window
+            qkv, positions = qkv.flatten(1, 2)[:, None], positions.flatten(1, 2)[:, None]
+            keys = positions
+        bias = attention_bias(positions, height * width, gathering, padded)
+        if self.rel_pos_bias is not None:
+            rel_pos_bias = self.rel_pos_bias(height, width, positions, keys)
+            bias = rel_pos_bias if bias is None else rel_pos_bias + bias
+        if bias is not None:
+            bias = bias.type_as(qkv).expand(x.shape[0], -1, -1, -1, -1).flatten(0, 1)
+        return self.attend(x, window_heads(qkv, means), bias)
+
+
+class MigrationBlock(Migration, AttentionBlock):
+    """`AttentionBlock` with token gathering and migration; it has the same arguments and parameters."""
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The block for inference."""
+        return FusedMigrationBlock(self)
+
+
+class FusedMigrationBlock(Migration, FusedAttentionBlock):
+    """`MigrationBlock` for inference."""
 
 
 @register_notrace_module  # a leaf for FX: what it does depends on sizes
@@ -35,23 +127,22 @@ class MigrationStage(AttentionStage):
     def __init__(self, *args: Any, schedule: Schedule, **kwargs: Any):
         super().__init__(*args, block_layer=MigrationBlock, **kwargs)
         self.gather_window = schedule.gather_window
+        self.windowed = list(schedule.windowed)
         self.migrate = list(schedule.migrate)
         self.carry = schedule.carry
-        for block, windowed in zip(self.blocks, schedule.windowed):
-            block.windowed = windowed
-        self.check_grid_size(self.grid_size)
+        self.leaving(*self.grid_size)  # or it would be refused in forward only
 
-    def check_grid_size(self, grid_size: tuple[int, int]) -> None:
-        """Raise ValueError if more tokens would leave than the windows of such a grid have to give."""
-        num_leaving(self.migrate, smallest_window(grid_size[0], grid_size[1], self.gather_window))
+    def leaving(self, height: int, width: int) -> list[int]:
+        """How many tokens leave each window of such a grid at each block; raise ValueError if it has too few."""
+        return num_leaving(self.migrate, smallest_window(height, width, self.gather_window))
 
     def set_grid_size(self, grid_size: tuple[int, int]) -> None:
-        self.check_grid_size(grid_size)
+        self.leaving(*grid_size)
         super().set_grid_size(grid_size)
 
     def extra_repr(self) -> str:
         migrate = {i: amount for i, amount in enumerate(self.migrate) if amount > 0}
-        gather_blocks = [i for i, block in enumerate(self.blocks) if block.windowed]
+        gather_blocks = [i for i, windowed in enumerate(self.windowed) if windowed]
         return (
             f'gather_window={self.gather_window}, gather_blocks={gather_blocks}, migrate={migrate}, carry={self.carry}')
 
@@ -67,24 +158,23 @@ class MigrationStage(AttentionStage):
             x = x.expand(B, H, W, C)  # the windows of a trace are those of this size: it fails for another
         N = H * W
         padded = is_padded(H, W, self.gather_window)
-        leaving = num_leaving(self.migrate, smallest_window(H, W, self.gather_window))
+        leaving = self.leaving(H, W)
         positions = window_positions(H, W, self.gather_window, x.device)  # (windows, tokens of one)
         num_tokens = (positions < N).sum(dim=1)
         x = partition(x.reshape(B, N, C), positions)
         positions = positions[None]
 
-        gathers = positions.shape[1] > 1
-        gathering = gathering_bias(num_tokens) if gathers else None
+        gathering = gathering_bias(num_tokens) if positions.shape[1] > 1 else None
 
         left: list[Left | None] = []
         for i, block in enumerate(self.blocks):
-            windows = Windows(positions, gathering, H, W, padded)
+            windows = Windows(positions, gathering if self.windowed[i] else None, H, W, padded)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x, positions, out = checkpoint(block, x, windows, leaving[i])
             else:
                 x, positions, out = block(x, windows, leaving[i])
             left.append(out)
-            if leaving[i] > 0 and gathers:
+            if leaving[i] > 0 and gathering is not None:
                 num_tokens = num_tokens - leaving[i]
                 gathering = gathering_bias(num_tokens)
         return replenish(x, positions, left, N, self.carry).reshape(B, H, W, C), left

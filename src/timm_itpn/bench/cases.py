@@ -69,17 +69,17 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def check(case: Case, asked: Asked) -> None:
     """Raise ValueError if the case cannot be measured: an argument is not usable, or two of them exclude each other."""
-    from ..layers.patch_embed import check_side_lengths
+    from ..layers.patch_embed import token_grid
     from ..models import check_name
 
     check_name(case.model)
-    height, width = check_side_lengths(case.img_size, 16)
+    rows, columns = token_grid(case.img_size)
     if asked.baseline and not case.model.startswith('fast_itpn'):
         raise ValueError(f'{case.model} has no baseline, only fast_itpn_* models have one: leave out --baseline')
-    if asked.objective and (case.mode != 'train' or not case.pyramid or height != width):
+    if asked.objective and (case.mode != 'train' or not case.pyramid or rows != columns):
         raise ValueError(
             'a step of pre-training needs square images and the pyramid: use --objective with --mode train --pyramid')
-    if case.templates and (case.pyramid or height % 32 or width % 32):
+    if case.templates and (case.pyramid or rows % 2 or columns % 2):
         raise ValueError('templates have half the side, and no pyramid: use sides that are multiples of 32')
     if asked.onnx and (asked.device != 'cpu' or case.dtype != 'float32' or case.mode == 'train'):
         raise ValueError('ONNX Runtime is measured on the CPU in float32 and without training: leave out --onnx')

@@ -1,7 +1,7 @@
 """Operations of a model, and the machine's ceiling: the rate of plain matrix products in the shapes that it has.
 
 Operations and shapes are found by running the model on the meta device, without data. In the ceiling each shape counts
-with the fastest implementation there is: `torch.mm`, or one of `ops.linear`, whose weights may be packed.
+with the faster implementation: `torch.mm`, or oneDNN's of `ops.linear`, whose weights are packed.
 """
 import copy
 import math
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ops.linear import IMPLEMENTATIONS
+from ..ops.linear import can_use_onednn, onednn_linear, pack_for_onednn
 
 __all__ = [
     'Outputs', 'Product', 'TimedProduct', 'count_flops', 'count_products', 'product_calls', 'rates', 'training_loss']
@@ -127,9 +127,8 @@ def product_calls(
         weight = torch.randn(product.columns, product.inner, dtype=dtype, device=device)
         out = torch.empty(product.rows, product.columns, dtype=dtype, device=device)
         once: dict[str, Callable[[], object]] = {_MM: partial(torch.mm, x, weight.t(), out=out)}
-        for name, implementation in IMPLEMENTATIONS.items():
-            if name != 'reference' and implementation.why_not(weight) is None:
-                once[name] = partial(implementation.forward, x, implementation.pack(weight), None)
+        if can_use_onednn(weight):
+            once['onednn'] = partial(onednn_linear, x, pack_for_onednn(weight), None)
         repeats = max(1, min(_MOST_REPEATS, round(_TARGET_FLOPS[device] / product.flops)))
         for name, call in once.items():
             calls[TimedProduct(product, name, repeats)] = partial(_repeat, call, repeats)

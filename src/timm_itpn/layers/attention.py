@@ -63,7 +63,7 @@ class Attention(nn.Module):
             self,
             dim: int,
             num_heads: int,
-            k_bias: bool = False,
+            k_bias: bool = True,
             attn_impl: str = 'auto',
             attn_drop: float = 0.,
             proj_drop: float = 0.,

@@ -11,11 +11,11 @@ import torch.nn as nn
 from timm.layers import GELU, LayerScale
 
 from ..ops.attention import Heads, attention_weights, fused_attention, is_transformed
-from ..ops.linear import IMPLEMENTATIONS, choose_linear, reference
+from ..ops.linear import can_use_onednn, onednn_linear, pack_for_onednn, plain_linear
 from .attention import QkvBias
-from .linear import LINEAR_LAYERS
+from .linear import OneDnnLinear
 from .mlp import SwiGLU
-from .run import is_eager
+from .tracing import is_eager
 
 __all__ = ['FusedAttentionBlock', 'FusedLinear', 'FusedMlp', 'InferenceOnly']
 
@@ -34,11 +34,10 @@ class InferenceOnly(nn.Module):
 
 
 class Packed(NamedTuple):
-    """A weight in the form that an implementation wants, and what tells that the weight has changed since."""
+    """A weight as oneDNN wants it, and what tells that the weight has changed since."""
     weight: torch.Tensor
     version: tuple[int, int]  # where its data is, and how often it was changed in place
-    implementation: str
-    form: torch.Tensor
+    form: torch.Tensor | None  # None where oneDNN cannot run
 
 
 class FusedLinear(InferenceOnly):
@@ -48,38 +47,34 @@ class FusedLinear(InferenceOnly):
         weight: (out_features, in_features).
         bias: (out_features,), None for none.
         act: One of `ops.linear.ACTIVATIONS`.
-        implementation: Key of `ops.linear.IMPLEMENTATIONS`, 'auto' for the first that can run where the weight is.
     """
 
     __jit_ignored_attributes__ = ['_packed']
 
-    def __init__(
-            self, weight: torch.Tensor, bias: torch.Tensor | None, act: str = 'none', implementation: str = 'auto'):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, act: str = 'none'):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().contiguous(), requires_grad=False)
         self.act = act
-        self.asked = implementation
         self._packed: Packed | None = None
         self._pack()
 
     @torch.jit.unused
-    def _pack(self) -> Packed:
-        """Pack the weight, unless that was done since it was last replaced, moved or changed."""
+    def _pack(self) -> torch.Tensor | None:
+        """Pack the weight for oneDNN, unless that was done since it was last replaced, moved or changed."""
         weight, packed = self.weight, self._packed
         version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
         if packed is None or packed.weight is not weight or packed.version != version:
-            name = choose_linear(self.asked, weight)
-            self._packed = packed = Packed(weight, version, name, IMPLEMENTATIONS[name].pack(weight))
-        return packed
+            form = pack_for_onednn(weight) if can_use_onednn(weight) else None
+            self._packed = packed = Packed(weight, version, form)
+        return packed.form
 
     def __getstate__(self):
         return {**self.__dict__, '_packed': None}  # it has no storage that could be copied
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
-        implementation = choose_linear(self.asked, self.weight)
-        return f'{in_features}, {out_features}, act={self.act}, implementation={implementation}'
+        return f'{in_features}, {out_features}, act={self.act}, onednn={can_use_onednn(self.weight)}'
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if not torch.jit.is_scripting():
@@ -89,9 +84,9 @@ class FusedLinear(InferenceOnly):
                         'A fused model has no gradients: call it under torch.no_grad(), or use the original.')
                 if not is_transformed():
                     packed = self._pack()
-                    forward = IMPLEMENTATIONS[packed.implementation].forward
-                    return forward(x, packed.form, self.bias, self.act, residual)
-        return reference.forward(x, self.weight, self.bias, self.act, residual)
+                    if packed is not None:
+                        return onednn_linear(x, packed, self.bias, self.act, residual)
+        return plain_linear(x, self.weight, self.bias, self.act, residual)
 
 
 class FusedMlp(InferenceOnly):
@@ -186,7 +181,7 @@ def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     Raises:
         ValueError: It is of another class, an adapter say, whose weight is not all that it does.
     """
-    if type(layer) not in (*LINEAR_LAYERS, FusedLinear):
+    if type(layer) not in (nn.Linear, OneDnnLinear, FusedLinear):
         raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
     return layer.weight, layer.bias
 

@@ -13,44 +13,37 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..ops.attention import is_transformed
-from ..ops.linear import onednn
+from ..ops.linear import can_use_onednn
 
-__all__ = ['LINEAR_LAYERS', 'OneDnnLinear', 'use_onednn', 'why_not_onednn']
+__all__ = ['OneDnnLinear', 'is_onednn_faster', 'use_onednn']
 
 MIN_MULTIPLY_ADDS = 2 ** 22  # of a product; below it, calling oneDNN takes longer than MKL takes
 TORCH_FORWARD = nn.Linear.forward
 
 
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias for x (M, C), weight (D, C) and bias (D,) or None. (M, D), without derivatives."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
+
+
 class OneDnnProduct(torch.autograd.Function):
-    """x @ weight.T + bias for x (M, C), weight (D, C) and bias (D,) or None. (M, D)."""
+    """`product` with derivatives of every order, in reverse mode."""
 
     @staticmethod
-    def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.save_for_forward(*inputs[:2])
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
+        multiply = F.linear if is_transformed() else OneDnnProduct.apply  # gradients may come in batches
         return (
-            OneDnnProduct.apply(grad, weight.t(), None) if wanted[0] else None,
-            OneDnnProduct.apply(grad.t(), x.t(), None) if wanted[1] else None,
+            multiply(grad, weight.t(), None) if wanted[0] else None,
+            multiply(grad.t(), x.t(), None) if wanted[1] else None,
             grad.sum(0) if wanted[2] else None,
         )
-
-    @staticmethod
-    def jvp(ctx: Any, dx: torch.Tensor, dweight: torch.Tensor, dbias: torch.Tensor | None) -> torch.Tensor:
-        x, weight = ctx.saved_tensors
-        return OneDnnProduct.apply(dx, weight, dbias) + OneDnnProduct.apply(x, dweight, None)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return torch.func.vmap(F.linear, in_dims)(*inputs), 0
 
 
 def _count_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, out_shape: torch.Size, **_: Any) -> int:
@@ -63,15 +56,13 @@ if _OPERATOR is not None and _OPERATOR not in flop_registry:
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` whose float32 product on the CPU is oneDNN's, with all derivatives."""
+    """`nn.Linear` whose float32 product on the CPU is oneDNN's; under transforms of `torch.func` it is PyTorch's."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if self._is_for_onednn(x):
-                product = OneDnnProduct.forward  # .apply() takes 20 us
-                if torch.is_grad_enabled() or is_transformed():
-                    product = OneDnnProduct.apply
-                y = product(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (..., C) -> (M, C) -> (M, D)
+                multiply = OneDnnProduct.apply if torch.is_grad_enabled() else product  # .apply() takes 20 us
+                y = multiply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (..., C) -> (M, C) -> (M, D)
                 return y.reshape(*x.shape[:-1], y.shape[-1])
             return nn.Linear.forward(self, x)  # perhaps somebody has put another in its place
         return F.linear(x, self.weight, self.bias)
@@ -85,29 +76,25 @@ class OneDnnLinear(nn.Linear):
             and x.shape[-1:] == weight.shape[1:]  # if not, PyTorch's error says so
             and x.numel() * len(weight) >= MIN_MULTIPLY_ADDS
             and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            and not torch.is_autocast_enabled('cpu')
+            and not is_transformed() and not torch.is_autocast_enabled('cpu')
             and nn.Linear.forward is TORCH_FORWARD
-            and onednn.why_not(weight) is None
+            and can_use_onednn(weight)
         )
 
 
-LINEAR_LAYERS = (nn.Linear, OneDnnLinear)  # weight and bias are all that they do
-
-
-@functools.lru_cache(None)
-def why_not_onednn() -> str | None:
-    """Reason why PyTorch's own choice is as good on this CPU, None where oneDNN is faster."""
-    if not hasattr(torch.cpu, 'get_capabilities'):
-        return 'this version of PyTorch does not tell the name of the CPU'
+@functools.cache
+def is_onednn_faster() -> bool:
+    """Whether this CPU is of AMD and has AVX-512, which MKL does not use there."""
+    if not hasattr(torch.cpu, 'get_capabilities'):  # an older PyTorch does not tell
+        return False
     cpu = torch.cpu.get_capabilities()
-    if torch.backends.mkl.is_available() and cpu.get('cpu_name', '').startswith('AMD') and cpu.get('avx512_f'):
-        return None
-    return 'it is for AMD CPUs with AVX-512, which MKL does not use there'
+    is_amd = cpu.get('cpu_name', '').startswith('AMD')
+    return torch.backends.mkl.is_available() and is_amd and cpu.get('avx512_f', False)
 
 
 def use_onednn(model: nn.Module) -> None:
     """Replace the Linear layers of a model by those with oneDNN's product, if this CPU gains by it."""
-    if why_not_onednn() is not None:
+    if not is_onednn_faster():
         return
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):

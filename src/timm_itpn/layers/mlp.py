@@ -6,40 +6,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .run import is_eager
+from ..ops.attention import is_transformed
+from .tracing import is_eager
 
 __all__ = ['GatedSiLU', 'SwiGLU']
 
 
 class GatedProduct(torch.autograd.Function):
     """silu(gate) * value. Keeps its two inputs for the backward pass, and computes silu(gate) again."""
-    generate_vmap_rule = True
 
     @staticmethod
-    def forward(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, value)
         return F.silu(gate) * value
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, value = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative, which the operator below does not have
-            return grad * value * _silu_derivative(gate), grad * F.silu(gate)
+            sigmoid = gate.sigmoid()
+            return grad * value * (sigmoid * (1 + gate * (1 - sigmoid))), grad * F.silu(gate)
         return torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)
-
-    @staticmethod
-    def jvp(ctx: Any, dgate: torch.Tensor, dvalue: torch.Tensor) -> torch.Tensor:
-        gate, value = ctx.saved_tensors
-        return dgate * value * _silu_derivative(gate) + F.silu(gate) * dvalue
-
-
-def _silu_derivative(x: torch.Tensor) -> torch.Tensor:
-    sigmoid = x.sigmoid()
-    return sigmoid * (1 + x * (1 - sigmoid))
 
 
 class GatedSiLU(nn.Module):
@@ -47,7 +34,7 @@ class GatedSiLU(nn.Module):
 
     def forward(self, gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if torch.is_grad_enabled() and is_eager(gate):
+            if torch.is_grad_enabled() and is_eager(gate) and not is_transformed():
                 return GatedProduct.apply(gate, value)
         return F.silu(gate) * value
 

@@ -8,36 +8,48 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 
 from .fused import FusedLinear, weights_of
-from .sizes import padded
+from .tracing import holds
 
 __all__ = [
-    'ConvPatchMerge', 'ConvPatchSplit', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'check_side_lengths']
+    'ConvPatchMerge', 'ConvPatchSplit', 'ImageSize', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'padded',
+    'token_grid']
 
 ImageSize = int | tuple[int, int]
 
 
-def check_side_lengths(img_size: ImageSize, stride: int) -> tuple[int, int]:
-    """Return `img_size` as (height, width), or raise ValueError if a side is not a positive multiple of `stride`."""
+def token_grid(img_size: ImageSize) -> tuple[int, int]:
+    """Rows and columns of the tokens of an image; raise ValueError if a side is not a positive multiple of 16."""
     height, width = to_2tuple(img_size)
-    if height < stride or width < stride or height % stride or width % stride:
-        raise ValueError(f'img_size {height} x {width} is not usable: both sides must be multiples of {stride}')
-    return height, width
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        raise ValueError(f'img_size {height} x {width} is not usable: both sides must be multiples of 16')
+    return height // 16, width // 16
+
+
+def padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Repeat the last row and column of (B, C, H, W) until both sides are multiples."""
+    H, W = x.shape[-2], x.shape[-1]
+    if holds(H % multiple == 0) and holds(W % multiple == 0):
+        return x
+    below = (H + multiple - 1) // multiple * multiple - H  # OpenVINO cannot take the remainder of a size
+    right = (W + multiple - 1) // multiple * multiple - W
+    return F.pad(x, (0, right, 0, below), mode='replicate')
 
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
 @register_notrace_function
-def check_input(x: torch.Tensor, height: int, width: int, stride: int, dynamic: bool, pad: bool) -> torch.Tensor:
+def check_input(x: torch.Tensor, height: int, width: int, dynamic: bool, pad: bool) -> torch.Tensor:
     """Return `x` (B, C, H, W), padded if need be, or raise ValueError if the model cannot take its size."""
     H, W = x.shape[-2], x.shape[-1]
     if pad:
-        x = padded(x, stride)
+        x = padded(x, 16)
     elif dynamic:
-        if H % stride != 0 or W % stride != 0:
-            raise ValueError(f'Input of {H} x {W} pixels: both sides must be multiples of {stride}; resize or pad it.')
+        if H % 16 != 0 or W % 16 != 0:
+            raise ValueError(f'Input of {H} x {W} pixels: both sides must be multiples of 16; resize or pad it.')
     elif H != height or W != width:
         raise ValueError(
             f'Input of {H} x {W} pixels, but the model is built for {height} x {width}: resize the input, '
@@ -52,14 +64,12 @@ class StemPatchEmbed(nn.Module):
     tokens (16), not of the convolution (4).
 
     Args:
-        img_size: Image side or (height, width) in pixels, multiples of `token_stride`.
-        patch_size: Kernel and stride of the convolution, in pixels.
-        token_stride: Pixels per token of the last stage.
+        img_size: Image side or (height, width) in pixels, multiples of 16.
         in_chans: Image channels.
         embed_dim: Output channels.
-        strict_img_size: True = only `img_size` is accepted; False = any multiple of `token_stride`.
-        dynamic_img_pad: Take images of any size, which are padded to multiples of `token_stride` at the right and
-            the bottom by repeating their last column and row.
+        strict_img_size: True = only `img_size` is accepted; False = any sides that are multiples of 16.
+        dynamic_img_pad: Take images of any size, which are padded to multiples of 16 at the right and the bottom by
+            repeating their last column and row.
         norm_layer: Normalisation after the convolution, None for none.
         dd: Device and dtype of the parameters.
     """
@@ -69,8 +79,6 @@ class StemPatchEmbed(nn.Module):
     def __init__(
             self,
             img_size: ImageSize = 224,
-            patch_size: int = 4,
-            token_stride: int = 16,
             in_chans: int = 3,
             embed_dim: int = 96,
             strict_img_size: bool = True,
@@ -79,23 +87,20 @@ class StemPatchEmbed(nn.Module):
             **dd: Any,
     ):
         super().__init__()
-        self.patch_size = to_2tuple(patch_size)
-        self.token_stride = token_stride
+        self.patch_size = (4, 4)
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
         self.set_input_size(img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, **dd)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=4, stride=4, **dd)
         self.norm = norm_layer(embed_dim, **dd) if norm_layer is not None else nn.Identity()
 
     def set_input_size(self, img_size: ImageSize) -> None:
-        height, width = check_side_lengths(img_size, self.token_stride)
-        self.img_size = (height, width)
-        self.grid_size = (height // self.token_stride, width // self.token_stride)
+        self.grid_size = token_grid(img_size)
+        self.img_size = to_2tuple(img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = check_input(
-            x, self.img_size[0], self.img_size[1], self.token_stride, not self.strict_img_size, self.dynamic_img_pad)
+        x = check_input(x, self.img_size[0], self.img_size[1], not self.strict_img_size, self.dynamic_img_pad)
         x = self.proj(x).permute(0, 2, 3, 1)  # (B, C, H, W) -> (B, H/4, W/4, D)
         return self.norm(x.contiguous())  # once here, so that no later layer has to
 

@@ -4,17 +4,15 @@ It goes from stride 16 down to 4; nothing in it mixes positions except the split
 patch. The levels at strides 32 and 64, which detectors want, are pooled from the one at stride 16.
 """
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerNorm
-from torch.types import Device
+from timm.layers import LayerNorm, Mlp
 
-from .blocks import MlpBlock
-from .patch_embed import ConvPatchSplit
-from .run import run_blocks
-from .sizes import padded
+from .blocks import MlpBlock, run_blocks
+from .patch_embed import ConvPatchSplit, padded
 
 __all__ = ['FeaturePyramid']
 
@@ -48,52 +46,31 @@ class PyramidLevel(nn.Module):
     """One level: stage features, plus what comes from the level above, through blocks.
 
     Args:
-        in_dim: Channels of the stage.
-        above_dim: Channels of what comes from above, None at the top.
+        align: Layer that brings stage features to `dim` channels.
+        split: Split of what comes from above, None at the top.
         dim: Channels of the level.
         depth: Blocks after the sum; the top has none.
-        align_bias: Bias in the layer that brings stage features to `dim` channels.
-        split_layer: Class of the split of what comes from above.
         block_kwargs: For the blocks.
     """
 
-    def __init__(
-            self,
-            in_dim: int,
-            above_dim: int | None,
-            dim: int,
-            depth: int,
-            align_bias: bool,
-            split_layer: Callable,
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            **block_kwargs: Any,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, align: nn.Module, split: nn.Module | None, dim: int, depth: int, **block_kwargs: Any):
         super().__init__()
         self.grad_checkpointing = False
-        block_kwargs = dict(norm_layer=norm_layer, **block_kwargs, **dd)
-        self.align = nn.Linear(in_dim, dim, bias=align_bias, **dd)
-        self.split = None if above_dim is None else split_layer(above_dim, dim, norm_layer=norm_layer, **dd)
+        self.align = align
+        self.split = split
         self.blocks = nn.Sequential(*[MlpBlock(dim, **block_kwargs) for _ in range(depth)])
         self.out = MlpBlock(dim, **block_kwargs)
 
     def forward(self, x: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
         """Stage features (B, H, W, in_dim) and the level above (B, H/2, W/2, above_dim) -> (B, H, W, dim)."""
-        if self.align is not None:
-            x = self.align(x)
+        x = self.align(x)
         if self.split is not None:
             x = x + self.split(above)
-        if self.blocks is not None:
-            x = self.blocks(x) if torch.jit.is_scripting() else run_blocks(self.blocks, x, self.grad_checkpointing)
-        return x
+        return self.blocks(x) if torch.jit.is_scripting() else run_blocks(self.blocks, x, self.grad_checkpointing)
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """The block between what the level below sees, and the level's output. (B, H, W, dim) -> (B, H, W, dim)."""
-        if self.out is not None:
-            x = self.out(x) if torch.jit.is_scripting() else run_blocks(self.out, x, self.grad_checkpointing)
-        return x
+        return self.out(x) if torch.jit.is_scripting() else run_blocks(self.out, x, self.grad_checkpointing)
 
 
 class FeaturePyramid(nn.Module):
@@ -109,7 +86,7 @@ class FeaturePyramid(nn.Module):
         split_layer: Class of the splits.
         pool: How strides 32 and 64 are pooled: 'max', 'avg' or 'subsample'.
         concat: Join each level with the stage's own features, level first; the pooled levels have those of stage 3.
-        act_layer: Activation of the blocks.
+        mlp_layer: Class of the MLPs in the blocks.
         dd: Device and dtype of the parameters.
 
     Raises:
@@ -128,7 +105,7 @@ class FeaturePyramid(nn.Module):
             split_layer: Callable = ConvPatchSplit,
             pool: str = 'max',
             concat: bool = False,
-            act_layer: Callable = nn.GELU,
+            mlp_layer: Callable = Mlp,
             norm_layer: Callable = LayerNorm,
             **dd: Any,
     ):
@@ -137,12 +114,12 @@ class FeaturePyramid(nn.Module):
             raise ValueError(f'pyramid_pool {pool!r} is unknown, use one of {tuple(POOLS)}')
         self.concat = concat
         self.norm = norm_layer(in_dims[2], **dd) if pre_norm else nn.Identity()
-        shared: dict[str, Any] = dict(
-            dim=dim, split_layer=split_layer, mlp_ratio=mlp_ratio, act_layer=act_layer, norm_layer=norm_layer, **dd)
+        align, split = partial(nn.Linear, **dd), partial(split_layer, norm_layer=norm_layer, **dd)
+        blocks: dict[str, Any] = dict(mlp_ratio=mlp_ratio, mlp_layer=mlp_layer, norm_layer=norm_layer, **dd)
         self.levels = nn.ModuleList([
-            PyramidLevel(in_dims[0], above_dim=dim, depth=depth, align_bias=align_bias, **shared),
-            PyramidLevel(in_dims[1], above_dim=in_dims[2], depth=depth, align_bias=align_bias, **shared),
-            PyramidLevel(in_dims[2], above_dim=None, depth=0, align_bias=True, **shared),
+            PyramidLevel(align(in_dims[0], dim, bias=align_bias), split(dim, dim), dim, depth, **blocks),
+            PyramidLevel(align(in_dims[1], dim, bias=align_bias), split(in_dims[2], dim), dim, depth, **blocks),
+            PyramidLevel(align(in_dims[2], dim), None, dim, 0, **blocks),
         ])
         self.pools = nn.ModuleList([Halve(pool), Halve(pool)])
         level_dims = [dim + in_dim if concat else dim for in_dim in in_dims]
@@ -157,9 +134,9 @@ class FeaturePyramid(nn.Module):
         needed = {min(i, 2) for i in indices}
         for i, level in enumerate(self.levels):
             if i not in needed:
-                level.out = None
+                level.out = nn.Identity()
             if i not in needed and (i == 2 or i < min(needed)):  # stride 8 is built from stage 3, not from stride 16
-                level.align = level.split = level.blocks = None
+                level.align = level.split = level.blocks = nn.Identity()
 
     def forward(self, stages: list[torch.Tensor], indices: list[int]) -> list[torch.Tensor]:
         """Compute some levels, and of the others only what those need.
@@ -171,26 +148,20 @@ class FeaturePyramid(nn.Module):
         Returns:
             Maps (B, H, W, D) of the levels wanted, from fine to coarse.
         """
-        maps: list[torch.Tensor] = []  # from coarse to fine
+        maps: dict[int, torch.Tensor] = {}  # by level
         top = self.norm(stages[2])
         if max(indices) >= 2:
-            x16 = self.join(stages[2], self.levels[2].finish(self.levels[2](top, top)))
-            x32 = self.pools[0](x16)
-            x64 = self.pools[1](x32)
-            if 4 in indices:
-                maps.append(x64)
-            if 3 in indices:
-                maps.append(x32)
-            if 2 in indices:
-                maps.append(x16)
+            maps[2] = self.join(stages[2], self.levels[2].finish(self.levels[2](top, top)))
+            maps[3] = self.pools[0](maps[2])
+            maps[4] = self.pools[1](maps[3])
         if min(indices) <= 1:
             x8 = self.levels[1](stages[1], top)
             if 1 in indices:
-                maps.append(self.join(stages[1], self.levels[1].finish(x8)))
+                maps[1] = self.join(stages[1], self.levels[1].finish(x8))
             if 0 in indices:
                 x4 = self.levels[0](stages[0], x8)
-                maps.append(self.join(stages[0], self.levels[0].finish(x4)))
-        return maps[::-1]
+                maps[0] = self.join(stages[0], self.levels[0].finish(x4))
+        return [maps[i] for i in sorted(indices)]
 
     def join(self, stage: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) and (B, H, W, dim) -> (B, H, W, dim), or (B, H, W, dim + C) with `concat`."""

@@ -14,7 +14,7 @@ from timm.layers import is_exporting, register_notrace_module
 from torch.types import Device
 
 from ..ops.attention import is_transformed
-from .sizes import same_grid
+from .tracing import same_grid
 
 __all__ = ['RelPosBias', 'resample_table']
 
@@ -109,32 +109,6 @@ def _stretch(old: int, new: int) -> float:
     return q
 
 
-def bias_of_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Look up the table for all pairs of tokens.
-
-    Args:
-        table: ((2 * height - 1) * (2 * width - 1), num_heads).
-        height: Of the grid, in tokens.
-        width: Of the grid, in tokens.
-
-    Returns:
-        The bias (1, num_heads, N, N + padding), N = height * width; rows are padded to multiples of 8, or CUDA's
-        memory-efficient attention would copy it to align them.
-    """
-    y = torch.arange(height, device=table.device, dtype=torch.int32)
-    x = torch.arange(width, device=table.device, dtype=torch.int32)
-    rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
-    columns = x[:, None] - x + width - 1  # (width, width)
-    index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
-    if not is_exporting() and not torch.jit.is_tracing():  # the remainder would hold the program to some sizes
-        index = F.pad(index, (0, -(height * width) % 8))
-    if not torch.jit.is_scripting():
-        if is_transformed():
-            index = index.long()  # the only type that vmap of torch 2.6 takes
-    bias = table.t().contiguous().index_select(1, index.flatten())
-    return bias.reshape(1, -1, height * width, index.shape[1])
-
-
 def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
     return resample_table(table, (height, width), (old_height, old_width)).clone()  # not the input itself
 
@@ -209,9 +183,7 @@ class RelPosBias(nn.Module):
         nn.init.zeros_(self.relative_position_bias_table)
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Resample the table to a grid (height, width)."""
-        if window_size == self.window_size:
-            return
+        """Resample the table to another grid (height, width)."""
         table = self.relative_position_bias_table
         with torch.no_grad():
             resampled = resample_table(table, window_size, self.window_size)
@@ -275,7 +247,23 @@ class RelPosBias(nn.Module):
             table, height, width, self.window_size[0], self.window_size[1])
 
     def _compute(self, height: int, width: int) -> torch.Tensor:
-        return bias_of_table(self._table(height, width), height, width)[..., :height * width]
+        """Look up the table for all pairs of tokens. In memory, rows are padded to multiples of 8.
+
+        CUDA's memory-efficient attention would copy a bias without that padding to align its rows.
+        """
+        table = self._table(height, width)
+        y = torch.arange(height, device=table.device, dtype=torch.int32)
+        x = torch.arange(width, device=table.device, dtype=torch.int32)
+        rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
+        columns = x[:, None] - x + width - 1  # (width, width)
+        index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
+        if not is_exporting() and not torch.jit.is_tracing():  # the remainder would hold the program to some sizes
+            index = F.pad(index, (0, -(height * width) % 8))
+        if not torch.jit.is_scripting():
+            if is_transformed():
+                index = index.long()  # the only type that vmap of torch 2.6 takes
+        bias = table.t().contiguous().index_select(1, index.flatten())
+        return bias.reshape(1, -1, height * width, index.shape[1])[..., :height * width]
 
     @torch.jit.unused
     def _may_keep(self) -> bool:

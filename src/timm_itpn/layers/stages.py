@@ -4,51 +4,48 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerNorm, trunc_normal_
+from timm.layers import register_notrace_function, resample_abs_pos_embed, trunc_normal_
 from timm.models import checkpoint
 from torch.types import Device
 
 from ..ops.attention import as_bias
-from .blocks import AttentionBlock, MlpBlock
-from .patch_embed import ConvPatchMerge
-from .pos_embed import resample_pos_embed
-from .run import run_blocks
+from .blocks import AttentionBlock, MlpBlock, run_blocks
+from .tracing import same_grid
 
-__all__ = ['AttentionStage', 'MlpStage']
+__all__ = ['AttentionStage', 'MlpStage', 'resample_pos_embed']
 
-torch.fx.wrap('resample_pos_embed')  # a leaf for FX, where it is called: a tracer has no sizes to compare
+
+@torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
+@register_notrace_function
+def resample_pos_embed(pos_embed: torch.Tensor, new_size: list[int], old_size: list[int]) -> torch.Tensor:
+    """Resample (1, h*w, C) to another grid as the official models do: plain bicubic in float32, no antialiasing.
+
+    Args:
+        pos_embed: Embedding of `old_size[0] * old_size[1]` positions, row-major.
+        new_size: New grid (height, width), in tokens.
+        old_size: Grid of `pos_embed`.
+    """
+    if same_grid((new_size[0], new_size[1]), (old_size[0], old_size[1])):
+        return pos_embed
+    return resample_abs_pos_embed(
+        pos_embed, new_size=new_size, old_size=old_size, num_prefix_tokens=0, antialias=False)
 
 
 class MlpStage(nn.Module):
     """Stage 1 or 2: an optional merge, then MLP blocks.
 
     Args:
+        downsample: The merge, Identity for a stage without.
         dim: Channels of the stage.
-        depth: Number of blocks.
-        in_dim: Channels before the merge, None for a stage without merge.
-        merge_layer: Class of the merge.
         drop_path: Stochastic depth rate of each block.
         block_kwargs: For the blocks.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            depth: int,
-            in_dim: int | None = None,
-            merge_layer: Callable = ConvPatchMerge,
-            drop_path: Sequence[float] = (),
-            norm_layer: Callable = LayerNorm,
-            device: Device = None,
-            dtype: torch.dtype | None = None,
-            **block_kwargs: Any,
-    ):
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+    def __init__(self, downsample: nn.Module, dim: int, drop_path: Sequence[float], **block_kwargs: Any):
         super().__init__()
         self.grad_checkpointing = False
-        self.downsample = nn.Identity() if in_dim is None else merge_layer(in_dim, dim, norm_layer=norm_layer, **dd)
-        self.blocks = nn.Sequential(*[
-            MlpBlock(dim, drop_path=drop_path[i], norm_layer=norm_layer, **block_kwargs, **dd) for i in range(depth)])
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*[MlpBlock(dim, drop_path=rate, **block_kwargs) for rate in drop_path])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
@@ -59,15 +56,13 @@ class AttentionStage(nn.Module):
     """Stage 3: merge, absolute position embedding, attention blocks.
 
     Args:
+        downsample: The merge.
         dim: Token width.
-        depth: Number of blocks.
         num_heads: Attention heads.
-        in_dim: Channels before the merge.
+        drop_path: Stochastic depth rate of each block.
         grid_size: Tokens (height, width) that `pos_embed` is for.
         dynamic_grid_size: Resample the position embeddings in forward when the map has another size.
         rel_pos_bias: Add a relative position bias in every block.
-        merge_layer: Class of the merge.
-        drop_path: Stochastic depth rate of each block.
         pos_drop: Dropout rate after the position embedding.
         block_layer: Class of the blocks.
         block_kwargs: For the blocks.
@@ -76,18 +71,15 @@ class AttentionStage(nn.Module):
 
     def __init__(
             self,
+            downsample: nn.Module,
             dim: int,
-            depth: int,
             num_heads: int,
-            in_dim: int,
+            drop_path: Sequence[float],
             grid_size: tuple[int, int],
             dynamic_grid_size: bool = False,
             rel_pos_bias: bool = False,
-            merge_layer: Callable = ConvPatchMerge,
-            drop_path: Sequence[float] = (),
             pos_drop: float = 0.,
             block_layer: Callable = AttentionBlock,
-            norm_layer: Callable = LayerNorm,
             device: Device = None,
             dtype: torch.dtype | None = None,
             **block_kwargs: Any,
@@ -97,7 +89,7 @@ class AttentionStage(nn.Module):
         self.grid_size = grid_size
         self.dynamic_grid_size = dynamic_grid_size
         self.grad_checkpointing = False
-        self.downsample = merge_layer(in_dim, dim, norm_layer=norm_layer, **dd)
+        self.downsample = downsample
         self.pos_embed = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim, **dd))
         self.pos_drop = nn.Dropout(pos_drop)
         self.blocks = nn.ModuleList([
@@ -106,11 +98,10 @@ class AttentionStage(nn.Module):
                 num_heads,
                 window_size=grid_size if rel_pos_bias else None,
                 dynamic_window_size=dynamic_grid_size,
-                drop_path=drop_path[i],
-                norm_layer=norm_layer,
+                drop_path=rate,
                 **block_kwargs,
                 **dd,
-            ) for i in range(depth)])
+            ) for rate in drop_path])
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -32,6 +32,7 @@ from timm.layers import (
     ClNormMlpClassifierHead,
     LayerNorm,
     LayerType,
+    Mlp,
     calculate_drop_path_rates,
     get_act_layer,
     get_norm_layer,
@@ -49,19 +50,21 @@ from torch.types import Device
 
 from ..acceleration.schedule import parse_schedule
 from ..acceleration.stage import MigrationStage
+from ..layers.attention import Attention
 from ..layers.linear import use_onednn
+from ..layers.mlp import SwiGLU
 from ..layers.patch_embed import (
     ConvPatchMerge,
     ConvPatchSplit,
     LinearPatchMerge,
     LinearPatchSplit,
     StemPatchEmbed,
-    check_side_lengths,
+    token_grid,
 )
 from ..layers.pyramid import FeaturePyramid
-from ..layers.sizes import holds
 from ..layers.stages import AttentionStage, MlpStage
-from ..weights.sources import SOURCES, drive_url, file_name
+from ..layers.tracing import holds
+from ..weights.sources import drive_url, file_name, source_of
 from ._timm import FeatureGetterNet, feature_take_indices, update_model_input_size
 from .loading import checkpoint_filter_fn, convert_on_load, fetched, prepare_state_dict
 
@@ -82,10 +85,7 @@ class Family(NamedTuple):
     mlp_ratio: float  # default of the model's argument, and so the next two
     rel_pos_bias: bool  # relative position bias in stage 3
     init_values: float  # layer scale
-    pyramid_mlp_ratio: float  # hidden channels per channel in the pyramid
-    pyramid_norm: bool  # a norm before the pyramid
-    pyramid_align_bias: bool  # bias in the layers that bring stages 1 and 2 to the pyramid's width
-    split_layer: type[nn.Module]  # class of the splits of the pyramid
+    pyramid: dict[str, Any]  # arguments of its `FeaturePyramid`
     trunc_normal: tuple[str, ...]  # starts of the names of the Linear layers that are initialised by trunc normal
 
 
@@ -93,12 +93,12 @@ FAMILIES: dict[str, Family] = {
     'fast_itpn': Family(
         stem_norm=False, merge_layer=ConvPatchMerge, scale_mlp=True, swiglu_mlp=True, k_bias=False,
         stem_layer_scale=False, mlp_ratio=3., rel_pos_bias=False, init_values=0.1,
-        pyramid_mlp_ratio=8 / 3, pyramid_norm=True, pyramid_align_bias=True, split_layer=ConvPatchSplit,
+        pyramid=dict(mlp_ratio=8 / 3, pre_norm=True, align_bias=True, split_layer=ConvPatchSplit),
         trunc_normal=('stages.2', 'head')),
     'itpn': Family(
         stem_norm=True, merge_layer=LinearPatchMerge, scale_mlp=False, swiglu_mlp=False, k_bias=True,
         stem_layer_scale=True, mlp_ratio=4., rel_pos_bias=True, init_values=0.,
-        pyramid_mlp_ratio=4., pyramid_norm=False, pyramid_align_bias=False, split_layer=LinearPatchSplit,
+        pyramid=dict(mlp_ratio=4., pre_norm=False, align_bias=False, split_layer=LinearPatchSplit),
         trunc_normal=('',)),
 }
 
@@ -233,29 +233,31 @@ class ITPN(nn.Module):
             norm_layer=norm if differs.stem_norm else None,
             **dd,
         )
-        shared: dict[str, Any] = dict(
-            merge_layer=differs.merge_layer, scale_mlp=differs.scale_mlp, proj_drop=proj_drop_rate,
-            act_layer=act, norm_layer=norm, **dd)
+        plain_mlp = partial(Mlp, act_layer=act)
+        scale_norm = norm if differs.scale_mlp else None
+        merge = partial(differs.merge_layer, norm_layer=norm, **dd)
+        shared: dict[str, Any] = dict(proj_drop=proj_drop_rate, norm_layer=norm, **dd)
         stem: dict[str, Any] = dict(
-            mlp_ratio=stem_mlp_ratio, init_values=init_values if differs.stem_layer_scale else None, **shared)
+            mlp_ratio=stem_mlp_ratio,
+            mlp_layer=partial(plain_mlp, norm_layer=scale_norm),
+            init_values=init_values if differs.stem_layer_scale else None,
+            **shared,
+        )
         self.stages = nn.Sequential(
-            MlpStage(dims[0], depths[0], drop_path=drop_path[0], **stem),
-            MlpStage(dims[1], depths[1], in_dim=dims[0], drop_path=drop_path[1], **stem),
+            MlpStage(nn.Identity(), dims[0], drop_path[0], **stem),
+            MlpStage(merge(dims[0], dims[1]), dims[1], drop_path[1], **stem),
             third(
+                merge(dims[1], dims[2]),
                 dims[2],
-                depths[2],
                 num_heads,
-                in_dim=dims[1],
+                drop_path[2],
                 grid_size=self.patch_embed.grid_size,
                 dynamic_grid_size=dynamic_img_size,
-                drop_path=drop_path[2],
                 pos_drop=pos_drop_rate,
-                attn_drop=attn_drop_rate,
-                attn_impl=attn_impl,
+                attn_layer=partial(Attention, k_bias=differs.k_bias, attn_impl=attn_impl, attn_drop=attn_drop_rate),
                 rel_pos_bias=rel_pos_bias,
-                k_bias=differs.k_bias,
                 mlp_ratio=mlp_ratio,
-                swiglu_mlp=differs.swiglu_mlp,
+                mlp_layer=partial(SwiGLU if differs.swiglu_mlp else plain_mlp, norm_layer=scale_norm),
                 init_values=init_values,
                 **shared,
             ),
@@ -268,14 +270,11 @@ class ITPN(nn.Module):
                 dims,
                 pyramid_dim,
                 pyramid_depth,
-                mlp_ratio=differs.pyramid_mlp_ratio,
-                pre_norm=differs.pyramid_norm,
-                align_bias=differs.pyramid_align_bias,
-                split_layer=differs.split_layer,
                 pool=pyramid_pool,
                 concat=pyramid_concat,
-                act_layer=act,
+                mlp_layer=plain_mlp,
                 norm_layer=norm,
+                **differs.pyramid,
                 **dd,
             )
             self.feature_info = [dict(info, module=f'pyramid.{info["module"]}') for info in self.pyramid.feature_info]
@@ -295,9 +294,8 @@ class ITPN(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(FAMILIES[self.family].trunc_normal):
                 trunc_normal_(module.weight, std=.02)
-                for key, parameter in module.named_parameters(recurse=False):
-                    if key.endswith('bias'):
-                        nn.init.zeros_(parameter)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif needs_reset and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
         if isinstance(self.head.fc, nn.Linear):
@@ -313,12 +311,8 @@ class ITPN(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates: stem, each block and each merge, then norm, head and pyramid."""
-        blocks: Any
-        if coarse:
-            blocks = r'^stages\.(\d+)'
-        else:
-            blocks = [(r'^stages\.(\d+)\.downsample', (-1,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)]
-        return dict(stem=r'^patch_embed|^stages\.2\.pos_embed', blocks=blocks)
+        fine = [(r'^stages\.(\d+)\.downsample', (-1,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None)]
+        return dict(stem=r'^patch_embed|^stages\.2\.pos_embed', blocks=r'^stages\.(\d+)' if coarse else fine)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -363,11 +357,10 @@ class ITPN(nn.Module):
         if patch_size is not None and to_2tuple(patch_size) != self.patch_embed.patch_size:
             raise ValueError(f'patch_size cannot change from {self.patch_embed.patch_size} to {patch_size}')
         if img_size is not None:
-            stride = self.patch_embed.token_stride
-            height, width = check_side_lengths(img_size, stride)
+            grid_size = token_grid(img_size)
             for stage in self.stages:
                 if isinstance(stage, AttentionStage):
-                    stage.set_grid_size((height // stride, width // stride))
+                    stage.set_grid_size(grid_size)
             self.patch_embed.set_input_size(img_size)
         update_model_input_size(self, self.patch_embed.img_size)
 
@@ -438,8 +431,7 @@ class ITPN(nn.Module):
         else:
             intermediates = [maps[i] for i in sorted(take_indices)]
         if self.patch_embed.dynamic_img_pad:
-            intermediates = [
-                crop(y, height, width, 4 << i) for y, i in zip(intermediates, sorted(take_indices))]
+            intermediates = [crop(y, height, width, 4 << i) for y, i in zip(intermediates, sorted(take_indices))]
         if output_fmt == 'NCHW':
             # (B, H, W, C) -> (B, C, H, W); .contiguous() would leave views of pooled maps, which FSDP2 warns of
             intermediates = [
@@ -539,17 +531,18 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs: Any) -> ITPN:
     """
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     model_args = dict(SIZES[variant.removesuffix('_fpn')], **TAG_ARGS.get(source.tag or '', {}))
+    features_only = kwargs.get('features_only', False)
     if variant.endswith('_fpn'):
-        model_args['pyramid'] = kwargs.get('features_only', False)
-    if kwargs.get('features_only') and not {'img_size', 'dynamic_img_size'} & set(kwargs):
+        model_args['pyramid'] = features_only
+    if features_only and not {'img_size', 'dynamic_img_size'} & set(kwargs):
         model_args['dynamic_img_size'] = True  # decoders take images of any size
     kwargs = dict(model_args, **kwargs)
     has_pyramid = kwargs.get('pyramid', False)
-    out_indices = kwargs.pop('out_indices', 5 if has_pyramid else 3)
     feature_cls = kwargs.get('feature_cls', 'getter')
-    if has_pyramid and feature_cls not in ('getter', FeatureGetterNet):
+    is_getter = feature_cls in ('getter', FeatureGetterNet)
+    if has_pyramid and not is_getter:
         raise ValueError(f"feature_cls {feature_cls!r} cannot see the pyramid: leave it out, or use 'getter'.")
-    if kwargs.get('features_only') and kwargs.get('dynamic_img_size') and feature_cls in ('getter', FeatureGetterNet):
+    if features_only and is_getter and kwargs.get('dynamic_img_size'):
         kwargs.setdefault('dynamic_img_pad', True)
     if pretrained:
         kwargs['pretrained_cfg_overlay'] = fetched(variant, **kwargs)
@@ -558,7 +551,7 @@ def _create_itpn(variant: str, pretrained: bool = False, **kwargs: Any) -> ITPN:
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter', flatten_sequential=True),
+        feature_cfg=dict(out_indices=5 if has_pyramid else 3, feature_cls='getter', flatten_sequential=True),
         **kwargs,
     )
 
@@ -570,27 +563,25 @@ PAPERS = {
 }
 
 
-def _cfg(paper: str, weights: str = '', num_classes: int = 0, **kwargs: Any) -> dict[str, Any]:
+def _cfg(name: str, num_classes: int = 0, **kwargs: Any) -> dict[str, Any]:
     """Default cfg, as timm calls the description of one weight file.
 
     Args:
-        paper: Key of `PAPERS`.
-        weights: Row of `SOURCES`, '' if nothing is published.
+        name: Of the model and its file, `arch.tag`; `arch` alone if nothing is published.
         num_classes: Of the file's classifier, 0 if it has none.
         kwargs: More of timm's `PretrainedCfg`, and what differs.
     """
     published: dict[str, Any] = {}
-    if weights:
-        source = SOURCES[weights]
+    if source := source_of(name):
         published = dict(
-            url=(drive_url(source), file_name(weights)),  # for `fetch`; timm itself does not load from a pair
+            url=(drive_url(source), file_name(name)),  # for `fetch`; timm itself does not load from a pair
             hf_hub_id=source.hub_repo or None,
             hf_hub_filename=source.hub_path or None,
             origin_url=drive_url(source),
             license=source.license,
             description=source.contents,
         )
-    paper_id, paper_name = PAPERS[paper]
+    paper_id, paper_name = next(paper for family, paper in PAPERS.items() if name.startswith(family))
     return {
         'num_classes': num_classes,
         'input_size': (3, 224, 224),
@@ -610,38 +601,37 @@ def _cfg(paper: str, weights: str = '', num_classes: int = 0, **kwargs: Any) -> 
     }
 
 
-default_cfgs = generate_default_cfgs({
-    'fast_itpn_tiny.mim_in1k': _cfg('fast_itpn', 'fast_itpn_tiny.mim_in1k'),
-    'fast_itpn_small.mim_in1k': _cfg('fast_itpn', 'fast_itpn_small.mim_in1k'),
-    'fast_itpn_base.mim_in1k': _cfg('fast_itpn', 'fast_itpn_base.mim_in1k'),
-    'fast_itpn_base.mim_in1k_ft_in21k': _cfg(
-        'fast_itpn',
-        'fast_itpn_base.mim_in1k_ft_in21k',
-        num_classes=21841,
-        notes=('number of classes assumed, the file has not been seen',),
-    ),
-    'fast_itpn_large.mim_in1k': _cfg('fast_itpn', 'fast_itpn_large.mim_in1k'),
-    'fast_itpn_tiny_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_tiny.mim_in1k'),
-    'fast_itpn_small_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_small.mim_in1k'),
-    'fast_itpn_base_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_base.mim_in1k'),
-    'fast_itpn_large_fpn.mim_in1k': _cfg('fast_itpn', 'fast_itpn_large.mim_in1k'),
-    'itpn_tiny': _cfg('itpn', num_classes=1000),
-    'itpn_small': _cfg('itpn', num_classes=1000),
-    'itpn_base.pixel_in1k': _cfg('itpn', 'itpn_base.pixel_in1k'),
-    'itpn_base.clip_in1k': _cfg('itpn', 'itpn_base.clip_in1k'),
-    'itpn_large.pixel_in1k': _cfg('itpn', 'itpn_large.pixel_in1k'),
-    'itpn_large.clip_in1k': _cfg('itpn', 'itpn_large.clip_in1k'),
-    'itpn_tiny_fpn': _cfg('itpn', num_classes=1000),
-    'itpn_small_fpn': _cfg('itpn', num_classes=1000),
-    'itpn_base_fpn.pixel_in1k': _cfg('itpn', 'itpn_base.pixel_in1k'),
-    'itpn_base_fpn.clip_in1k': _cfg('itpn', 'itpn_base.clip_in1k'),
-    'itpn_large_fpn.pixel_in1k': _cfg('itpn', 'itpn_large.pixel_in1k'),
-    'itpn_large_fpn.clip_in1k': _cfg('itpn', 'itpn_large.clip_in1k'),
-    'hivit_tiny': _cfg('hivit', num_classes=1000),
-    'hivit_small.in1k': _cfg('hivit', 'hivit_small.in1k', num_classes=1000),
-    'hivit_base.mae_in1k_ft_in1k': _cfg('hivit', 'hivit_base.mae_in1k_ft_in1k', num_classes=1000),
-    'hivit_base.mae_in1k': _cfg('hivit', 'hivit_base.mae_in1k'),
-})
+# name -> arguments of `_cfg`
+CFGS: dict[str, dict[str, Any]] = {
+    'fast_itpn_tiny.mim_in1k': {},
+    'fast_itpn_small.mim_in1k': {},
+    'fast_itpn_base.mim_in1k': {},
+    'fast_itpn_base.mim_in1k_ft_in21k': dict(
+        num_classes=21841, notes=('number of classes assumed, the file has not been seen',)),
+    'fast_itpn_large.mim_in1k': {},
+    'fast_itpn_tiny_fpn.mim_in1k': {},
+    'fast_itpn_small_fpn.mim_in1k': {},
+    'fast_itpn_base_fpn.mim_in1k': {},
+    'fast_itpn_large_fpn.mim_in1k': {},
+    'itpn_tiny': dict(num_classes=1000),
+    'itpn_small': dict(num_classes=1000),
+    'itpn_base.pixel_in1k': {},
+    'itpn_base.clip_in1k': {},
+    'itpn_large.pixel_in1k': {},
+    'itpn_large.clip_in1k': {},
+    'itpn_tiny_fpn': dict(num_classes=1000),
+    'itpn_small_fpn': dict(num_classes=1000),
+    'itpn_base_fpn.pixel_in1k': {},
+    'itpn_base_fpn.clip_in1k': {},
+    'itpn_large_fpn.pixel_in1k': {},
+    'itpn_large_fpn.clip_in1k': {},
+    'hivit_tiny': dict(num_classes=1000),
+    'hivit_small.in1k': dict(num_classes=1000),
+    'hivit_base.mae_in1k_ft_in1k': dict(num_classes=1000),
+    'hivit_base.mae_in1k': {},
+}
+
+default_cfgs = generate_default_cfgs({name: _cfg(name, **kwargs) for name, kwargs in CFGS.items()})
 
 
 @register_model

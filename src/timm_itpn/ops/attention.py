@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_function, use_fused_attn
 from torch.autograd import forward_ad
 
-from .choose import choose
-
 __all__ = [
     'IMPLEMENTATIONS', 'Heads', 'as_bias', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed']
 
@@ -22,9 +20,20 @@ MANY_TOKENS = 2048
 
 
 def choose_attention(name: str = 'auto') -> str:
-    """As `choose` does, among `IMPLEMENTATIONS`."""
-    reason = None if use_fused_attn() else 'timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)'
-    return choose('attn_impl', name, {'sdpa': reason, 'reference': None})
+    """Return one of `IMPLEMENTATIONS`: the one that is asked for, or for 'auto' the first that can run.
+
+    Raises:
+        ValueError: `name` is unknown.
+        RuntimeError: The implementation asked for cannot run; the message gives the reason.
+    """
+    if name == 'auto':
+        return 'sdpa' if use_fused_attn() else 'reference'
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f'attn_impl {name!r} is unknown, use one of: auto, {", ".join(IMPLEMENTATIONS)}')
+    if name == 'sdpa' and not use_fused_attn():
+        raise RuntimeError(
+            "attn_impl 'sdpa' cannot run: timm has fused attention off (TIMM_FUSED_ATTN=0, or exportable=True)")
+    return name
 
 
 def as_bias(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -47,12 +56,10 @@ def _contiguous_heads(x: torch.Tensor) -> torch.Tensor:
 
     The kernel reads them once for each block of queries, so a copy soon pays.
     """
-    if torch.jit.is_scripting():
-        return x
-    else:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.is_cpu or x.shape[-2] < MANY_TOKENS:
-            return x
-        return x.contiguous()
+    if not torch.jit.is_scripting():
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and x.is_cpu and x.shape[-2] >= MANY_TOKENS:
+            return x.contiguous()
+    return x
 
 
 def fused_attention(

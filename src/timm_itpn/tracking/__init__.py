@@ -1,5 +1,5 @@
 """Several images through one model, as visual trackers need it."""
+from .embeddings import foreground_share
 from .encoder import JointEncoder
-from .types import foreground_share
 
 __all__ = ['JointEncoder', 'foreground_share']

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.nn as nn
 from timm.layers import LayerNorm
+from timm.models import checkpoint
 
+from ..acceleration.migration import Left, depart, replenish
 from ..acceleration.schedule import num_leaving, parse_schedule
-from ..layers.patch_embed import ImageSize, check_side_lengths
-from ..layers.pos_embed import role_pos_embed
+from ..layers.patch_embed import ImageSize, token_grid
 from ..layers.stages import AttentionStage
 from ..models.itpn import ITPN
 from ..ops.attention import as_bias, attention_weights
@@ -22,7 +23,7 @@ from ..weights.checkpoint import StateDict, unwrap, why_no_weights
 from ..weights.layout import POS_EMBED, native_to_official
 from ..weights.read import read_contents
 from ..weights.tracker import mark_own, to_encoder
-from .migration import run_migrating
+from .embeddings import role_pos_embed
 
 __all__ = ['JointEncoder']
 
@@ -36,7 +37,7 @@ class JointEncoder(nn.Module):
         model: The model. The encoder takes it over, without its classifier, pyramid and position embedding.
         roles: Role of an image, such as 'search' or 'template' -> its side or (height, width), multiples of 16 pixels.
         positions: How the position embeddings of the roles are made of the model's: 'half_pixel', 'corners' or 'crop';
-            see `layers.pos_embed.role_pos_embed`.
+            see `tracking.embeddings.role_pos_embed`.
         migrate: Block of stage 3 -> how many tokens of an image of the first role leave there (int), or which share of
             them (float), to come back after the last block; None for none. `forward` does so, `run` does not.
         norm: Norm of the tokens after stage 3, None for a new LayerNorm. That of a pre-training file is
@@ -68,8 +69,7 @@ class JointEncoder(nn.Module):
         self.in_chans = model.in_chans
         self.embed_dim = model.embed_dim
         self.positions = positions
-        sizes = {role: check_side_lengths(size, 16) for role, size in roles.items()}
-        self.grid_sizes = {role: (height // 16, width // 16) for role, (height, width) in sizes.items()}
+        self.grid_sizes = {role: token_grid(size) for role, size in roles.items()}
         schedule = parse_schedule(len(stage.blocks), migrate=migrate)
         height, width = next(iter(self.grid_sizes.values()))
         self.leaving = num_leaving(list(schedule.migrate), height * width) if schedule else []
@@ -233,14 +233,22 @@ class JointEncoder(nn.Module):
 
     def _run_migrating(
             self, tokens: torch.Tensor, parts: Parts, first: int, bias: torch.Tensor | None) -> torch.Tensor:
+        """As `run`, with fewer tokens of the first role from block to block; `first` is where the parts begin."""
         stage: Any = self.stages[-1]
         role = next(iter(self.grid_sizes))
         if bias is not None or role not in parts or parts[role].ndim != 3:
             raise ValueError(f'With migrate= one image of the role {role!r} is needed for each sample, and no bias.')
         for other in list(parts)[:list(parts).index(role)]:
             first += parts[other][0].numel() // self.embed_dim
-        num = parts[role].shape[1]
-        return run_migrating(stage.blocks, tokens, first, num, self.leaving, stage.grad_checkpointing)
+        num, left = parts[role].shape[1], []
+        positions = torch.arange(num, device=tokens.device).expand(len(tokens), 1, -1)
+        for block, num_leave in zip(stage.blocks, self.leaving):
+            args = block, tokens, first, positions, num_leave
+            tokens, positions, out = checkpoint(_migrate, *args) if stage.grad_checkpointing else _migrate(*args)
+            left.append(out)
+        last = first + positions.shape[2]
+        image = replenish(tokens[:, None, first:last], positions, left, num, carry=True)
+        return torch.cat((tokens[:, :first], image, tokens[:, last:]), dim=1)
 
     def load(self, path: str | Path, prefix: str | None = None) -> StateDict:
         """Load a tracker's checkpoint, or a folder that `timm-itpn convert` made of one, without running its code.
@@ -273,6 +281,20 @@ class JointEncoder(nn.Module):
         for leaf in ('weight', 'bias'):
             native[f'head.norm.{leaf}'] = native.pop(f'norm.{leaf}')
         return native_to_official(mark_own(native))
+
+
+def _migrate(
+        block: Any, x: torch.Tensor, first: int, positions: torch.Tensor, num_leave: int,
+) -> tuple[torch.Tensor, torch.Tensor, Left | None]:
+    """A block: tokens without those that leave, positions (B, 1, M) of the image's in its grid, and those that left."""
+    last, left = first + positions.shape[2], None
+    qkv = block.project(x)
+    x = block.attend(x, qkv.permute(2, 0, 3, 1, 4).unbind(0), None)
+    if num_leave > 0:
+        keys = qkv[:, None, first:last, 1].flatten(-2)  # (B, 1, M, dim)
+        image, positions, left = depart(x[:, None, first:last], positions, keys, None, num_leave)
+        x = torch.cat((x[:, :first], image[:, 0], x[:, last:]), dim=1)
+    return block.feed(x), positions, left
 
 
 def convert_on_load(encoder: JointEncoder, state_dict: StateDict, prefix: str, *_: Any) -> None:

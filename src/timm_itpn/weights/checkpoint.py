@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import to_2tuple
 
-from ..layers.pos_embed import resample_pos_embed
 from ..layers.rel_pos_bias import resample_table
+from ..layers.stages import resample_pos_embed
 from .describe import describe, part_of
 from .layout import (
     CLASSIFIER,

@@ -1,10 +1,14 @@
-"""Sizes that are known when a forward is traced, and those that are not."""
+"""What a forward may ask while it is traced, scripted, compiled or exported."""
 import torch
-import torch.nn.functional as F
 from timm.layers import is_exporting
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ['holds', 'padded', 'same_grid']
+__all__ = ['holds', 'is_eager', 'same_grid']
+
+
+def is_eager(x: torch.Tensor) -> bool:
+    """True if `x` is computed with now, not traced; FX has stand-ins for tensors."""
+    return isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def holds(condition: bool) -> bool:
@@ -26,13 +30,3 @@ def same_grid(new_size: tuple[int, int], old_size: tuple[int, int]) -> bool:
     if torch.jit.is_tracing():
         return bool(new_size[0] == old_size[0]) and bool(new_size[1] == old_size[1])
     return holds(new_size[0] == old_size[0]) and holds(new_size[1] == old_size[1])
-
-
-def padded(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Repeat the last row and column of (B, C, H, W) until both sides are multiples."""
-    H, W = x.shape[-2], x.shape[-1]
-    if holds(H % multiple == 0) and holds(W % multiple == 0):
-        return x
-    below = (H + multiple - 1) // multiple * multiple - H  # OpenVINO cannot take the remainder of a size
-    right = (W + multiple - 1) // multiple * multiple - W
-    return F.pad(x, (0, right, 0, below), mode='replicate')

@@ -1,29 +1,13 @@
-"""Resampling of absolute position embeddings."""
+"""What is added to the tokens of an image: its positions, and what a token of a template stands for."""
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import register_notrace_function, resample_abs_pos_embed
 
-from .sizes import same_grid
+from ..layers.stages import resample_pos_embed
 
-__all__ = ['METHODS', 'resample_pos_embed', 'role_pos_embed']
+__all__ = ['METHODS', 'foreground_share', 'role_pos_embed']
 
 METHODS = ('half_pixel', 'corners', 'crop')
-
-
-@register_notrace_function
-def resample_pos_embed(pos_embed: torch.Tensor, new_size: list[int], old_size: list[int]) -> torch.Tensor:
-    """Resample (1, h*w, C) to another grid as the official models do: plain bicubic in float32, no antialiasing.
-
-    Args:
-        pos_embed: Embedding of `old_size[0] * old_size[1]` positions, row-major.
-        new_size: New grid (height, width), in tokens.
-        old_size: Grid of `pos_embed`.
-    """
-    if same_grid((new_size[0], new_size[1]), (old_size[0], old_size[1])):
-        return pos_embed
-    return resample_abs_pos_embed(
-        pos_embed, new_size=new_size, old_size=old_size, num_prefix_tokens=0, antialias=False)
 
 
 def role_pos_embed(
@@ -50,3 +34,26 @@ def role_pos_embed(
     else:
         grid = F.interpolate(grid.float(), new_size, mode='bicubic', align_corners=True).to(pos_embed.dtype)
     return rearrange(grid, '1 c h w -> 1 (h w) c')
+
+
+def foreground_share(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Share of each token's 16 x 16 pixels that are inside of a box, by their upper left corners.
+
+    Args:
+        boxes: (..., 4): left, top, width and height, as shares of the image's sides.
+        height: Of the image, in pixels.
+        width: Likewise.
+
+    Returns:
+        (..., N), 0 to 1, in raster order.
+    """
+    left, top, box_width, box_height = boxes.unbind(-1)
+    rows, columns = _inside(top, box_height, height), _inside(left, box_width, width)
+    return (rows[..., :, None] * columns[..., None, :]).flatten(-2)
+
+
+def _inside(start: torch.Tensor, length: torch.Tensor, side: int) -> torch.Tensor:
+    """Share of the pixels that are inside, for each row or column of tokens, (...) -> (..., side / 16)."""
+    pixel, first = torch.arange(side, device=start.device), start[..., None] * side
+    inside = (pixel >= first) & (pixel < first + length[..., None] * side)
+    return inside.to(start.dtype).unflatten(-1, (-1, 16)).mean(-1)
