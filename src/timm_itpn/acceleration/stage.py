@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
+from timm.layers import is_exporting, register_notrace_module
 from timm.models import checkpoint
 
 from ..layers.blocks import AttentionBlock
@@ -155,7 +155,14 @@ class MigrationStage(AttentionStage):
         B, H, W, C = x.shape
         if torch.jit.is_tracing():
             H, W = int(H), int(W)
-            x = x.expand(B, H, W, C)  # the windows of a trace are those of this size: it fails for another
+        if not torch.jit.is_scripting():
+            if is_exporting():
+                if isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt):  # AOTInductor would not ask the guards
+                    raise ValueError(
+                        'An accelerated model is exported for images of one size: leave height and width out of '
+                        'dynamic_shapes.')
+                H, W = len(range(H)), len(range(W))  # constants, where that is not seen: of a strict export
+        x = x.expand(B, H, W, C)  # the windows of a program are those of its example: it fails for another size
         N = H * W
         padded = is_padded(H, W, self.gather_window)
         leaving = self.leaving(H, W)
