@@ -391,6 +391,18 @@ def test_hostile_persistent_ids_are_refused(pickled, file_format, trap, tmp_path
 
 
 @pytest.mark.parametrize('meta', [False, True])
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('tree', [
+    {'a': torch.zeros(1).expand(2 ** 15, 2 ** 15)},
+    dict(zip('abcdefghij', torch.zeros(1, 2 ** 20).expand(10, -1).unbind())),
+], ids=['expanded', 'shared'])
+def test_tensors_that_would_take_far_more_memory_than_the_file_are_refused(tree, legacy, meta, tmp_path):
+    torch.save(tree, tmp_path / 'w.pt', _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match='its tensors are more than 8 times as large as what it stores'):
+        read_contents(tmp_path / 'w.pt', meta)
+
+
+@pytest.mark.parametrize('meta', [False, True])
 @pytest.mark.parametrize('offset, size, stride', [
     (0, (9,), (1,)), (6, (4,), (1,)), (-1, (2,), (1,)), (0, (-1, 2), (1, 1)), (2 ** 62, (1,), (1,)),
     (0, (2,), (2 ** 62,)), (0, (2,), (-1,)), (0, (2 ** 62, 2 ** 62), (0, 0)), (0, (2 ** 200,), (1,)),

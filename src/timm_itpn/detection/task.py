@@ -1,5 +1,6 @@
 """Training of Mask R-CNN as a task of the engine: data, detector, average precision, and the files at the end."""
 import argparse
+import copy
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 
 from ..engine import loop
-from ..engine.data import Replacing
+from ..engine.data import Replacing, seeded
 from ..engine.task import Batch, Losses, Task, creating
 from ..files import replaced
 from ..weights.read import read_contents
@@ -155,7 +156,20 @@ def _create_detector(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
         if args.initial_checkpoint and not args.evaluate:
             tree = read_contents(Path(args.initial_checkpoint)).tree
             model.load_state_dict(tree.get('model', tree))
+        _try_out(copy.deepcopy(model))
     return model
+
+
+def _try_out(model: MaskRCNN) -> None:
+    """Run a detector on an image, in training and in evaluation: most arguments are looked at only there."""
+    image, masks = torch.full((3, 64, 64), 0.5), torch.ones(1, 64, 64, dtype=torch.uint8)
+    target = dict(boxes=torch.tensor([[8., 8., 56., 56.]]), labels=torch.tensor([1]), masks=masks)
+    model.transform.min_size = (64,)
+    with seeded(0), torch.no_grad():
+        loss = compute_losses(model.train(), [image], [target])['loss']
+        model.eval()([image])
+    if not loss.isfinite():
+        raise ArithmeticError(f'its loss is {loss.item()}')
 
 
 def _picture(image: torch.Tensor, objects: dict[str, torch.Tensor], dataset: CocoDataset) -> torch.Tensor:

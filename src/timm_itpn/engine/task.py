@@ -1,5 +1,6 @@
 """What kinds of training differ in: the model, its loss and data, its figures, and what is measured and written."""
 import json
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,7 +80,9 @@ class Task(TrainingTask):
 def creating(what: str) -> Iterator[None]:
     """Whatever unsuitable arguments make a constructor raise is a ValueError with a sentence."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Initializing zero-element')  # of a size of 0, which is refused later
+            yield
     except (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError) as error:
         why = ' '.join(str(error).split())[:300]
         raise ValueError(f'{what} cannot be created: {type(error).__name__} {why}') from error
