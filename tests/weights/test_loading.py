@@ -259,6 +259,7 @@ def test_layer_scale_is_never_dropped(classifier, tmp_path):
         load(save(classifier, tmp_path / 'w.pt'), init_values=0.)
 
 
+SHARED = 'has the shape .* memory for a part|more than 8 times as large as what it stores'
 SHAPE = 'has the shape|shapes or types of|in the checkpoint, but|tokens|but the model is of|not of an official iTPN'
 VALUES = 'infinite or not a number'
 ODD = {  # what is in the place of a tensor: how it is made of it, and what is said
@@ -266,7 +267,7 @@ ODD = {  # what is in the place of a tensor: how it is made of it, and what is s
     'empty': (lambda t: t[:0], SHAPE),
     'a dimension more': (lambda t: t[None], SHAPE),
     'one number': (lambda t: t.new_zeros([1] * t.ndim), SHAPE),
-    'huge': (lambda t: torch.zeros(1).expand([2 ** (48 // t.ndim)] * t.ndim), 'has the shape .* memory for a part'),
+    'huge': (lambda t: torch.zeros(1).expand([2 ** (48 // t.ndim)] * t.ndim), SHARED),
     'sparse': (lambda t: t.to_sparse(), 'has the shape .* memory for a part'),
     'complex': (lambda t: t.to(torch.complex64), 'of torch.complex64, not of a floating-point type|types of'),
     'integers': (lambda t: t.to(torch.int64), 'of torch.int64, not of a floating-point type|types of'),

@@ -91,8 +91,9 @@ def this_machine(device: str) -> Machine:
     info = Path('/proc/cpuinfo')
     lines = info.read_text(encoding='utf-8', errors='replace').splitlines() if info.exists() else []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    name = names[0] if names else platform.processor() or platform.machine()
     return Machine(
-        cpu=names[0] if names else platform.processor() or platform.machine(),
+        cpu=f'{name} ({torch.backends.cpu.get_cpu_capability()})',  # the name alone may stand for several kinds
         gpu=torch.cuda.get_device_name() if device == 'cuda' else None,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1,
         threads=torch.get_num_threads(),

@@ -1,4 +1,4 @@
-""" Checkpoint in, timm Hub folder out; and back to the official layout
+"""Checkpoint in, timm Hub folder out; and back to the official layout.
 
 The folder holds `model.safetensors` in native layout with all that the checkpoint has (backbone, classifier, pyramid,
 what only pre-training needs), `config.json` as timm writes it, and a model card. timm loads it with `local-dir:` and,

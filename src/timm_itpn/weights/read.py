@@ -242,7 +242,7 @@ class _Unpickler(pickle._Unpickler):
         for tensor in self.tensors:
             tensor.__class__ = torch.Tensor
         stored = sum(storage.nbytes() for storage in self.storages.values())
-        if sum(tensor.nbytes for tensor in self.tensors) > MAX_VALUES + MAX_VIEWS * stored:
+        if sum(tensor.nbytes for tensor in self.tensors if not tensor.is_meta) > MAX_VALUES + MAX_VIEWS * stored:
             raise _Refused(f'not read: its tensors are more than {MAX_VIEWS} times as large as what it stores')
         return tree
 
