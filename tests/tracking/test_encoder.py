@@ -48,6 +48,10 @@ def test_images_are_encoded_alone_before_stage_3_and_together_in_it(name):
     assert (encoder(dict(x, template=other), before, after, types)[1]['search'] - maps['search']).abs().max() > 1e-3
     swapped, _ = encoder(dict(template=x['template'], search=x['search']), before, after, types)
     assert_close(swapped[:, 20:36], maps['search'].flatten(2).mT)  # where a token is in the sequence says nothing
+    shared, maps = encoder(dict(x, template=x['template'][:1]), before, after)  # templates of all samples
+    repeated, wanted = encoder(dict(x, template=x['template'][:1].expand(2, -1, -1, -1, -1)), before, after)
+    assert_close(shared, repeated)
+    assert_close(maps['template'], wanted['template'])
     alone, _ = encoder(dict(search=x['search']))
     assert_close(alone, encoder.norm(encoder.run(encoder.embed(x['search'], 'search'))))
 
@@ -104,6 +108,7 @@ def test_blocks_may_be_looked_between():
 
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda e: e(dict(seach=images(2, 3, 64, 64))), "role 'seach' is unknown: the encoder is for search, template"),
+    (lambda e: e(inputs(), types=dict(seach=images(64))), "types are given for 'seach', but the inputs are: search, "),
     (lambda e: e.split(images(2, 16, 64), dict(seach=images(2, 16, 64))), "role 'seach' is unknown"),
     (lambda e: e(dict(template=images(2, 3, 64, 64))), r"'template' takes images \(3, 32, 48\) .*not \(2, 3, 64, 64\)"),
     (lambda e: e.embed(images(3, 64, 64), 'search'), 'in batches'),

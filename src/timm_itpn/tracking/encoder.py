@@ -191,7 +191,8 @@ class JointEncoder(nn.Module):
         maps = {}
         for role, part in parts.items():
             num = part[0].numel() // self.embed_dim
-            x = tokens[:, num_before:num_before + num].reshape(*part.shape[:-2], *self._grid_size(role), -1)
+            x = tokens[:, num_before:num_before + num]  # of all samples, also if the part is one that they share
+            x = x.reshape(tokens.shape[0], *part.shape[1:-2], *self._grid_size(role), -1)
             maps[role] = x.movedim(-1, -3)  # (..., h, w, C) -> (..., C, h, w)
             num_before += num
         return maps
@@ -217,6 +218,8 @@ class JointEncoder(nn.Module):
             ValueError: A role is unknown, or an input is neither images of its size nor their tokens; or with
                 `migrate` there is a bias, or not one image of the first role.
         """
+        if unknown := [role for role in types or () if role not in inputs]:
+            raise ValueError(f'types are given for {unknown[0]!r}, but the inputs are: {", ".join(inputs)}.')
         parts = {}
         for role, x in inputs.items():
             height, width = self._grid_size(role)
