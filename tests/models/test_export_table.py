@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.onnx_runtime import load_onnx
 from support.small import images, small_model
 
 import timm_itpn.models
@@ -54,20 +55,12 @@ def aot_inductor(model, x, path):
 def onnx_of_trace(model, x, path):
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     torch.onnx.export(model, (x,), path / 'model.onnx', dynamo=False, input_names=['x'], dynamic_axes={'x': axes})
-    return onnx_runtime(path / 'model.onnx')
+    return load_onnx(path / 'model.onnx')
 
 
 def onnx_of_export(model, x, path):
     torch.onnx.export(model, (x,), path / 'model.onnx', dynamo=True, verbose=False, dynamic_shapes=shapes())
-    return onnx_runtime(path / 'model.onnx')
-
-
-def onnx_runtime(path):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda x: [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
+    return load_onnx(path / 'model.onnx')
 
 
 def openvino(model, x, path):

@@ -1,10 +1,10 @@
 """Compilers, tracers and exporters take the models, and what they make computes the same."""
 import functools
 
-import onnxruntime
 import pytest
 import torch
 from functorch.compile import memory_efficient_fusion
+from support.onnx_runtime import load_onnx
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 from timm.utils.onnx import onnx_export
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -48,9 +48,8 @@ def test_onnx_runtime_agrees(name, how, tmp_path):
         torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
     else:
         onnx_export(model, path, example_input=x, use_dynamo=how == 'timm', check=True)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    output, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    assert_same(torch.from_numpy(output), model(x).detach())
+    output, = load_onnx(path)(x)
+    assert_same(output, model(x).detach())
 
 
 @pytest.mark.filterwarnings('ignore:Constant folding')
@@ -63,9 +62,7 @@ def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_buil
         program = torch.export.export(model, (x,))
         assert 'timm_itpn::' not in f'{program.graph} {traced.inlined_graph}'
         torch.onnx.export(model, (x,), path, dynamo=False)
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        for outputs in (traced(x), program.module()(x), torch.jit.script(model)(x), map(torch.from_numpy, found)):
+        for outputs in (traced(x), program.module()(x), torch.jit.script(model)(x), load_onnx(path)(x)):
             for actual, wanted in zip(outputs, expected, strict=True):
                 assert_same(actual, wanted)
 

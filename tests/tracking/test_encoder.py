@@ -1,7 +1,7 @@
 """Several images through one model: what may be kept, put around, hidden, asked for; and who runs it."""
-import onnxruntime
 import pytest
 import torch
+from support.onnx_runtime import load_onnx
 from support.small import images, small_model
 
 import timm_itpn
@@ -140,10 +140,10 @@ def test_one_exported_program_takes_any_number_of_kept_templates(tmp_path):
     kept, search = encoder.embed(inputs()['template'], 'template').detach()[:1], images(1, 3, 64, 64)
     shapes = dict(search={}, template={1: torch.export.Dim('num', min=1, max=8)})
     torch.onnx.export(Frame(encoder).eval(), (search, kept), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    run = load_onnx(path)
     for num in (1, 2, 3):
-        found, = session.run(None, dict(search=search.numpy(), template=kept[:, :num].numpy()))
-        assert_close(torch.from_numpy(found), Frame(encoder)(search, kept[:, :num]).detach(), atol=1e-4)
+        found, = run(search, kept[:, :num])
+        assert_close(found, Frame(encoder)(search, kept[:, :num]).detach(), atol=1e-4)
 
 
 @torch.no_grad()

@@ -4,12 +4,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import is_exporting, register_notrace_module
+from timm.layers import register_notrace_module
 from timm.models import checkpoint
 
 from ..layers.blocks import AttentionBlock
 from ..layers.fused import FusedAttentionBlock
 from ..layers.stages import AttentionStage
+from ..layers.tracing import constant_grid
 from .migration import Left, depart, replenish
 from .schedule import Schedule, num_leaving
 from .windows import (
@@ -153,15 +154,7 @@ class MigrationStage(AttentionStage):
         """Map (B, 2H, 2W, in_dim) -> map (B, H, W, dim), and for each block the tokens that left there, if any did."""
         x = self.embed(x)
         B, H, W, C = x.shape
-        if torch.jit.is_tracing():
-            H, W = int(H), int(W)
-        if not torch.jit.is_scripting():
-            if is_exporting():
-                if isinstance(H, torch.SymInt) or isinstance(W, torch.SymInt):  # AOTInductor would not ask the guards
-                    raise ValueError(
-                        'An accelerated model is exported for images of one size: leave height and width out of '
-                        'dynamic_shapes.')
-                H, W = len(range(H)), len(range(W))  # constants, where that is not seen: of a strict export
+        H, W = constant_grid(H, W)
         x = x.expand(B, H, W, C)  # the windows of a program are those of its example: it fails for another size
         N = H * W
         padded = is_padded(H, W, self.gather_window)

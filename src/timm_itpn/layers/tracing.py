@@ -3,7 +3,7 @@ import torch
 from timm.layers import is_exporting
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ['holds', 'is_eager', 'same_grid']
+__all__ = ['constant_grid', 'holds', 'is_eager', 'same_grid']
 
 
 def is_eager(x: torch.Tensor) -> bool:
@@ -30,3 +30,21 @@ def same_grid(new_size: tuple[int, int], old_size: tuple[int, int]) -> bool:
     if torch.jit.is_tracing():
         return bool(new_size[0] == old_size[0]) and bool(new_size[1] == old_size[1])
     return holds(new_size[0] == old_size[0]) and holds(new_size[1] == old_size[1])
+
+
+def constant_grid(height: int, width: int) -> tuple[int, int]:
+    """A grid whose sides become constants of a program that is traced or exported: those of the example.
+
+    Raises:
+        ValueError: `torch.export` shall make a program for other sizes too; AOTInductor would not ask its guards.
+    """
+    if torch.jit.is_tracing():
+        return int(height), int(width)
+    if not torch.jit.is_scripting():
+        if is_exporting():
+            if isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt):
+                raise ValueError(
+                    'An accelerated model is exported for images of one size: leave height and width out of '
+                    'dynamic_shapes.')
+            return len(range(height)), len(range(width))  # a strict export has no SymInt here, and int() keeps it open
+    return height, width

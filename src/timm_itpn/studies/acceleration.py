@@ -3,6 +3,7 @@
 It is trained without acceleration, on small canvases first, then measured with it, as it is and after fine-tuning.
 """
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ from ..acceleration import migration
 from ..acceleration.stage import MigrationStage
 from ..models import itpn
 from .canvases import NUM_CLASSES, draw, load_digits
-from .results import Measurement
+from .results import Measurement, as_it_is_and_tuned
 from .two_tasks import State, Training, TwoTasks, test, train
 
 __all__ = ['ARMS', 'SETTINGS', 'study_seed']
@@ -74,12 +75,9 @@ def study_seed(seed: int, device: str) -> Iterator[Measurement]:
     train(network, small, _SMALL_TRAINING, seed)
     network.model.set_input_size(_SIDE)
     train(network, train_set, _TRAINING, seed)
-    state = network.state_dict()
-    for arm in ARMS:
-        network = _network(arm, device, state)
-        yield arm, 'as it is', test(network, test_set)
-        train(network, train_set, _TUNING, seed)
-        yield arm, 'tuned', test(network, test_set)
+    yield from as_it_is_and_tuned(
+        ARMS, partial(_network, device=device, state=network.state_dict()),
+        tune=partial(train, data=train_set, training=_TUNING, seed=seed), test=partial(test, data=test_set))
 
 
 def _network(arm: str, device: str, state: State | None = None) -> TwoTasks:

@@ -3,6 +3,7 @@
 `elpv-dataset` has 2,624, grey, 300 x 300 pixels (CC BY-NC-SA 4.0, no part of this package); every fourth is held out.
 """
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import timm
@@ -14,7 +15,7 @@ from ..pretrain.pixel import Pixel
 from .acceleration import SETTINGS
 from .canvases import Canvases
 from .pretraining import pretrain
-from .results import Measurement
+from .results import Measurement, as_it_is_and_tuned
 from .two_tasks import State, Training, fit, normalised
 
 __all__ = ['ARMS', 'study_seed']
@@ -50,12 +51,9 @@ def study_seed(seed: int, device: str) -> Iterator[Measurement]:
         for side, training in _TRAININGS.items():
             model.set_input_size(side)
             _train(model, sets[side], training, seed)
-        state = model.state_dict()
-        for arm in arms:
-            model = _model(arm, state, device)
-            yield arm, 'as it is', _test(model, test_set)
-            _train(model, train_set, _TUNING, seed)
-            yield arm, 'tuned', _test(model, test_set)
+        yield from as_it_is_and_tuned(
+            arms, partial(_model, state=model.state_dict(), device=device),
+            tune=partial(_train, data=train_set, training=_TUNING, seed=seed), test=partial(_test, data=test_set))
 
 
 def _resized(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 import importlib
 import os
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
@@ -20,7 +20,7 @@ from ..bench.rows import Machine, read, table, this_machine
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Measurement', 'Row', 'draw', 'load', 'markdown', 'measured', 'run']
+__all__ = ['Measurement', 'Row', 'as_it_is_and_tuned', 'draw', 'load', 'markdown', 'measured', 'run']
 
 Measurement = tuple[str, str, dict[str, float]]  # `arm`, `measured` and `scores` of a row
 
@@ -76,6 +76,18 @@ def run(name: str, seeds: Iterable[int], done: Collection[int], device: str) -> 
 def _rows_of_seed(name: str, seed: int, device: str) -> list[Row]:
     machine = this_machine(device)
     return [Row(arm, measured, seed, scores, machine) for arm, measured, scores in load(name).study_seed(seed, device)]
+
+
+def as_it_is_and_tuned(
+        arms: Iterable[str], make: Callable[[str], Any], tune: Callable[[Any], object],
+        test: Callable[[Any], dict[str, float]],
+) -> Iterator[Measurement]:
+    """Measure the network that `make` makes of each arm, before and after fine-tuning."""
+    for arm in arms:
+        network = make(arm)
+        yield arm, 'as it is', test(network)
+        tune(network)
+        yield arm, 'tuned', test(network)
 
 
 def measured(name: str) -> list[Row]:

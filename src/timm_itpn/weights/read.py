@@ -24,7 +24,8 @@ __all__ = ['Contents', 'StandIn', 'UnreadableError', 'read_contents', 'stand_in_
 
 MAX_DEPTH = 100  # of dicts and lists in one another, so that callers may recurse
 MAX_VALUES = 4_000_000  # shared ones are counted each time, as a recursion meets them
-MAX_VIEWS = 8  # tensors of one storage may share it, and would take their own memory when they are converted
+MAX_VIEWS = 8  # tensors may share a storage, but each takes memory of its own when it is converted
+SMALL_BYTES = 4_000_000  # of all tensors together, whatever they share
 MAX_TENSORS = 50_000  # of a safetensors file, each of which takes a fraction of a millisecond
 MAX_OPERATIONS = 4_000_000  # of a pickle; 10,000 tensors take 500,000
 KEY_OPERATIONS = 400  # what a key counts for that may be slow to hash, or have the hash of others
@@ -242,7 +243,7 @@ class _Unpickler(pickle._Unpickler):
         for tensor in self.tensors:
             tensor.__class__ = torch.Tensor
         stored = sum(storage.nbytes() for storage in self.storages.values())
-        if sum(tensor.nbytes for tensor in self.tensors if not tensor.is_meta) > MAX_VALUES + MAX_VIEWS * stored:
+        if sum(tensor.nbytes for tensor in self.tensors if not tensor.is_meta) > SMALL_BYTES + MAX_VIEWS * stored:
             raise _Refused(f'not read: its tensors are more than {MAX_VIEWS} times as large as what it stores')
         return tree
 
