@@ -117,8 +117,7 @@ def markdown(name: str, rows: Sequence[Row]) -> str:
 def draw() -> 'Figure':
     """Speed, and mean difference from `off` after fine-tuning, of the rows that come with the package.
 
-    The speed is that on the CPU that was measured first, the same for carried and stored tokens. Scores that were not
-    measured are left out.
+    The speed is that on the CPU that was measured first, the same for carried and stored tokens.
     """
     from matplotlib.figure import Figure
 
@@ -134,8 +133,7 @@ def draw() -> 'Figure':
         for tokens, suffix, colour in (('carried', '', 'tab:blue'), ('stored', ', stored', 'tab:orange')):
             points: list[Any] = [
                 _difference(rows, f'{prefix}{setting}{suffix}', off, when, score) for setting in ('light', 'full')]
-            if None not in points:
-                axes.plot(speeds, [0., *points], marker=marker, color=colour, linewidth=0.5, label=f'{score}, {tokens}')
+            axes.plot(speeds, [0., *points], marker=marker, color=colour, linewidth=0.5, label=f'{score}, {tokens}')
     axes.set_xticks(speeds, [f'off\n{speeds[0]:.2f}x', f'light\n{speeds[1]:.2f}x', f'full\n{speeds[2]:.2f}x'])
     axes.set_xlabel(f'times as fast as off: {_TIMED}, {machine.cpu}', fontsize=8)
     axes.set_ylabel('difference from off, points', fontsize=8)
