@@ -1,17 +1,18 @@
 """What the README files and the pages beside them print is run: python blocks, and bash blocks marked `<!-- test -->`.
 
-Each runs alone, with variables and a folder of its own. Commands are those of the environment that runs the tests.
-`python` blocks cannot be left out: what cannot run offline is not one.
+Each runs alone in this process, with variables and a folder of its own; tiny models are small where a block does not
+say their width. That the command is installed under its name is seen by `.ci/run`. `python` blocks cannot be left out:
+what cannot run offline is not one.
 """
-import os
 import re
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 
 import PIL.Image
 import pytest
 from timm.data import rand_augment_transform
+
+from timm_itpn.cli import main
 
 ROOT = Path(__file__).parents[1]
 READMES = sorted([ROOT / 'README.md', *ROOT.glob('src/timm_itpn/*/*.md')])
@@ -33,17 +34,26 @@ def printed():
         for path in READMES for block in blocks(path.read_text())]
 
 
+def run_python(code, readme='-c'):
+    exec(compile(code, readme, 'exec', dont_inherit=True), {'__name__': '__main__'})
+
+
 @pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('readme, language, line, code', printed())
-def test_block_runs_as_printed(readme, language, line, code, tmp_path, monkeypatch):
+def test_block_runs_as_printed(readme, language, line, code, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if '384' not in code:
+        request.getfixturevalue('small_models')
     if language == 'python':
-        source = '\n' * (line - 1) + code  # tracebacks show the line of the README
-        exec(compile(source, readme, 'exec', dont_inherit=True), {'__name__': '__main__'})
-    else:
-        monkeypatch.setenv('PATH', str(Path(sys.executable).parent), prepend=os.pathsep)
-        done = subprocess.run(['bash', '-euo', 'pipefail', '-c', code], capture_output=True, text=True)
-        assert done.returncode == 0, f'{readme}:{line}: {code}{done.stderr}'
+        run_python('\n' * (line - 1) + code, readme)  # tracebacks show the line of the README
+        return
+    for command in code.splitlines():
+        program, *args = shlex.split(command, comments=True)
+        if program == 'timm-itpn':
+            assert main(args) == 0, f'{readme}:{line}: {command}'
+        else:
+            assert [program, args[0]] == ['python', '-c'] and len(args) == 2, command
+            run_python(args[1])
 
 
 @pytest.mark.parametrize('readme', READMES, ids=lambda path: str(path.relative_to(ROOT)))
