@@ -20,7 +20,8 @@ from timm_itpn.pretrain.task import pretrain
 
 PATIENCE_S = 240
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['support.killed_runs'])
+# installed modules, as Python 3.11 does not tell the server where those of the tests are
+CONTEXT.set_forkserver_preload(['timm_itpn.pretrain.task', 'timm_itpn.detection.task'])
 
 
 def pretrain_run(argv):

@@ -29,7 +29,7 @@ def reduce_models(names, monkeypatch):
     from timm_itpn.tools import match
 
     monkeypatch.setattr(match, '_default', _default_of_reduced(tuple(names)))  # or it would keep these for other tests
-    sizes = {key: SMALL[key] for key in ('embed_dim', 'depths', 'num_heads')}
+    sizes = {key: SMALL[key] for key in ('embed_dim', 'depths', 'num_heads')} | dict(pyramid_dim=32)
     for name in names:
         create = functools.partial(timm.models.model_entrypoint(name), **sizes)
         monkeypatch.setitem(timm.models._registry._model_entrypoints, name, create)
