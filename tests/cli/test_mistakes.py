@@ -10,7 +10,7 @@ from support.detect_runs import write_splits
 
 from timm_itpn.cli import main
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'small_models')
 
 BENCH = ('bench', '--model', 'fast_itpn_tiny', '--size', '32', '--batch', '1', '--repeats', '3')
 SHOW = ('show', 'photo.png', '--model', 'fast_itpn_tiny', '--img-size', '32')

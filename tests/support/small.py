@@ -11,7 +11,8 @@ from support import golden
 
 FAMILIES = ('fast_itpn_tiny', 'itpn_tiny')
 PYRAMIDS = ('fast_itpn_tiny_fpn', 'itpn_tiny_fpn')
-SMALL = dict(embed_dim=128, depths=(1, 2, 2), num_heads=2, img_size=64, num_classes=5)
+SIZES = dict(embed_dim=128, depths=(1, 2, 2), num_heads=2)
+SMALL = dict(SIZES, img_size=64, num_classes=5)
 
 
 def small_model(name, seed=0, **kwargs):
@@ -29,9 +30,8 @@ def reduce_models(names, monkeypatch):
     from timm_itpn.tools import match
 
     monkeypatch.setattr(match, '_default', _default_of_reduced(tuple(names)))  # or it would keep these for other tests
-    sizes = {key: SMALL[key] for key in ('embed_dim', 'depths', 'num_heads')} | dict(pyramid_dim=32)
     for name in names:
-        create = functools.partial(timm.models.model_entrypoint(name), **sizes)
+        create = functools.partial(timm.models.model_entrypoint(name), **SIZES, pyramid_dim=32)
         monkeypatch.setitem(timm.models._registry._model_entrypoints, name, create)
 
 
@@ -40,6 +40,18 @@ def _default_of_reduced(names):
     """What the tools keep of models, while those of these names are small."""
     from timm_itpn.tools import match
     return functools.cache(match._default.__wrapped__)
+
+
+def official_weights(**kwargs):
+    """Weights of a small Fast-iTPN in official layout, filled as those of the goldens; of a pre-training file if it has
+    no classifier."""
+    from timm_itpn.weights.layout import native_to_official
+
+    native = timm.create_model('fast_itpn_tiny', device='meta', **SIZES, pyramid_dim=32, **kwargs).state_dict()
+    if not kwargs['num_classes']:
+        native = {key: value for key, value in native.items() if not key.startswith('head.')}
+        native['pretrain.mask_token'] = torch.empty(1, 1, 4 * SIZES['embed_dim'])
+    return {key: golden.tensor(key, value.shape).float() for key, value in native_to_official(native).items()}
 
 
 def images(*shape, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""Weight files through every way that timm has of loading them, good ones and bad ones."""
+"""Weight files through every way that timm has of loading them, good ones and bad ones. The tiny models are small."""
 import argparse
 import fractions
 import functools
@@ -15,9 +15,8 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants
-from support import golden
 from support.explosive import Explosive
-from support.small import SMALL, small_model
+from support.small import SIZES, SMALL, images, official_weights, small_model
 from timm.models import load_checkpoint, save_for_hf
 
 from timm_itpn.models.itpn import ITPN
@@ -27,28 +26,35 @@ from timm_itpn.tools.inspect import inspect
 from timm_itpn.weights.layout import native_to_official
 from timm_itpn.weights.sources import SOURCES, file_name, plain_name, source_of
 
-EXPECTED = golden.load('fast_itpn_tiny')
 REPO, FILE = 'xche32/RELO', 'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt'
-BOUND = 1e-4
+IMAGES = images(1, 3, 224, 224)
+
+pytestmark = pytest.mark.usefixtures('small_models')
 
 
 @pytest.fixture(scope='module')
 def classifier():
     """Official weights of a classifier, float32."""
-    return golden.official_state_dict(EXPECTED, torch.float32)
+    return official_weights(num_classes=1000)
 
 
 @pytest.fixture(scope='module')
 def pretraining():
     """Official weights of a whole pre-training model."""
-    return golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32)
+    return official_weights(num_classes=0, pyramid=True)
 
 
 @pytest.fixture(scope='module')
-def native(classifier):
-    model = timm.create_model('fast_itpn_tiny', num_classes=1000)
+def reference(classifier):
+    """The model that has the weights of the classifier; that this computes what it should the goldens say."""
+    model = timm.create_model('fast_itpn_tiny', num_classes=1000, **SIZES).eval()
     model.load_state_dict(classifier)
-    return model.state_dict()
+    return model
+
+
+@pytest.fixture(scope='module')
+def native(reference):
+    return reference.state_dict()
 
 
 def load(path, num_classes=1000, cfg_classes=1000, **kwargs):
@@ -68,16 +74,16 @@ def as_bytes(content):
     return buffer.getvalue()
 
 
-def assert_golden(model):
+def assert_same(model, reference):
     with torch.inference_mode():
-        assert golden.error(model.eval()(golden.image(EXPECTED, torch.float32)), EXPECTED['logits']) < BOUND
+        torch.testing.assert_close(model.eval()(IMAGES), reference(IMAGES))
 
 
 def assert_backbone_of(model, pretraining):
     """The model has the backbone of a pre-training file, and a norm that is new, not the file's `norm`."""
     state = model.state_dict()
     torch.testing.assert_close(state['stages.2.pos_embed'], pretraining['pos_embed'])
-    torch.testing.assert_close(state['stages.2.blocks.11.ls2.gamma'], pretraining['blocks.15.gamma_2'])
+    torch.testing.assert_close(state['stages.2.blocks.1.ls2.gamma'], pretraining['blocks.6.gamma_2'])
     assert (state['head.norm.weight'] == 1).all() and (state['head.norm.bias'] == 0).all()
 
 
@@ -89,18 +95,19 @@ def assert_backbone_of(model, pretraining):
     lambda w: {'checkpoint': {'model': {f'module.model.{key}': value for key, value in w.items()}}},
 ])
 @pytest.mark.parametrize('layout', ['official', 'native'])
-def test_network_below_a_prefix_loads_and_the_rest_is_said(layout, wrap, classifier, native, tmp_path, caplog):
+def test_network_below_a_prefix_loads_and_the_rest_is_said(
+        layout, wrap, classifier, native, reference, tmp_path, caplog):
     content = wrap(classifier if layout == 'official' else native)
     inner = next(iter(content.values()))
     (inner.get('model', inner))['box_head.blocks.0.weight'] = torch.zeros(3)
     with caplog.at_level(logging.INFO):
-        assert_golden(load(save(content, tmp_path / 'w.pt')))
+        assert_same(load(save(content, tmp_path / 'w.pt')), reference)
     assert re.search("Took the network under '.*(backbone|body|model)'; left out 1 other tensors", caplog.text)
 
 
-def test_safetensors_file_loads(classifier, tmp_path):
+def test_safetensors_file_loads(classifier, reference, tmp_path):
     safetensors.torch.save_file(classifier, tmp_path / 'w.safetensors')
-    assert_golden(load(tmp_path / 'w.safetensors'))
+    assert_same(load(tmp_path / 'w.safetensors'), reference)
 
 
 @pytest.mark.parametrize('num_classes', [0, 7])
@@ -125,7 +132,7 @@ def test_other_channels_classes_and_grid_are_adapted(classifier, tmp_path):
 
 
 def test_grid_that_cannot_be_known_is_asked_for(classifier, tmp_path):
-    odd = dict(classifier, pos_embed=torch.zeros(1, 35, 384))
+    odd = dict(classifier, pos_embed=torch.zeros(1, 35, 128))
     path = save({'model': odd}, tmp_path / 'w.pt')
     with pytest.raises(ValueError, match=r'35 tokens, which is not a square grid.*dict\(input_size=\(3, height'):
         load(path)
@@ -141,7 +148,8 @@ def test_unused_classifier_is_not_dropped_in_silence(cfg_classes, warned, classi
     assert ('To keep it, pass pretrained_cfg_overlay=dict(num_classes=1000)' in caplog.text) == warned
 
 
-def test_features_only_loads(classifier, tmp_path):
+def test_features_only_loads(classifier, reference, tmp_path):
+    expected = reference.forward_intermediates(IMAGES, intermediates_only=True)
     path = save({'model': classifier}, tmp_path / 'w.pt')
     overlay = dict(file=str(path), num_classes=1000)
     for feature_cls in ('getter', 'list'):
@@ -149,18 +157,18 @@ def test_features_only_loads(classifier, tmp_path):
             'fast_itpn_tiny', pretrained=True, pretrained_cfg_overlay=overlay, features_only=True,
             feature_cls=feature_cls)
         with torch.inference_mode():
-            features = backbone.eval()(golden.image(EXPECTED, torch.float32))
-        for feature, stride in zip(features, (4, 8, 16)):
+            features = backbone.eval()(IMAGES)
+        for feature, wanted in zip(features, expected, strict=True):
             feature = feature if feature_cls == 'getter' else feature.permute(0, 3, 1, 2)
-            assert golden.error(feature, EXPECTED['features'][f'stride{stride}']) < BOUND
+            torch.testing.assert_close(feature, wanted)
 
 
 # the other doors
 
-def test_checkpoint_path_takes_official_files(classifier, tmp_path):
+def test_checkpoint_path_takes_official_files(classifier, reference, tmp_path):
     for number, content in enumerate((classifier, {'model': classifier}, {'module': classifier})):
         path = save(content, tmp_path / f'{number}.pt')
-        assert_golden(timm.create_model('fast_itpn_tiny', num_classes=1000, checkpoint_path=str(path)))
+        assert_same(timm.create_model('fast_itpn_tiny', num_classes=1000, checkpoint_path=str(path)), reference)
         load_checkpoint(timm.create_model('fast_itpn_tiny', num_classes=1000), str(path))
 
 
@@ -181,12 +189,12 @@ def test_parts_of_a_native_state_dict_load_as_with_any_model(native):
         model.load_state_dict(part)
 
 
-def test_model_made_without_timms_factory_takes_official_weights(classifier):
-    model = ITPN('fast_itpn', embed_dim=384, depths=(1, 1, 12), num_heads=6)
+def test_model_made_without_timms_factory_takes_official_weights(classifier, reference):
+    model = ITPN('fast_itpn', **SIZES)
     model.load_state_dict(classifier)
-    assert_golden(model)
+    assert_same(model, reference)
     model.load_state_dict(checkpoint_filter_fn({'model': classifier}, model))
-    assert_golden(model)
+    assert_same(model, reference)
 
 
 def test_saved_model_comes_back_by_local_dir(classifier, tmp_path):
@@ -228,12 +236,11 @@ def test_moved_revision_is_followed_and_a_pinned_one_kept(hub, pretraining, tmp_
     assert_backbone_of(hub_model(cache_dir=tmp_path, pretrained_cfg_overlay=pinned), pretraining)
 
 
-def test_hub_repository_of_a_saved_model_loads(hub, classifier, tmp_path):
-    model = timm.create_model('fast_itpn_tiny', num_classes=1000)
-    model.load_state_dict(classifier)
-    save_for_hf(model, tmp_path / 'saved')
+def test_hub_repository_of_a_saved_model_loads(hub, reference, tmp_path):
+    save_for_hf(reference, tmp_path / 'saved')
     hub.commit('someone/model', {path.name: path.read_bytes() for path in (tmp_path / 'saved').iterdir()})
-    assert_golden(timm.create_model('hf-hub:someone/model', pretrained=True, cache_dir=tmp_path / 'cache'))
+    loaded = timm.create_model('hf-hub:someone/model', pretrained=True, cache_dir=tmp_path / 'cache')
+    assert_same(loaded, reference)
 
 
 # bad files
@@ -355,14 +362,14 @@ class Config(dict):
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-def test_weights_need_nothing_but_tensors(zipped, classifier, tmp_path):
+def test_weights_need_nothing_but_tensors(zipped, classifier, reference, tmp_path):
     mark = tmp_path / 'mark'
     content = {
         'model': {**classifier, 'spy': Explosive(mark)}, 'best': np.float32(81.5), 'config': Config(a=1),
         'args': argparse.Namespace(lr=1), 'rate': fractions.Fraction(1, 3), 'bomb': Explosive(mark)}
     torch.save(content, tmp_path / 'w.pt', _use_new_zipfile_serialization=zipped)
     model = load(tmp_path / 'w.pt')
-    assert_golden(model)
+    assert_same(model, reference)
     assert not mark.exists() and not model.pretrained_cfg.get('state_dict')
     with pytest.raises(RuntimeError, match='weights_only=True blocked'):
         timm.create_model('fast_itpn_tiny', num_classes=1000, checkpoint_path=str(tmp_path / 'w.pt'))
