@@ -347,48 +347,37 @@ def test_broken_timm_fails_with_its_own_error(stage):
 
 # with the real packages
 
-def real(code, **env):
-    done = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code)], env={**os.environ, **env}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+ROOMS = ['ops', 'ops.attention', 'layers', 'layers.stages', 'weights', 'models', 'cli']
 
 
-def test_torch_calls_the_entry_point():
-    assert real("""
-        import sys, torch
+def test_torch_calls_the_entry_point_and_any_room_may_be_imported_first():
+    """Importing a room imports timm, which lets our models load, which need this very room.
+
+    DataLoader workers, forked and spawned, can build a model and unpickle one. One process has imported torch, and its
+    forks do the rest.
+    """
+    code = f"""
+        import os, sys, torch
         assert 'timm_itpn_autoload' in sys.modules and 'timm' not in sys.modules
-        import timm
-        print(timm.is_model('fast_itpn_base'))
-    """) == 'True\n'
-
-
-def test_any_room_of_the_package_may_be_imported_first():
-    """Its import of timm lets our models load, which need this very room."""
-    rooms = ['ops', 'ops.attention', 'layers', 'layers.stages', 'weights', 'models', 'cli']
-    assert real(f"""
-        import os, torchvision, warnings  # the dearest imports of timm, once
+        import torchvision, warnings  # the dearest imports of timm, once
+        from torch.utils.data import DataLoader
         warnings.simplefilter('error', RuntimeWarning)
-        for room in {rooms}:
+
+        for room in {ROOMS}:
             if os.fork() == 0:
                 __import__('timm_itpn.' + room)
                 import timm
                 print(room, timm.is_model('fast_itpn_base') and timm.is_model('itpn_base'), flush=True)
                 os._exit(0)
             os.wait()
-    """) == ''.join(f'{room} True\n' for room in rooms)
 
-
-def test_workers_know_the_models():
-    """DataLoader workers, forked and spawned, can build a model and unpickle one."""
-    assert real("""
         import timm
-        from torch.utils.data import DataLoader
-
         model = timm.create_model('fast_itpn_tiny', img_size=32, depths=(1, 1, 1), num_classes=3)
         for method in ('fork', 'spawn'):
             # a method of the model as collate function: the model travels to the worker
             loader = DataLoader([0, 1], num_workers=1, multiprocessing_context=method, collate_fn=model.group_matcher)
-            assert len(list(loader)) == 2
-        print('done')
-    """) == 'done\n'
+            print(method, len(list(loader)))
+    """
+    done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ''.join(f'{room} True\n' for room in ROOMS) + 'fork 2\nspawn 2\n'
