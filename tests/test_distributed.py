@@ -29,6 +29,7 @@ from timm_itpn.layers.blocks import AttentionBlock, MlpBlock
 
 NUM_RANKS = 2
 TIMEOUT_S = 100
+SHALLOW = dict(depths=(1, 1, 1))  # each block takes FSDP2 its time
 SIZES = {False: [(64, 64), (64, 64)], True: [(64, 96), (96, 48)]}  # by dynamic_img_size: (height, width) of each step
 
 every_model = pytest.mark.parametrize(('name', 'dynamic'), [*itertools.product(FAMILIES, (False, True))])
@@ -195,7 +196,8 @@ def assert_same(model, reference, of, dynamic=False):
 # training
 
 def train_as_one_process(name, wrapper, dynamic, checkpointing, **kwargs):
-    reference = small_model(name, dynamic_img_size=dynamic, dtype=torch.float64, head_init_scale=1., **kwargs).train()
+    kwargs = dict({**SHALLOW, **kwargs}, dynamic_img_size=dynamic, dtype=torch.float64, head_init_scale=1.)
+    reference = small_model(name, **kwargs).train()
     model = copy.deepcopy(reference)
     model.set_grad_checkpointing(checkpointing)
     model = wrap(model, wrapper)
@@ -223,13 +225,13 @@ def test_training_is_that_of_one_process(ranks, name, dynamic, wrapper, checkpoi
 @pytest.mark.parametrize('name, wrapper', list(zip(FAMILIES, ('ddp', 'fsdp2'))))
 def test_training_with_acceleration_is_that_of_one_process(ranks, name, wrapper):
     ranks.run(
-        train_as_one_process, name=name, wrapper=wrapper, dynamic=False, checkpointing=True, gather_window=3,
-        gather_blocks=[0], migrate={0: 1, 1: 0.25})
+        train_as_one_process, name=name, wrapper=wrapper, dynamic=False, checkpointing=True, depths=(1, 1, 2),
+        gather_window=3, gather_blocks=[0], migrate={0: 1, 1: 0.25})
 
 
 def train_pyramid(name, wrapper, out_indices):
     reference = small_model(
-        name, features_only=True, out_indices=out_indices, pyramid_dim=32, dtype=torch.float64).train()
+        name, features_only=True, out_indices=out_indices, pyramid_dim=32, dtype=torch.float64, **SHALLOW).train()
     model = wrap(copy.deepcopy(reference), wrapper)
     x, _ = batch((64, 64))
     for _ in range(2):  # DDP tells of unused parameters in the second
@@ -248,11 +250,11 @@ def test_pyramids_have_the_gradients_of_one_process(ranks, name, wrapper, out_in
 # evaluation
 
 def evaluate_between_steps(name, dynamic, mode, reshard):
-    reference = small_model(name, dynamic_img_size=dynamic, dtype=torch.float64, head_init_scale=1.)
+    reference = small_model(name, dynamic_img_size=dynamic, dtype=torch.float64, head_init_scale=1., **SHALLOW)
     model = shard(copy.deepcopy(reference), reshard_after_forward=reshard)
     optimizers = [adamw(model), adamw(reference)]
     x, target = batch((64, 64))
-    for _ in range(3):
+    for _ in range(2):
         for optimizer, module in zip(optimizers, (model, reference)):
             if mode == 'train':
                 module.train()
@@ -277,7 +279,7 @@ WHOLE = StateDictOptions(full_state_dict=True)
 
 
 def gather_and_load(name):
-    reference = small_model(name)
+    reference = small_model(name, **SHALLOW)
     model = shard(copy.deepcopy(reference))
     optimizer = adamw(model)
     x, target = batch((64, 64))
@@ -287,7 +289,7 @@ def gather_and_load(name):
     with torch.no_grad():
         expected = model(x)
         assert not torch.equal(expected, reference(x))
-        twin = small_model(name, seed=1)
+        twin = small_model(name, seed=1, **SHALLOW)
         twin.load_state_dict(get_model_state_dict(model, options=WHOLE))
         torch.testing.assert_close(twin(x), expected)
         set_model_state_dict(model, reference.state_dict(), options=WHOLE)  # back, without a change of mode
@@ -328,14 +330,15 @@ def ignore_what_torch_says_of_random_numbers():
 
 def train_from_meta_device(name, dynamic):
     ignore_what_torch_says_of_random_numbers()
-    model = shard(small_model(name, dynamic_img_size=dynamic, device='meta', head_init_scale=1.).train())
+    kwargs = dict(SHALLOW, dynamic_img_size=dynamic, head_init_scale=1.)
+    model = shard(small_model(name, device='meta', **kwargs).train())
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device='cpu')
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         torch.nn.init.constant_(tensor, torch.nan)  # what is not initialised shows
     torch.manual_seed(0)
     model.init_weights()
-    reference = small_model(name, dynamic_img_size=dynamic, head_init_scale=1.)
+    reference = small_model(name, **kwargs)
     reference.init_weights()
     for (key, p), like in zip(model.named_parameters(), reference.parameters()):
         actual, expected = whole(p).square().mean().sqrt(), like.square().mean().sqrt()

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from support import golden
+from support.small import official_weights
 
 from timm_itpn.cli import inspect as inspect_command
 from timm_itpn.cli import main
@@ -25,14 +26,14 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope='module')
-def pretraining():
-    return golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float16)
-
-
 def hollow(name):
     """Official weights with the true shapes; each has one number only, which the file repeats."""
     return {key: torch.zeros(1).half().expand(shape) for key, shape in golden.load(name)['keys']}
+
+
+@pytest.fixture
+def pretraining():
+    return hollow('fast_itpn_tiny_mim')
 
 
 def wrapped(weights, **more):
@@ -110,8 +111,9 @@ def test_models_of_both_families_are_recognised(name, model, args, capsys):
     assert facts['models'] == [dict(name=model, fits=True, args=args, problem='')]
 
 
-def test_model_with_the_arguments_told_loads_the_file(pretraining, capsys):
-    weights = {key: value for key, value in pretraining.items() if 'gamma' not in key}
+def test_model_with_the_arguments_told_loads_the_file(capsys):
+    weights = golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float16)
+    weights = {key: value for key, value in weights.items() if 'gamma' not in key}
     weights['patch_embed.proj.weight'] = weights['patch_embed.proj.weight'][:, :1]
     weights['pos_embed'] = weights['pos_embed'][:, :16]
     facts = inspect({'model': weights}, capsys)
@@ -141,8 +143,8 @@ def test_averaged_weights_are_pointed_out(pretraining, capsys):
     assert not any('averaged' in note for note in inspect(wrapped(pretraining, model_ema=None), capsys)['notes'])
 
 
-def test_converted_folder_names_its_source(pretraining, capsys, tmp_path, monkeypatch):
-    torch.save({'model': pretraining}, 'w.pt')
+def test_converted_folder_names_its_source(capsys, tmp_path, monkeypatch, small_models):
+    torch.save({'model': official_weights(num_classes=0, pyramid=True)}, 'w.pt')
     convert(tmp_path / 'w.pt', tmp_path / 'out', TINY)
     facts = inspect(None, capsys, path='out')
     source = hashlib.sha256((tmp_path / 'w.pt').read_bytes()).hexdigest()
