@@ -198,8 +198,11 @@ def rehearse(model, *shapes):
                         assert dtype in [x.dtype for x in tree_leaves(outputs)]
 
 
-@pytest.mark.parametrize('kind', ['fixed', 'dynamic', 'accelerated'])
-@every_model
+@pytest.mark.parametrize(('name', 'kind'), [
+    *itertools.product(FAMILIES, ('fixed', 'dynamic')), *itertools.product(PYRAMIDS, ('dynamic', 'accelerated')),
+    # the same stages as those
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        *itertools.product(FAMILIES, ('accelerated',)), *itertools.product(PYRAMIDS, ('fixed',))))])
 def test_rehearsal_without_device(name, kind):
     kwargs = dict(dynamic_img_size=kind != 'fixed', features_only=name in PYRAMIDS, embed_dim=64, depths=(1, 1, 2))
     if kind == 'accelerated':
@@ -319,9 +322,9 @@ def test_compiled_model_agrees_with_eager(name, train, mode):
 
 # kernels
 
-@pytest.mark.parametrize('size', [224, 512])
+@pytest.mark.parametrize(('device', 'size'), [
+    ('cpu', 224), *(pytest.param('cuda', size, marks=pytest.mark.gpu) for size in (224, 512))])
 @pytest.mark.parametrize('dtype', HALF)
-@every_device
 def test_fast_itpn_attends_through_flash_or_cudnn(device, dtype, size):
     model = small_model('fast_itpn_tiny', img_size=size).to(device, HALF[dtype])
     with record_kernels() as kernels:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
+from support.processes import CONTEXT
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,11 +72,10 @@ class Ranks:
 
     def start(self):
         store = tempfile.NamedTemporaryFile(prefix='timm_itpn_store_', delete=False).name
-        context = torch.multiprocessing.get_context('spawn')
-        pipes = [context.Pipe() for _ in range(NUM_RANKS)]
+        pipes = [CONTEXT.Pipe() for _ in range(NUM_RANKS)]
         self.connections = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=serve, args=(rank, store, theirs), daemon=True)
+            CONTEXT.Process(target=serve, args=(rank, store, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)]
         for process, (_, theirs) in zip(self.processes, pipes):
             process.start()

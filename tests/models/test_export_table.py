@@ -89,7 +89,12 @@ LIMITS = {  # with acceleration: the cell, with the number of the note below the
     'ONNX, `dynamo=True`': ('that size only (3)', 'Non-zero status code'),
     'OpenVINO, `convert_model`': ('that size only (1)', 'mismatch'),
 }
-QUICK = {'`torch.jit.trace`', 'ONNX, `dynamo=False`'}
+QUICK = {
+    *product(['ONNX, `dynamo=False`'], MODELS),
+    *product(['`torch.jit.trace`'], ['Fast-iTPN', 'iTPN, HiViT', 'with acceleration']),
+    *product(['`torch.export`'], ['iTPN `_fpn`', 'with acceleration']),
+    ('`torch.fx.symbolic_trace`', 'with acceleration'),
+}
 
 
 def limit(way, column):
@@ -97,11 +102,10 @@ def limit(way, column):
 
 
 def cells():
-    """All of the table; those that take long, all but one of their kind, are not run by default."""
-    for way, column in product(WAYS, MODELS):
-        refused = (limit(way, column) or [''])[0].startswith('no')
-        quick = refused or way in QUICK or (way, column) == ('`torch.export`', 'iTPN `_fpn`')
-        yield pytest.param(way, column, marks=[] if quick else pytest.mark.slow)
+    """All of the table; not run by default are those that take long, all but one of their kind, and those that others
+    contain: ONNX without dynamo traces, AOTInductor exports."""
+    for cell in product(WAYS, MODELS):
+        yield pytest.param(*cell, marks=[] if cell in QUICK else pytest.mark.slow)
 
 
 def assert_same(run, model, shape):

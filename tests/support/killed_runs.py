@@ -1,7 +1,4 @@
-"""Runs that are killed, again and again. By hand, at random moments: python tests/support/killed_runs.py KILLS.
-
-Processes are forked from one that has imported torch, so each takes a fraction of a second to start.
-"""
+"""Runs that are killed, again and again. By hand, at random moments: python tests/support/killed_runs.py KILLS."""
 import multiprocessing
 import os
 import random
@@ -15,13 +12,11 @@ from pathlib import Path
 import torch
 
 from support.pretrain_runs import assert_same, command, log_lines, parse, weights, write_images
+from support.processes import CONTEXT
 from timm_itpn import files
 from timm_itpn.pretrain.task import pretrain
 
 PATIENCE_S = 240
-CONTEXT = multiprocessing.get_context('forkserver')
-# installed modules, as Python 3.11 does not tell the server where those of the tests are
-CONTEXT.set_forkserver_preload(['timm_itpn.pretrain.task', 'timm_itpn.detection.task'])
 
 
 def pretrain_run(argv):
