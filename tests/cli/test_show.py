@@ -7,7 +7,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from support import golden
+from support.small import official_weights
 
 from timm_itpn import figures
 from timm_itpn.cli import main, show, show_figures
@@ -105,8 +105,8 @@ def test_maps_without_variation_are_grey(features):
     assert (show_figures.colours(features) == 0.5).all()
 
 
-def test_checkpoint_is_used(photo, capsys):
-    state_dict = golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32)
+def test_checkpoint_is_used(photo, capsys, small_models):
+    state_dict = official_weights(num_classes=0, pyramid=True)
     torch.save({'model': state_dict}, 'mim.pt')
     pictures = []
     for seed in '01':
@@ -125,8 +125,8 @@ def test_checkpoint_is_used(photo, capsys):
     assert torch.equal(model.pyramid.norm.weight, state_dict['norm.weight'])
 
 
-def test_checkpoint_without_pyramid_is_refused_unless_a_random_one_is_asked_for(photo, drawn, capsys):
-    state_dict = golden.official_state_dict(golden.load('fast_itpn_tiny'), torch.float32)
+def test_checkpoint_without_pyramid_is_refused_unless_a_random_one_is_asked_for(photo, drawn, capsys, small_models):
+    state_dict = official_weights(num_classes=1000)
     torch.save(state_dict, 'classifier.pt')
     argv = ['show', str(photo), '--checkpoint', 'classifier.pt', *SMALL]
     assert main(argv) == 1

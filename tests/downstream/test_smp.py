@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from sklearn.datasets import load_sample_images
-from support import golden
+from support.small import official_weights
 
 smp = pytest.importorskip('segmentation_models_pytorch', reason='segmentation_models_pytorch is not installed')
 
@@ -92,9 +92,9 @@ def test_known_limit_is_still_there(encoder, architecture, kwargs, error, messag
         segmenter(encoder, architecture, kwargs)(photo)
 
 
-def test_pretrained_weights_arrive(hub):
+def test_pretrained_weights_arrive(hub, small_models):
     buffer = io.BytesIO()
-    torch.save(golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32), buffer)
+    torch.save(official_weights(num_classes=0, pyramid=True), buffer)
     hub.commit('xche32/RELO', {'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt': buffer.getvalue()})
     encoder = smp.UPerNet(PYRAMID, encoder_weights=True).encoder.model.state_dict()
     expected = timm.create_model('fast_itpn_tiny_fpn', pretrained=True, features_only=True).state_dict()

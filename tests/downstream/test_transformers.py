@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from support import golden
+from support.small import official_weights
 from timm.data import create_transform, resolve_data_config
 from timm.models import save_for_hf
 
@@ -52,10 +53,10 @@ def test_backbone_of_a_config_gives_the_features_of_timm(name, out_indices, out_
     assert_same_features(backbone, extractor, (64, 96))
 
 
-def test_pretrained_backbone_gives_the_features_of_timm(hub):
+def test_pretrained_backbone_gives_the_features_of_timm(hub, small_models):
     name, out_indices = 'fast_itpn_tiny_fpn', (0, 1, 2, 3, 4)
     buffer = io.BytesIO()
-    torch.save(golden.official_state_dict(golden.load('fast_itpn_tiny_mim'), torch.float32), buffer)
+    torch.save(official_weights(num_classes=0, pyramid=True), buffer)
     hub.commit('xche32/RELO', {'pretrained/itpn/fast_itpn_tiny_1600e_1k.pt': buffer.getvalue()})
     backbone = transformers.AutoBackbone.from_pretrained(
         name, use_timm_backbone=True, out_indices=out_indices).eval()

@@ -22,7 +22,7 @@ from timm_itpn.weights import fetch as fetching
 from timm_itpn.weights import sources
 from timm_itpn.weights.fetch import cached, fetch
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'small_models')
 
 NAME = 'fast_itpn_tiny.mim_in1k'
 SOURCE = sources.SOURCES[NAME]
