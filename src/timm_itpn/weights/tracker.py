@@ -54,7 +54,7 @@ def to_encoder(state_dict: StateDict, encoder: Any) -> StateDict:
         found[native_layout(native).ends[POS_EMBED][0]] = native.pop(POS_EMBED)
     for key, value in native.items():
         own = key.removeprefix(TRACKING)
-        found[key if own.startswith(('norm.', ROLE)) else own] = value
+        found[key if own.startswith(('norm.', 'stages.', ROLE)) else own] = value
     return found
 
 
