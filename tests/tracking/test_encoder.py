@@ -149,7 +149,7 @@ def test_attention_is_float32_under_autocast():
     (1, 64), (3, 1, 64), (2, 3, 6, 1), (6, 1), (1,), (), (2, 6, 64), (3, 6, 64), (1, 2, 6, 64), (3, 3, 6, 64), (2, 64)])
 def test_types_of_other_shapes_are_refused(shape):
     encoder, x = encoder_of(), inputs()
-    for given in (x, {role: encoder.embed(images, role) for role, images in x.items()}):
+    for given in (x, {role: encoder.embed(value, role) for role, value in x.items()}):
         with pytest.raises(ValueError, match='types .* do not fit tokens .2, 3, 6, 64.: use'):
             encoder(given, types=dict(template=torch.zeros(shape)))
     with pytest.raises(ValueError, match='do not fit tokens'):
@@ -172,10 +172,11 @@ def test_types_are_of_a_token_of_an_image_or_of_all():
     (lambda e: e(dict(template=images(2, 3, 64, 64))), r"'template' takes images \(3, 32, 48\) .*not \(2, 3, 64, 64\)"),
     (lambda e: e.embed(images(3, 64, 64), 'search'), 'in batches'),
     (lambda e: e(dict(search=images(16, 64))), r"'search' takes images .* not \(16, 64\)"),
-    (lambda e: e(dict(inputs(), template=images(3, 1, 3, 32, 48))), r'\(2, 16, 64\), \(3, 6, 64\)\] cannot be joined'),
-    (lambda e: e(inputs(), before=images(4, 64)), r'\(4, 64\), .* cannot be joined: give B or 1 samples of each'),
-    (lambda e: e(inputs(), after=images(64)), 'cannot be joined'),
-    (lambda e: e({}), r'Tokens \[\] cannot be joined'),
+    (lambda e: e(dict(inputs(), template=images(3, 1, 3, 32, 48))), r'tokens \[\(2, 16, 64\), \(3, 6, 64\)\]: each'),
+    (lambda e: e(inputs(), before=images(4, 64)), r'Cannot join tokens \[\(4, 64\), .* each must be \(B or 1, N, 64\)'),
+    (lambda e: e(inputs(), after=images(64)), r'Cannot join tokens .*, \(64,\)\]'),
+    (lambda e: e(inputs(), after=images(1, 1, 32)), r'Cannot join tokens .*, \(1, 1, 32\)\]'),
+    (lambda e: e({}), r'Cannot join tokens \[\]'),
     (lambda e: e.run(images(2, 5, 64), 2, 4), 'no blocks 2 to 4: stage 3 has 3'),
     (lambda e: e.run(images(2, 5, 64), -1), 'no blocks -1 to None: stage 3 has 3'),
     (lambda e: e.attention(images(2, 5, 64), 7), 'no blocks 7 to 8: stage 3 has 3'),

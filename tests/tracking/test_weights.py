@@ -160,6 +160,15 @@ def test_checkpoint_of_a_model_that_contains_an_encoder_loads(tmp_path):
         convert(tmp_path / 'mine.pth', tmp_path / 'out')
 
 
+def test_name_that_the_file_lacks_is_refused(file):
+    encoder = JointEncoder(small_model('fast_itpn_tiny', **TINY), ROLES, names={'pos_embed.template': 'pos_embed_y'})
+    with pytest.raises(ValueError, match=r'20 tokens, which is no square, and .* {.search.: \(4, 4\)}'):
+        encoder.load(file)
+    encoder = JointEncoder(small_model('fast_itpn_tiny', **TINY), ROLES, names=ELSEWHERE)
+    with pytest.raises(ValueError, match=r'lacks pos_embed.search, pos_embed.template\. It has \(for names=\): pos_embed'):
+        encoder.load(file)
+
+
 def test_file_of_a_deeper_network_is_refused(tmp_path):
     save(tracker_weights(embed_dim=64, depths=(1, 1, 2), num_heads=2), tmp_path / 'w.pt')
     with pytest.raises(RuntimeError, match='Unexpected key.* "stages.2.blocks.1.ls1.gamma"'):
@@ -215,7 +224,7 @@ def test_weights_of_one_grid_give_positions_to_all_roles():
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda w: w.pop('fc_norm.bias'), r'it lacks norm.bias\. For names= it has: cls_token, search_token\.'),
+    (lambda w: w.pop('fc_norm.bias'), r'it lacks norm.bias\. It has \(for names=\): cls_token, search_token\.'),
     (lambda w: w.update({'fc_norm.bias': torch.full((64,), torch.nan)}), 'norm.bias has values that are infinite'),
 ])
 def test_file_that_is_incomplete_or_broken_is_refused(change, message, tmp_path):

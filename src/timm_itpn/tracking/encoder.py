@@ -163,8 +163,9 @@ class JointEncoder(nn.Module):
         tokens = [before, *(part.flatten(1, -2) for part in parts.values()), after]  # (B, n, N, C) -> (B, n*N, C)
         given = [x for x in tokens if x is not None]
         B, dtype = max(map(len, given), default=0), next(iter(self.pos_embed.values())).dtype
-        if not given or any(x.ndim != 3 or len(x) not in (B, 1) for x in given):
-            raise ValueError(f'Tokens {[tuple(x.shape) for x in given]} cannot be joined: give B or 1 samples of each.')
+        if not given or any(x.ndim != 3 or x.shape[2] != self.embed_dim or len(x) not in (B, 1) for x in given):
+            shapes = [tuple(x.shape) for x in given]
+            raise ValueError(f'Cannot join tokens {shapes}: each must be (B or 1, N, {self.embed_dim}).')
         return torch.cat([x.expand(B, -1, -1).to(dtype) for x in given], dim=1)
 
     def run(
@@ -287,7 +288,7 @@ class JointEncoder(nn.Module):
         own = {key.removeprefix(TRACKING): weights.pop(key) for key in besides}
         missing = [key for key in target if key not in weights]
         if wrong := f'it lacks {listed(missing)}' if missing else why_no_weights(weights):
-            raise ValueError(f'{path} cannot be loaded: {wrong}. For names= it has: {", ".join(own) or "nothing"}.')
+            raise ValueError(f'{path} cannot be loaded: {wrong}. It has (for names=): {", ".join(own) or "nothing"}.')
         self.load_state_dict(weights)
         return own
 

@@ -47,7 +47,7 @@ def to_encoder(state_dict: StateDict, encoder: Any) -> StateDict:
     file = dict(state_dict)
     found = _take(file, {theirs: ours for ours, theirs in encoder.names.items()})
     native = to_current(file, unknown=TRACKING)
-    roles = [role for role in encoder.grid_sizes if ROLE + role not in found]
+    roles = [role for role in encoder.grid_sizes if ROLE + role not in encoder.names]
     if POS_EMBED in native and roles:
         found.update(encoder.role_positions(native.pop(POS_EMBED), roles))
     elif POS_EMBED in native:  # other names have the positions of all roles
