@@ -181,7 +181,7 @@ def test_types_are_of_a_token_of_an_image_or_of_all():
     (lambda e: e.run(images(2, 5, 64), -1), 'no blocks -1 to None: stage 3 has 3'),
     (lambda e: e.attention(images(2, 5, 64), 7), 'no blocks 7 to 8: stage 3 has 3'),
     (lambda e: e.attention(images(2, 5, 64), -4), 'no blocks -1 to 0: stage 3 has 3'),
-    *[(lambda e, roles=roles: encoder_of(roles=roles), r'roles \[.*\] cannot be: give names without dots')
+    *[(lambda e, roles=roles: encoder_of(roles=roles), r'roles \[.*\] cannot be: give names without dots, none that')
       for roles in ({}, {'': 64}, {'a.b': 64}, {'search': 64, 'keys': 32}, {'training': 64})],
     *[(lambda e, names=names: encoder_of(names=names), r'names .* cannot be: its keys are')
       for names in ({'pos_embed.serch': 'x'}, {'norm_': 'norm'}, {'cls_token': 'x'})],

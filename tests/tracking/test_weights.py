@@ -144,7 +144,7 @@ def test_positions_are_taken_in_the_order_of_the_roles(caplog):
         encoder = small_encoder(roles=roles)
         with caplog.at_level('INFO'):
             encoder.load_state_dict(weights, strict=False)
-        assert f'for those of {encoder.grid_sizes}, one behind the other in this order' in caplog.text
+        assert f'Took the position embedding for that of {encoder.grid_sizes}, in this order.' in caplog.text
         assert torch.equal(torch.cat([encoder.pos_embed[role] for role in roles], dim=1), weights['pos_embed'])
         assert torch.equal(encoder.official_state_dict()['pos_embed'], weights['pos_embed'])
 

@@ -145,7 +145,7 @@ class AttentionStage(nn.Module):
 
         Args:
             x: Tokens.
-            height: Of the grid that the tokens fill; for the relative position bias, ValueError if that has another.
+            height: Of the grid that the tokens fill; a relative position bias of another raises ValueError.
             width: Likewise.
             start: First block.
             stop: The block to stop before, None for none.

@@ -71,7 +71,7 @@ class JointEncoder(nn.Module):
         self.names = {'norm': 'fc_norm', **(names or {})}
         taken = dir(nn.ParameterDict())
         if not roles or any(not role or '.' in role or role in taken for role in roles):
-            raise ValueError(f'roles {list(roles)} cannot be: give names without dots, not of attributes (keys, pop).')
+            raise ValueError(f'roles {list(roles)} cannot be: give names without dots, none that a dict has (keys).')
         if not self.names.keys() <= {'norm', *(f'pos_embed.{role}' for role in roles)}:
             raise ValueError(f"names {names} cannot be: its keys are 'norm' and 'pos_embed.ROLE'.")
         stage: Any = model.stages[-1]
@@ -103,7 +103,7 @@ class JointEncoder(nn.Module):
         sizes, num = {role: self.grid_sizes[role] for role in roles}, pos_embed.shape[1]
         num_tokens, side = [height * width for height, width in sizes.values()], math.isqrt(num)
         if num == sum(num_tokens):
-            _logger.info(f'Took the position embedding for those of {sizes}, one behind the other in this order.')
+            _logger.info(f'Took the position embedding for that of {sizes}, in this order.')
             parts = list(pos_embed.split(num_tokens, dim=1))
         elif num == side * side:
             parts = [role_pos_embed(pos_embed, new, (side, side), self.positions) for new in sizes.values()]

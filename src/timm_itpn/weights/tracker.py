@@ -36,7 +36,7 @@ def tracker_to_native(state_dict: StateDict, roles: Mapping[str, tuple[int, int]
 
 
 def to_encoder(state_dict: StateDict, encoder: Any) -> StateDict:
-    """Convert a tracker's weights, official or native, to the names of a `JointEncoder`; its own come back as they are.
+    """Convert a tracker's weights, official or native, to the names of a `JointEncoder`; keep those of an encoder.
 
     What is the tracker's own keeps its name, with `tracking.` before it where the encoder has something else there.
     """
