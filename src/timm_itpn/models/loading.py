@@ -14,8 +14,6 @@ from ..weights.layout import is_fused, layout_of, to_current
 from ..weights.read import read_contents
 from ..weights.sources import check_published
 
-__all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
-
 _logger = logging.getLogger(__name__)
 
 

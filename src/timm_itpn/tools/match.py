@@ -12,8 +12,6 @@ from ..weights.describe import Description, describe
 from ..weights.layout import CLASSIFIER
 from ..weights.sources import plain_name, source_of
 
-__all__ = ['choose_model', 'matching_models', 'model_args', 'why_not_published']
-
 SIZE_ARGS = {'embed_dim', 'depths'}  # where somebody tells these, the size need not be a registered one
 OWN = dict(  # pretrained cfg of weights that are nobody's published ones
     tag='', url=None, hf_hub_id=None, hf_hub_filename=None, origin_url=None, description=None, notes=None)

@@ -5,8 +5,6 @@ from einops import rearrange
 
 from ..layers.stages import resample_pos_embed
 
-__all__ = ['METHODS', 'add_types', 'foreground_share', 'role_pos_embed']
-
 METHODS = ('half_pixel', 'corners', 'crop')
 
 

@@ -26,8 +26,6 @@ from ..weights.read import read_contents
 from ..weights.tracker import from_encoder, to_encoder
 from .embeddings import add_types, role_pos_embed
 
-__all__ = ['JointEncoder']
-
 _logger = logging.getLogger(__name__)
 
 Parts = Mapping[str, torch.Tensor]  # role -> images, tokens or type embeddings

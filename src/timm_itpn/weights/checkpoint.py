@@ -24,11 +24,6 @@ from .layout import (
     to_current,
 )
 
-__all__ = [
-    'AVERAGED', 'PLAIN', 'StateDict', 'fit_positions', 'fit_to_model', 'leave_out', 'listed', 'to_native', 'unwrap',
-    'why_no_weights',
-]
-
 _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]

@@ -12,13 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
-__all__ = [
-    'ALL_POSITIONS', 'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE',
-    'TRACKING', 'Layout', 'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths',
-    'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
-    'to_current',
-]
-
 PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
 TRACKING = 'tracking.'

@@ -11,8 +11,6 @@ import torch
 from .checkpoint import StateDict
 from .layout import ALL_POSITIONS, POS_EMBED, TRACKING, layout_of, native_layout, native_to_official, to_current
 
-__all__ = ['from_encoder', 'to_encoder', 'tracker_to_native']
-
 ROLE = 'pos_embed.'  # before the name of a role in an encoder
 
 
