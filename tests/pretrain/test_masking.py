@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from timm_itpn.pretrain.masking import MASKINGS, block_masking
+from timm_itpn.pretrain.data import MASKINGS, block_masking
 from timm_itpn.pretrain.student import keep_indices
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 
-from ..ops.kernels import record_kernels
+from ..ops.attention import record_kernels
 from .candidates import BASELINE, NUM_CLASSES, OURS, Candidate, build
 from .cases import Asked, Case
 from .flops import count_flops, count_products, product_calls, rates, training_loss

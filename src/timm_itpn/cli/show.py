@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import figures
-from ..checks import check_device, check_regular_file
+from ..checks import check_device, check_figure, check_regular_file
+from ..files import save_figure
 from .arguments import height_width
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     output = args.output or Path(f'{args.image.stem}_{"tokens" if args.tokens else "show"}.png')
-    figures.check(output, '--output', overwrite=args.force, remedy='overwrite it with --force')
+    check_figure(output, '--output', overwrite=args.force, remedy='overwrite it with --force')
     image = read_image(args.image)
     height, width = height_width(args.img_size) or own_size(*image.size)
     check_device(args.device)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             figure = draw_tokens(shown, departures(model, pixels), model.stages[2].gather_window, caption)
         else:
             figure = draw_features(shown, feature_maps(model, pixels), caption)
-    figures.save(figure, output)
+    save_figure(figure, output)
     if weights.startswith('random'):
         print(f'{args.model} has {weights}: load trained ones with --pretrained or --checkpoint', file=sys.stderr)
     print(output)

@@ -23,8 +23,7 @@ from ..files import replaced
 from ..weights.read import read_contents
 from .data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, train_transforms
 from .evaluate import MASK_THRESHOLD, NAMES, evaluate
-from .model import compute_losses, mask_rcnn
-from .optim import PREFIX, param_groups
+from .model import PREFIX, compute_losses, mask_rcnn, param_groups
 
 __all__ = ['DetectionTask', 'detect']
 

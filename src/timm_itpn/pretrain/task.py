@@ -17,8 +17,7 @@ from ..engine.task import Batch, Losses, Task, creating
 from ..files import replaced
 from ..weights.layout import ITPN, PRETRAIN, native_to_official
 from .base import Objective
-from .data import SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
-from .masking import MASKINGS
+from .data import MASKINGS, SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
 from .objectives import create_objective, create_student
 from .pixel import STRIDE, Pixel, pixels
 from .teacher import Teacher, create_teacher

@@ -18,8 +18,7 @@ from ..engine.arguments import ConfigurableParser
 from ..files import replaced
 from ..pretrain.pixel import Pixel
 from .acceleration import SETTINGS
-from .canvases import draw, load_digits
-from .coco_digits import write_split
+from .canvases import draw, load_digits, write_split
 from .pretraining import STARTS, pretrain
 from .results import Measurement
 from .two_tasks import Training

@@ -12,7 +12,7 @@ import torch.nn as nn
 from timm.layers import LayerNorm
 from timm.utils import random_seed
 
-from ..pretrain.masking import random_masking
+from ..pretrain.data import random_masking
 from ..pretrain.objectives import create_student
 from ..pretrain.pixel import Mfm, Pixel
 from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
