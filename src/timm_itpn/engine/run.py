@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..layers.blocks import AttentionBlock, MlpBlock
-from .arguments import CHANGEABLE
-from .checkpoints import REMEDY, random_state, save, set_random_state
+from .arguments import CHANGEABLE, FREE
+from .checkpoints import REMEDY, save
 from .data import NUM_OTHERS, Batches
 from .task import Batch, Task
 
@@ -39,10 +39,10 @@ class Run:
 
     Args:
         args: Arguments of the command, after timm's `init_distributed_device`.
-        settings: What the result depends on, all arguments but those that are free.
         task: What is trained, and on what.
 
     Attributes:
+        settings: What the result depends on: all arguments but those that are free, and what tells the data.
         epoch: The current one, from 0.
         batch: Batches of that epoch that are done.
         num_updates: Updates of the weights so far.
@@ -55,10 +55,11 @@ class Run:
         ValueError: An argument is not usable.
     """
 
-    def __init__(self, args: argparse.Namespace, settings: dict[str, Any], task: Task):
+    def __init__(self, args: argparse.Namespace, task: Task):
         self.args = args
-        self.settings = settings
         self.task = task
+        self.settings = {key: value for key, value in vars(args).items() if key not in FREE + task.FREE}
+        self.settings['data'] = task.fingerprint
         self.batches = batches = Batches(
             task.samples, args.batch_size, args.seed, args.workers, args.rank, args.world_size,
             pin_memory=task.device.type == 'cuda')
@@ -122,7 +123,10 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on; every process has to call it."""
-        own = {'random': random_state(), 'sums': self.sums, 'unreadable': self.unreadable, 'skipped': self.skipped}
+        random = {'torch': torch.get_rng_state()}  # what the model draws from; samples do not depend on it
+        if torch.cuda.is_available():
+            random['cuda'] = torch.cuda.get_rng_state()
+        own = {'random': random, 'sums': self.sums, 'unreadable': self.unreadable, 'skipped': self.skipped}
         processes: list[Any] = [own]
         if self.args.distributed:
             processes = [None] * self.args.world_size
@@ -176,7 +180,9 @@ class Run:
             self.ahead = self.epoch * self.updates_per_epoch - self.num_updates
             self.start_epoch(self.epoch)
         self.scheduler.step_update(self.num_updates + self.ahead)
-        set_random_state(own['random'])
+        torch.set_rng_state(own['random']['torch'])
+        if 'cuda' in own['random'] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own['random']['cuda'])
 
     @property
     def ends_epoch(self) -> bool:

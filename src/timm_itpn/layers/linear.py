@@ -22,7 +22,7 @@ TORCH_FORWARD = nn.Linear.forward
 
 
 class OneDnnProduct(torch.autograd.Function):
-    """`onednn_linear` of x (M, C), weight (D, C) and bias (D,) or None, with derivatives of every order."""
+    """`onednn_linear` for x (M, C), weight (D, C) and bias (D,), with derivatives of every order, in reverse mode."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
