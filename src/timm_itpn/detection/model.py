@@ -163,11 +163,8 @@ class BoxAndMaskHeads(RoIHeads):
     """
 
     def __init__(self, heads: RoIHeads):
-        matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
-        super().__init__(
-            heads.box_roi_pool, heads.box_head, heads.box_predictor, matcher.high_threshold, matcher.low_threshold,
-            sampler.batch_size_per_image, sampler.positive_fraction, heads.box_coder.weights, heads.score_thresh,
-            heads.nms_thresh, heads.detections_per_img, heads.mask_roi_pool, heads.mask_head, heads.mask_predictor)
+        nn.Module.__init__(self)
+        self.__dict__.update(heads.__dict__)
 
     def forward(
             self,

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from ..layers.blocks import AttentionBlock, MlpBlock
 from .arguments import CHANGEABLE, FREE
@@ -68,7 +69,7 @@ class Run:
         self.updates_per_epoch = batches.per_epoch // args.grad_accum_steps
         if self.updates_per_epoch == 0:
             raise ValueError(
-                f'{batches.num_samples} images are fewer than one update takes: {args.batch_size} (--batch-size) x '
+                f'{len(task.samples)} images are fewer than one update takes: {args.batch_size} (--batch-size) x '
                 f'{args.grad_accum_steps} (--grad-accum-steps) x {args.world_size} (processes).')
         self.batches_per_epoch = self.updates_per_epoch * args.grad_accum_steps
         self.total_updates = args.epochs * self.updates_per_epoch
@@ -197,7 +198,7 @@ class Run:
         left = range(self.batch, self.batches_per_epoch)
         for _, batch in zip(left, self.batches.epoch(self.epoch, self.batch)):
             self._count(batch.pop('unreadable', []))
-            yield _moved(batch, self.task.device)
+            yield tree_map_only(torch.Tensor, lambda x: x.to(self.task.device, non_blocking=True), batch)
         if not self.ends_epoch:
             raise RuntimeError(f'The data end after {self.batch} of {self.batches_per_epoch} batches: lower '
                                '--train-num-samples.')
@@ -207,7 +208,7 @@ class Run:
         new = {name: None for names in unreadable for name in names if name not in self.unreadable}
         self.unreadable.update(new)
         self.skipped += len(new)
-        most = MAX_UNREADABLE * self.batches.num_samples / self.args.world_size
+        most = MAX_UNREADABLE * len(self.task.samples) / self.args.world_size
         if len(self.unreadable) > most or any(len(names) > NUM_OTHERS for names in unreadable):
             raise RuntimeError(f'More than half of the images of an epoch cannot be read, {self.first_unreadable()}: '
                                'mend them, or name others with --data-dir.')
@@ -270,12 +271,3 @@ def _option(setting: str) -> str:
     """A setting by the name that a user knows."""
     names = {'data': 'data:', 'world_size': 'the number of processes'}
     return names.get(setting, f'--{setting.replace("_", "-")}')
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    """A batch, with its tensors on the device."""
-    if isinstance(tree, dict):
-        return {key: _moved(value, device) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_moved(value, device) for value in tree]
-    return tree.to(device, non_blocking=True) if isinstance(tree, torch.Tensor) else tree

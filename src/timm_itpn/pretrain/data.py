@@ -4,6 +4,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -116,17 +117,11 @@ class SampleMaker(NamedTuple):
         return sample
 
 
+@dataclass(eq=False)
 class Samples(Dataset):
-    """Samples of data that have indices; whatever reading them raises is passed on.
-
-    Args:
-        source: Gives a PIL image, or the open file of one, first of each item.
-        make: Makes the samples.
-    """
-
-    def __init__(self, source: Any, make: SampleMaker):
-        self.source = source
-        self.make = make
+    """Samples of data that have indices; whatever reading them raises is passed on."""
+    source: Any  # gives a PIL image, or the open file of one, first of each item
+    make: SampleMaker  # makes the samples
 
     def __len__(self) -> int:
         return len(self.source)
