@@ -49,7 +49,8 @@ class Objective(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, for timm's optimizer factory."""
-        return {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
+        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
+        return tables | {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
 
     def after_update(self, progress: float) -> None:
         """Called after each update of the weights.

@@ -101,10 +101,6 @@ class ClipDistill(Objective):
         trunc_normal_(self.mask_token, std=.02)
         init_linear((self.decoder_embed, self.lm_head, self.cls_pt_layers, self.lm_cls_head))
 
-    def no_weight_decay(self) -> set[str]:
-        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
-        return super().no_weight_decay() | tables
-
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions of the teacher's tokens, (B, N, teacher_dim), by the pyramid and by the auxiliary branch."""
         first, second, third = self.backbone.stages
