@@ -20,15 +20,16 @@ from ..layers.pyramid import FeaturePyramid
 __all__ = ['Baseline']
 
 EPS = 1e-6
+MLP_RATIO = 3  # hidden width per width
 NUM_LEVELS = 5  # of the pyramid, strides 4 to 64
 
 
 class ConvBlock(nn.Module):
     """Block of stages 1 and 2 on (B, C, H, W)."""
 
-    def __init__(self, dim: int, mlp_ratio: int):
+    def __init__(self, dim: int):
         super().__init__()
-        hidden_dim = mlp_ratio * dim
+        hidden_dim = MLP_RATIO * dim
         self.norm2 = LayerNorm2d(dim, eps=EPS)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Conv2d(dim, hidden_dim, 1),
@@ -90,13 +91,13 @@ class SwiGlu(nn.Module):
 class TokenBlock(nn.Module):
     """Block of stage 3 on (B, N, C)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, num_heads)
         self.gamma_1 = nn.Parameter(torch.full((dim,), 0.1))
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = SwiGlu(dim, mlp_ratio * dim)
+        self.mlp = SwiGlu(dim, MLP_RATIO * dim)
         self.gamma_2 = nn.Parameter(torch.full((dim,), 0.1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +114,6 @@ class Baseline(nn.Module):
         embed_dim: Width of stage 3.
         depths: Blocks of stages 1, 2 and 3.
         num_heads: Attention heads of stage 3.
-        mlp_ratio: Hidden width per width.
         pyramid: A feature pyramid in place of the classifier. (B, 3, H, W) -> its levels, maps (B, C, h, w).
         templates: (B, n, 3, h, w), which a tracker encodes anew with each frame. (B, 3, H, W) -> [map of the frame].
     """
@@ -125,7 +125,6 @@ class Baseline(nn.Module):
             embed_dim: int = 512,
             depths: tuple[int, int, int] = (3, 3, 24),
             num_heads: int = 8,
-            mlp_ratio: int = 3,
             pyramid: FeaturePyramid | None = None,
             templates: torch.Tensor | None = None,
     ):
@@ -133,9 +132,9 @@ class Baseline(nn.Module):
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim // 4, 4, stride=4)))
         blocks: list[nn.Module] = []
         for dim, depth in zip((embed_dim // 4, embed_dim // 2), depths):
-            blocks += [*(ConvBlock(dim, mlp_ratio) for _ in range(depth)), Merge(dim)]
+            blocks += [*(ConvBlock(dim) for _ in range(depth)), Merge(dim)]
         self.num_maps = len(blocks)  # blocks on (B, C, H, W)
-        blocks += [TokenBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depths[2])]
+        blocks += [TokenBlock(embed_dim, num_heads) for _ in range(depths[2])]
         self.blocks = nn.ModuleList(blocks)
         sizes = [img_size] if templates is None else [img_size, templates.shape[-2:]]
         num_tokens = sum(height // 16 * (width // 16) for height, width in sizes)
