@@ -10,6 +10,7 @@ from torch import Tensor
 from ..acceleration.migration import Left
 from ..acceleration.stage import MigrationStage
 from ..acceleration.windows import window_positions
+from ..layers.stages import stage_maps
 
 __all__ = ['colours', 'departures', 'draw_features', 'draw_tokens', 'feature_maps']
 
@@ -20,11 +21,7 @@ LEAVING = torch.tensor(to_rgb('tab:red'))
 
 def feature_maps(model: Any, images: Tensor) -> dict[str, Tensor]:
     """Maps (H, W, C) of all stages and, if the model has a pyramid, of its levels, for one image (1, 3, H, W)."""
-    x = model.patch_embed(images)
-    stages = []
-    for stage in model.stages:
-        x = stage(x)
-        stages.append(x)
+    stages = stage_maps(model.stages, model.patch_embed(images))
     maps = {f'stage {i}': stage[0] for i, stage in enumerate(stages, 1)}
     if model.pyramid is not None:
         levels = model.pyramid(stages, indices=list(range(5)))

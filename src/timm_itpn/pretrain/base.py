@@ -12,7 +12,7 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from ..engine.task import Losses
 from ..models.itpn import ITPN as Student
 
-__all__ = ['STEM_SIDE', 'LevelsToTokens', 'Objective', 'Student', 'init_linear', 'stage_maps']
+__all__ = ['STEM_SIDE', 'LevelsToTokens', 'Objective', 'Student', 'init_linear']
 
 STEM_SIDE = 4  # stem positions along a side of a patch
 
@@ -115,15 +115,6 @@ class LevelsToTokens(nn.ModuleList):
             else:
                 tokens.append(rearrange(layer(x), 'b (h y) (w x) c -> b (h w) (y x c)', y=2 ** i, x=2 ** i))
         return tokens
-
-
-def stage_maps(student: Student, x: torch.Tensor) -> list[torch.Tensor]:
-    """Maps of the three stages for all tokens, from the stem's (B, H / 4, W / 4, dim / 4)."""
-    maps = []
-    for stage in student.stages:
-        x = stage(x)
-        maps.append(x)
-    return maps
 
 
 def init_linear(modules: Iterable[nn.Module]) -> None:

@@ -9,7 +9,8 @@ from timm.layers import LayerNorm, trunc_normal_
 
 from ..engine.task import Losses
 from ..layers.blocks import AttentionBlock
-from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear, stage_maps
+from ..layers.stages import stage_maps
+from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear
 
 __all__ = ['Clip', 'ClipDistill']
 
@@ -52,7 +53,7 @@ class Clip(Objective):
 
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Prediction of the teacher's tokens, (B, N, teacher_dim), of all tokens."""
-        maps = stage_maps(self.backbone, self.masked_stem(images, masked))
+        maps = stage_maps(self.backbone.stages, self.masked_stem(images, masked))
         return self.lm_head(self.backbone.pyramid.norm(sum(self.tokens_of_levels(maps))))
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:

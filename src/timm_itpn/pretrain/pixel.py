@@ -16,7 +16,8 @@ from timm.models.vision_transformer import Block
 from timm.utils import ModelEmaV3
 
 from ..engine.task import Losses
-from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear, stage_maps
+from ..layers.stages import stage_maps
+from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear
 
 __all__ = ['STRIDE', 'Mfm', 'Pixel', 'keep_indices', 'pixels', 'sincos_pos_embed']
 
@@ -157,7 +158,7 @@ class Mfm(Pixel):
     def targets(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Features of the average, (B, N, dim), (B, N, 2 * dim) and (B, N, 4 * dim), coarse first."""
         teacher = self.average.module
-        maps = stage_maps(teacher, teacher.patch_embed(images))
+        maps = stage_maps(teacher.stages, teacher.patch_embed(images))
         targets = [
             rearrange(level, 'b (h y) (w x) c -> b (h w) (y x c)', y=2 ** i, x=2 ** i)
             for i, level in enumerate(maps[::-1])]
