@@ -97,9 +97,9 @@ def run(args: argparse.Namespace) -> None:
         print(f'# Measured speed\n\nWritten by `timm-itpn bench --measured`.\n\n{markdown(measured())}')
         return
     if args.plot:  # now, not when everything is measured
-        check_figure(args.plot, '--plot', overwrite=True)
+        check_figure(args.plot, '--plot')
     if args.record:
-        check_output(args.record, '--record', overwrite=True)
+        check_output(args.record)
         if args.record.exists():
             read(args.record, Row)
     given = {name: value for name, value in vars(args).items() if name in _OF_CASES}

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         if not args.measured:
             raise ValueError('--plot draws what comes with the package: use it with --measured')
-        check_figure(args.plot, '--plot', overwrite=True)
+        check_figure(args.plot, '--plot')
 
     from ..bench.rows import read, write
     from ..studies import results
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     require('the experiment', *STUDIES[args.study])
     check_device(args.device)
     if args.record:
-        check_output(args.record, '--record', overwrite=True)
+        check_output(args.record)
 
     rows = read(args.record, results.Row) if args.record and args.record.exists() else []
     for row in results.run(args.study, args.seeds, {row.seed for row in rows}, args.device):

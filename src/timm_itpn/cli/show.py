@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import check_device, check_figure, check_regular_file
+from ..checks import check_device, check_figure, check_new, check_regular_file
 from ..files import save_figure
 from .arguments import height_width
 
@@ -49,7 +49,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     output = args.output or Path(f'{args.image.stem}_{"tokens" if args.tokens else "show"}.png')
-    check_figure(output, '--output', overwrite=args.force, remedy='overwrite it with --force')
+    check_figure(output, '--output')
+    if not args.force:
+        check_new(output, '--output', 'overwrite it with --force')
     image = read_image(args.image)
     height, width = height_width(args.img_size) or own_size(*image.size)
     check_device(args.device)
