@@ -34,13 +34,8 @@ def colours(features: Tensor, tail: float = 0.01) -> Tensor:
 
     Each component goes from 0 to 1 between its outliers, a fraction `tail` on each side; one that varies by less than
     the precision of `features` is 0.5.
-
-    Raises:
-        ValueError: A feature is not finite.
     """
     x = features.detach().cpu().double().flatten(0, 1)  # (H, W, C) -> (H*W, C)
-    if not x.isfinite().all():
-        raise ValueError('the features are not finite: the weights are broken')
     noise = 10 * torch.finfo(features.dtype).eps * x.abs().max()
     x = x - x.mean(dim=0)
     _, directions = torch.linalg.eigh(x.T @ x)  # the largest last
