@@ -3,14 +3,11 @@ leave; `show_figures.py` draws."""
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checks import check_device, check_figure, check_new, check_regular_file
 from ..files import save_figure
 from .arguments import height_width
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 LONGEST_SIDE = 448  # of an image that is shown at its own size
 
@@ -78,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
     print(output)
 
 
-def read_image(path: Path) -> 'Image':
-    """An image file as it is meant to be seen: upright, in colour."""
+def read_image(path: Path) -> Any:
+    """A PIL image of a file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
     from ..engine.data import to_rgb
