@@ -5,10 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    'are_numbers', 'check_device', 'check_figure', 'check_folder', 'check_new', 'check_output', 'check_regular_file',
-    'is_number', 'printable', 'read_text', 'require']
-
 
 def require(purpose: str, extra: str, *packages: str) -> None:
     """Raise RuntimeError unless all packages are installed.

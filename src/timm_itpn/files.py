@@ -11,8 +11,6 @@ from typing import Any
 
 from .checks import check_new
 
-__all__ = ['FULL', 'created', 'replaced', 'save_figure']
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: there is no room for a file
 
 

@@ -17,8 +17,6 @@ from timm.layers import LayerNorm2d
 
 from ..layers.pyramid import FeaturePyramid
 
-__all__ = ['Baseline']
-
 EPS = 1e-6
 MLP_RATIO = 3  # hidden width per width
 NUM_LEVELS = 5  # of the pyramid, strides 4 to 64

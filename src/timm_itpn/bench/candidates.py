@@ -21,8 +21,6 @@ from .baseline import Baseline
 from .cases import Asked, Case
 from .flops import Outputs
 
-__all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Candidate', 'build', 'build_ours']
-
 NUM_CLASSES = 1000
 OURS = 'ours'
 BASELINE = 'baseline'

@@ -17,8 +17,6 @@ from .cases import Asked, Case
 from .flops import count_flops, count_products, product_calls, rates, training_loss
 from .rows import Row, this_machine
 
-__all__ = ['TOLERANCES', 'measure', 'measure_alone', 'peak_bytes', 'time_in_turn']
-
 Key = TypeVar('Key')
 Call = Callable[[], object]
 

@@ -18,10 +18,6 @@ from .cases import Case
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    'SPEEDUPS', 'Machine', 'Row', 'draw', 'json_line', 'markdown', 'markdown_of_case', 'measured', 'number', 'read',
-    'record', 'table', 'this_machine', 'write']
-
 T = TypeVar('T')
 
 SPEEDUPS = 'vs ours, vs baseline: the time of that one divided by the time of this one; above 1x, this one is faster'

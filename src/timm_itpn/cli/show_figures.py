@@ -12,8 +12,6 @@ from ..acceleration.stage import MigrationStage
 from ..acceleration.windows import window_positions
 from ..layers.stages import stage_maps
 
-__all__ = ['colours', 'departures', 'draw_features', 'draw_tokens', 'feature_maps']
-
 STRIDE = 16  # pixels per token of stage 3
 FEATURE_WIDTH, TOKEN_WIDTH = 2.2, 3.2  # of a panel, inches
 LEAVING = torch.tensor(to_rgb('tab:red'))

@@ -23,8 +23,6 @@ from torchvision.transforms import v2
 from ..checks import are_numbers, printable, read_text, require
 from ..engine.data import to_rgb
 
-__all__ = ['MAX_SIDE', 'SIDES', 'CocoDataset', 'eval_transforms', 'read_coco', 'train_transforms']
-
 # the authors', for `train_transforms`
 SIDES: dict[str, Sequence[int]] = dict(
     short_sides=range(480, 801, 32), crop_short_sides=(400, 500, 600), crop_sides=(384, 600))

@@ -15,8 +15,6 @@ from tqdm import tqdm
 from ..engine.data import Replacing, load
 from .data import CocoDataset
 
-__all__ = ['NAMES', 'average_precision', 'evaluate', 'predict']
-
 MASK_THRESHOLD = 0.5
 METRICS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')  # the first of pycocotools' `stats`
 NAMES = tuple(f'{kind}_{metric}' for kind in ('box', 'mask') for metric in METRICS)

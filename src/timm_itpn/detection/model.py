@@ -26,8 +26,6 @@ from ..engine.task import Losses
 from ..models import check_name
 from ..models.detection import DetectionBackbone
 
-__all__ = ['PREFIX', 'STRIDES', 'Anchors', 'BoxAndMaskHeads', 'compute_losses', 'mask_rcnn', 'param_groups']
-
 STRIDES = (4, 8, 16, 32, 64)
 ROI_LEVELS = ('0', '1', '2', '3')  # strides 4 to 32
 BOX_LOSS_WEIGHT = 10.

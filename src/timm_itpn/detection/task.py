@@ -24,8 +24,6 @@ from .data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, train_transform
 from .evaluate import MASK_THRESHOLD, NAMES, evaluate
 from .model import PREFIX, compute_losses, mask_rcnn, param_groups
 
-__all__ = ['DetectionTask', 'detect']
-
 NORMS: dict[str, Callable[[int], nn.Module]] = {  # of the box head, by --head-norm
     'batch': nn.BatchNorm2d, 'group': lambda channels: nn.GroupNorm(gcd(channels, 32), channels)}
 SPLITS = {'train': ('train2017', 'train'), 'val': ('val2017', 'val')}

@@ -14,8 +14,6 @@ import yaml
 
 from ..checks import printable, read_text
 
-__all__ = ['CHANGEABLE', 'FREE', 'PAIRS', 'RECIPES', 'ConfigurableParser', 'add_common_arguments', 'number', 'positive']
-
 MAX_WORKERS = 512
 RECIPES = Path(__file__).parents[1] / 'recipes'
 

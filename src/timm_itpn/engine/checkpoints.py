@@ -14,8 +14,6 @@ from ..checks import check_folder
 from ..files import replaced
 from ..weights.read import UnreadableError, read_contents
 
-__all__ = ['REMEDY', 'Checkpoints', 'load', 'not_finite', 'save']
-
 LOCK_TIMEOUT_S = 10  # readers of a process that was killed end within 5 s, and hold its lock until then
 REMEDY = 'Lower --lr, or use --amp-dtype bfloat16, and go on with --resume auto, or from an earlier checkpoint.'
 State = dict[str, Any]

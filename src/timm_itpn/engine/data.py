@@ -16,8 +16,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from ..checks import printable
 
-__all__ = ['NUM_OTHERS', 'Batches', 'Replacing', 'load', 'seeded', 'to_rgb']
-
 NUM_OTHERS = 40  # random samples that are tried in place of one; if half of all are whole, one of so many is
 
 

@@ -20,8 +20,6 @@ from .checkpoints import Checkpoints, load
 from .run import WHOLE, Run
 from .task import Batch, Task, creating
 
-__all__ = ['evaluate', 'train']
-
 LINES = 'log.jsonl'
 TABLE = 'summary.csv'
 

@@ -29,8 +29,6 @@ from .checkpoints import REMEDY, save
 from .data import NUM_OTHERS, Batches
 from .task import Batch, Task
 
-__all__ = ['Run']
-
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # every process has to ask, the first gets the state
 MAX_UNREADABLE = 0.5  # share of the images of an epoch
 

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-__all__ = ['NUM_CLASSES', 'NUM_TEXTURES', 'Canvases', 'draw', 'load_digits', 'write_split']
-
 NUM_CLASSES = 10
 NUM_TEXTURES = 2
 

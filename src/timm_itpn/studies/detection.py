@@ -23,8 +23,6 @@ from .pretraining import STARTS, pretrain
 from .results import Measurement
 from .two_tasks import Training
 
-__all__ = ['ARMS', 'study_seed']
-
 _FOLDER = Path('output/evidence/detection')
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
 _SIDE, _LARGE = 128, 256  # pixels, 8 x 8 and 16 x 16 tokens

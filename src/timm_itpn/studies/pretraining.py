@@ -20,8 +20,6 @@ from .canvases import NUM_CLASSES, Canvases, draw, load_digits
 from .results import Measurement
 from .two_tasks import State, Training, TwoTasks, fit, normalised, test, train
 
-__all__ = ['ARMS', 'STARTS', 'pretrain', 'study_seed']
-
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
 _DECODER: dict[str, Any] = dict(decoder_dim=64, decoder_depth=2, decoder_num_heads=2)
 _SIDE = 64  # pixels, 4 x 4 tokens

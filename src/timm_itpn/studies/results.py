@@ -20,8 +20,6 @@ from ..bench.rows import Machine, read, table, this_machine
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Measurement', 'Row', 'as_it_is_and_tuned', 'draw', 'load', 'markdown', 'measured', 'run']
-
 Measurement = tuple[str, str, dict[str, float]]  # `arm`, `measured` and `scores` of a row
 
 _TIMED = Case('fast_itpn_base', (1024, 1024), batch=1, pyramid=True)

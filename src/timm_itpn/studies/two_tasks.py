@@ -14,8 +14,6 @@ from torchvision.transforms import functional as TF
 
 from .canvases import NUM_CLASSES, NUM_TEXTURES, Canvases
 
-__all__ = ['State', 'Training', 'TwoTasks', 'fit', 'normalised', 'test', 'train']
-
 State = dict[str, torch.Tensor]
 
 _NUM_TOKEN_CLASSES = NUM_TEXTURES + NUM_CLASSES
