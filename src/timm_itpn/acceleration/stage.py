@@ -24,8 +24,6 @@ from .windows import (
     window_positions,
 )
 
-__all__ = ['MigrationStage']
-
 
 class Windows(NamedTuple):
     """Where tokens (B, W, K, C) in W windows stand, and who sees whom."""

@@ -13,10 +13,6 @@ import torch
 
 from ..ops.attention import Heads
 
-__all__ = [
-    'attention_bias', 'gathering_bias', 'is_padded', 'num_windows', 'partition', 'smallest_window', 'window_heads',
-    'window_mean', 'window_positions']
-
 
 def num_windows(side: int, window: int) -> int:
     """Windows along a side of `side` tokens, none wider than `window` tokens; 0 = one window, whatever the side."""

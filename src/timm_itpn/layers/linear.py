@@ -15,8 +15,6 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from ..ops.attention import is_transformed
 from ..ops.linear import can_use_onednn, onednn_linear
 
-__all__ = ['OneDnnLinear', 'is_onednn_faster', 'use_onednn']
-
 MIN_MULTIPLY_ADDS = 2 ** 22  # of a product; below it, calling oneDNN takes longer than MKL takes
 TORCH_FORWARD = nn.Linear.forward
 

@@ -15,10 +15,6 @@ from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 from .fused import FusedLinear, weights_of
 from .tracing import holds
 
-__all__ = [
-    'ConvPatchMerge', 'ConvPatchSplit', 'ImageSize', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'padded',
-    'token_grid']
-
 ImageSize = int | tuple[int, int]
 
 

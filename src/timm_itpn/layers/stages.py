@@ -12,8 +12,6 @@ from ..ops.attention import as_bias
 from .blocks import AttentionBlock, MlpBlock, run_blocks
 from .tracing import same_grid
 
-__all__ = ['AttentionStage', 'MlpStage', 'resample_pos_embed', 'stage_maps']
-
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
 @register_notrace_function

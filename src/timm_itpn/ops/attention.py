@@ -14,10 +14,6 @@ from timm.layers import register_notrace_function, use_fused_attn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    'IMPLEMENTATIONS', 'Heads', 'as_bias', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed',
-    'record_kernels']
-
 IMPLEMENTATIONS = ('sdpa', 'reference')
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
 MANY_TOKENS = 2048

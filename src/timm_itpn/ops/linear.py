@@ -12,8 +12,6 @@ each tile of the output while it is in the cache.
 import torch
 import torch.nn.functional as F
 
-__all__ = ['ACTIVATIONS', 'can_use_onednn', 'onednn_linear', 'pack_for_onednn', 'plain_linear']
-
 ACTIVATIONS = {'none': ('none', ''), 'gelu': ('gelu', 'none'), 'silu': ('swish', '')}  # act -> oneDNN's name, algorithm
 
 

@@ -12,8 +12,6 @@ from timm.models.vision_transformer import init_weights_vit_timm
 from ..engine.task import Losses
 from ..models.itpn import ITPN as Student
 
-__all__ = ['STEM_SIDE', 'LevelsToTokens', 'Objective', 'Student', 'init_linear']
-
 STEM_SIDE = 4  # stem positions along a side of a patch
 
 

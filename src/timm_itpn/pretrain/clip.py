@@ -12,8 +12,6 @@ from ..layers.blocks import AttentionBlock
 from ..layers.stages import stage_maps
 from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear
 
-__all__ = ['Clip', 'ClipDistill']
-
 STEM_GRADIENT = 0.1  # factor on the gradient of the patch embedding
 
 

@@ -20,10 +20,6 @@ from torchvision.transforms import functional as TF
 from ..checks import check_regular_file
 from ..engine.data import Replacing, seeded, to_rgb
 
-__all__ = [
-    'MASKINGS', 'SampleMaker', 'Samples', 'StreamedSamples', 'View', 'block_masking', 'fingerprint', 'open_dataset',
-    'random_masking']
-
 Sample = dict[str, Any]
 NUM_SIZES = 1000  # files whose sizes tell data apart
 TRAIN = ('train', 'training')  # names of a folder, one as good as the other

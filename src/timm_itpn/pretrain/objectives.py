@@ -13,8 +13,6 @@ from .base import Objective, Student
 from .clip import Clip, ClipDistill
 from .pixel import Mfm, Pixel
 
-__all__ = ['OBJECTIVES', 'create_objective', 'create_student', 'initialise']
-
 OBJECTIVES: dict[str, type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
 assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
 

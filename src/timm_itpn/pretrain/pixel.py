@@ -19,8 +19,6 @@ from ..engine.task import Losses
 from ..layers.stages import stage_maps
 from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear
 
-__all__ = ['STRIDE', 'Mfm', 'Pixel', 'keep_indices', 'pixels', 'sincos_pos_embed']
-
 STRIDE = 16
 VARIANCE_EPS = 1e-6
 

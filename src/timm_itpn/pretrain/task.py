@@ -22,8 +22,6 @@ from .objectives import create_objective, create_student
 from .pixel import STRIDE, Pixel, pixels
 from .teacher import Teacher, create_teacher
 
-__all__ = ['PretrainTask', 'native_weights', 'pretrain']
-
 NUM_DRAWN = 8  # images
 GREY = 0.5
 BACKBONE = 'backbone.'
