@@ -66,6 +66,17 @@ def test_folder_sees_images_as_the_training_did(tmp_path):
     assert config_of(tmp_path / 'again') == config_of(tmp_path / 'out')
 
 
+def test_inspect_names_the_model_of_own_size_that_convert_takes(tmp_path, capsys):
+    write(tmp_path / 'w.pt', dict(TINY, img_size=(32, 64)))
+    convert(tmp_path / 'w.pt', tmp_path / 'out')
+    for path in (tmp_path / 'w.pt', tmp_path / 'out', tmp_path / 'out' / 'model.safetensors'):
+        assert main(['inspect', str(path), '--json']) == 0
+        facts = json.loads(capsys.readouterr().out)
+        model, = facts['models']
+        assert (facts['model'], model['name'], model['fits']) == ('fast_itpn_tiny', 'fast_itpn_tiny', True)
+        assert (model['args']['embed_dim'], model['args']['img_size']) == (64, [32, 64]) and not facts['problem']
+
+
 @pytest.mark.parametrize(('kwargs', 'args'), [
     (dict(acceleration='full', gather_window=2, img_size=64), {}),
     (dict(migrate={0: 2}, img_size=(32, 64)), {}),

@@ -18,19 +18,20 @@ from ..models import MODULES
 from ..weights.checkpoint import AVERAGED, PLAIN, StateDict, to_native, unwrap
 from ..weights.describe import Description, describe
 from ..weights.layout import TRACKING, layout_of
-from ..weights.read import StandIn, read_contents
+from ..weights.read import Contents, StandIn, read_contents
 from ..weights.sources import check_published, plain_name, sha256_of
 from ..weights.tracker import tracker_to_native
 
 __all__ = [
-    'CONFIG', 'DATA', 'MODEL_ARGS', 'WEIGHTS', 'Checkpoint', 'Settings', 'check_data', 'class_names', 'from_training',
-    'open_checkpoint',
+    'CONFIG', 'DATA', 'MODEL_ARGS', 'WEIGHTS', 'Checkpoint', 'Settings', 'Size', 'check_data', 'class_names',
+    'from_training', 'model_of', 'open_checkpoint', 'settings_of', 'size_for',
 ]
 
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'  # of timm's Hub folders
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')
 LARGEST_SIDE = 2 ** 16  # pixels
+Size = tuple[int, int]  # height and width, pixels
 
 # what the outputs depend on, and neither names nor shapes of the weights tell; the last two say that they tell the size
 MODEL_ARGS = (
@@ -54,8 +55,8 @@ class Settings(NamedTuple):
     data: dict[str, Any] = {}  # of timm's data config, by the names in `DATA`
     model: str = ''  # name of the model, perhaps with tag
     model_args: dict[str, Any] = {}  # by the names in `MODEL_ARGS`
-    img_size: tuple[int, int] | None = None  # height and width that the model was created for
-    input_size: tuple[int, int] | None = None  # of the images, if they may differ
+    img_size: Size | None = None  # height and width that the model was created for
+    input_size: Size | None = None  # of the images, if they may differ
     labels: dict[str, Any] = {}  # names of the classes, as timm's config has them
     class_map: str = ''  # the file of the names of the classes, '' for none
 
@@ -70,16 +71,16 @@ class Checkpoint(NamedTuple):
     name: str  # model that the file says it is of: a converted one, or one of timm's `train.py`; '' if it does not say
     published: bool  # whether this may be a published file, or one converted from it
     said: Settings  # what the folder's config, or the arguments of timm's `train.py`, say beside the weights
-    img_size: tuple[int, int] | None  # height and width that were asked for, or that the file says if they fit
+    img_size: Size | None  # height and width that were asked for, or that the file says if they fit
 
 
 def open_checkpoint(
         path: Path,
         dtype: torch.dtype | None = None,
         ema: bool = False,
-        img_size: tuple[int, int] | None = None,
+        img_size: Size | None = None,
         prefix: str | None = None,
-        roles: Mapping[str, tuple[int, int]] | None = None,
+        roles: Mapping[str, Size] | None = None,
 ) -> Checkpoint:
     """Open a weight file without running its pickled code; tensors are read when they are needed.
 
@@ -107,18 +108,10 @@ def open_checkpoint(
     native = to_native(tracker_to_native(state_dict, roles))
     weights = describe(native)
 
-    config = path.with_name(CONFIG)
-    has_config = path.name == WEIGHTS and config.is_file()
-    said = from_config(config) if has_config else from_training(metadata.get('args', tree.get('args')))
-    layout, trained_as = layout_of(state_dict), plain_name(said.model.partition('.')[0])
-    is_ours = layout == 'native' and is_model_in_modules(trained_as, MODULES)
-    name = metadata.get('model', '') or (trained_as if is_ours else '')
+    layout, said = layout_of(state_dict), settings_of(path, contents)
+    name = metadata.get('model', '') or (model_of(said) if layout == 'native' else '')
     of_tracker = any(key.startswith(TRACKING) for key in native)
-    height, width = said.img_size or (0, 0)
-    if roles:
-        img_size = next(iter(roles.values()))
-    elif img_size is None and (height // 16) * (width // 16) == weights.num_tokens:
-        img_size = (height, width)
+    img_size = size_for(weights, roles, img_size, said)
 
     wrappers = [key for key in AVERAGED + PLAIN if isinstance(tree.get(key), dict)]
     origin = {key: metadata.get(entry, '') for key, entry in (('file', 'source'), ('sha256', 'source_sha256'))}
@@ -160,6 +153,33 @@ def check_data(data: dict[str, Any], in_chans: int, source: str) -> None:
         if not is_valid(value) or key in ('mean', 'std') and len(value) not in (1, in_chans):
             raise ValueError(
                 f'{key} in {source} must be {expected}: give the right one with --{key.replace("_", "-")}.')
+
+
+def settings_of(path: Path, contents: Contents) -> Settings:
+    """What the folder's config, or what the file has of the arguments of timm's `train.py`, say beside the weights.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    config, tree = path.with_name(CONFIG), contents.tree
+    if path.name == WEIGHTS and config.is_file():
+        return from_config(config)
+    return from_training(contents.metadata.get('args', tree.get('args') if isinstance(tree, dict) else None))
+
+
+def model_of(said: Settings) -> str:
+    """The model of this package that settings are of, without tag and `_fpn`; '' if it is another or unknown."""
+    name = plain_name(said.model.partition('.')[0])
+    return name if is_model_in_modules(name, MODULES) else ''
+
+
+def size_for(
+        weights: Description, roles: Mapping[str, Size] | None, asked: Size | None, said: Settings) -> Size | None:
+    """Height and width that a position embedding is for: of the first role, as asked for, or as said if that fits."""
+    if roles:
+        return next(iter(roles.values()))
+    height, width = said.img_size or (0, 0)
+    return asked or (said.img_size if height // 16 * (width // 16) == weights.num_tokens else None)
 
 
 def from_training(args: Any) -> Settings:
@@ -227,7 +247,7 @@ def _plain(value: Any) -> Any:
         return ...
 
 
-def _size(value: Any) -> tuple[int, int] | None:
+def _size(value: Any) -> Size | None:
     """Height and width from a side, (height, width) or (channels, height, width); None if it is something else."""
     sides = value if isinstance(value, list) else [value, value]
     is_size = len(sides) in (2, 3) and all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)

@@ -1,4 +1,4 @@
-""" What a weight file is to this package, told from its names and shapes alone
+"""What a weight file is to this package, told from its names and shapes, and from what it says of its model.
 
 Nothing of the file is run and none of its tensors is read, so it may be from anyone. Text in it comes back as it is, to
 be escaped before a terminal gets it.
@@ -17,15 +17,13 @@ from ..weights.layout import layout_of
 from ..weights.read import read_contents, stand_in_name
 from ..weights.sources import hash_check, sha256_of
 from ..weights.tracker import tracker_to_native
-from .checkpoint_file import WEIGHTS
+from .checkpoint_file import WEIGHTS, Settings, Size, model_of, settings_of, size_for
 from .match import matching_models, model_args
 
 __all__ = ['inspect']
 
 MAX_KEYS = 8
 MAX_TEXT = 200
-
-Size = tuple[int, int]
 
 
 def inspect(
@@ -53,9 +51,10 @@ def inspect(
         tensors, wrapper = unwrap(contents.tree, averaged=False, prefix=prefix)
         layout = layout_of(tensors)
         if layout:
+            said = settings_of(path, contents)
+            name = name or contents.metadata.get('model', '') or (model_of(said) if layout == 'native' else '')
             published = layout == 'official' and not roles or '.' in contents.metadata.get('model', '')
-            native = to_native(tracker_to_native(tensors, roles))
-            found = _network(native, name, published, next(iter((roles or {}).values()), None))
+            found = _network(to_native(tracker_to_native(tensors, roles)), name, published, roles, said)
             problem = '' if found['models'] else 'It fits no registered model.'
         else:
             problem = 'It fits no model of this package.' if tensors else 'It holds no named tensors.'
@@ -135,23 +134,25 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix('torch.')
 
 
-def _network(native: StateDict, name: str | None, published: bool, img_size: Size | None) -> dict[str, Any]:
+def _network(
+        native: StateDict, name: str, published: bool, roles: Mapping[str, Size] | None, said: Settings,
+) -> dict[str, Any]:
     """The network and the parts of native weights, and the models that they are compared with."""
     weights = describe(native)
-    names = matching_models(weights, published)
+    img_size = size_for(weights, roles, None, said)
+    names = dict.fromkeys([*matching_models(weights, published), *([name] if name else [])])
     network = weights._asdict()
     parts = network.pop('parts')
-    return dict(
-        network=network,
-        parts=parts,
-        models=[_fit(each, native, weights, img_size) for each in dict.fromkeys([*names, *([name] if name else [])])],
-    )
+    models = [_fit(each, native, weights, img_size, said.model_args) for each in names]
+    return dict(network=network, parts=parts, models=models)
 
 
-def _fit(name: str, native: StateDict, weights: Description, img_size: Size | None) -> dict[str, Any]:
+def _fit(
+        name: str, native: StateDict, weights: Description, img_size: Size | None, told: dict[str, Any],
+) -> dict[str, Any]:
     """Whether a model holds the weights, and what it needs to be told for that."""
     try:
-        args = model_args(name, native, weights, img_size)
+        args = model_args(name, native, weights, img_size, told)
     except ValueError as error:
         return dict(name=name, fits=False, args={}, problem=str(error))
     args.pop('pretrained_cfg_overlay', None)
