@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     if args.record:
         check_output(args.record)
 
-    rows = read(args.record, results.Row) if args.record and args.record.exists() else []
+    rows = read(args.record, results.Row) if args.record else []
     for row in results.run(args.study, args.seeds, {row.seed for row in rows}, args.device):
         print(row, file=sys.stderr, flush=True)
         rows.append(row)

@@ -90,8 +90,7 @@ def as_it_is_and_tuned(
 
 def measured(name: str) -> list[Row]:
     """The rows of a study that come with the package, if there are any."""
-    path = Path(__file__).with_name(f'{name}.jsonl')
-    return read(path, Row) if path.exists() else []
+    return read(Path(__file__).with_name(f'{name}.jsonl'), Row)
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:
