@@ -33,6 +33,14 @@ def test_exported_program_agrees(name):
         assert_same(program.module()(x), model(x))
 
 
+@every_family
+def test_exported_program_has_no_operator_that_coremltools_lacks(name):
+    """Those of version 9.0, which converts the models otherwise."""
+    program = torch.export.export(small_model(name, exportable=True, **TINY), (images(1, 3, 64, 64),))
+    found = {str(node.target) for node in program.run_decompositions({}).graph.nodes}
+    assert 'aten.linear.default' in found and not {'aten.alias.default', 'aten.new_ones.default'} & found
+
+
 @pytest.mark.filterwarnings('ignore:Constant folding')  # of the exporter, on slices of windows
 @pytest.mark.parametrize('name, how', [
     ('fast_itpn_tiny', 'timm'),

@@ -48,8 +48,7 @@ def window_positions(height: int, width: int, window: int, device: torch.device)
     y = rank // columns[:, None]  # (window columns, P)
     x = rank - y * columns[:, None]
     positions = (top[:, None, None] + y) * width + left[:, None] + x  # (window rows, window columns, P)
-    positions = torch.where(y < rows[:, None, None], positions, height * width)
-    return positions.flatten(0, 1)
+    return positions.masked_fill(y >= rows[:, None, None], height * width).flatten(0, 1)
 
 
 def _spans(side: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

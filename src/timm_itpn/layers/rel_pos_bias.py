@@ -255,13 +255,15 @@ class RelPosBias(nn.Module):
         rows = (y[:, None] - y + height - 1) * (2 * width - 1)  # (height, height): query, key
         columns = x[:, None] - x + width - 1  # (width, width)
         index = (rows[:, None, :, None] + columns[:, None, :]).reshape(height * width, height * width)
-        if not is_exporting() and not torch.jit.is_tracing():  # the remainder would hold the program to some sizes
+        in_graph = is_exporting() or torch.jit.is_tracing()  # there the remainder would hold it to some sizes
+        if not in_graph:
             index = F.pad(index, (0, -(height * width) % 8))
         if not torch.jit.is_scripting():
             if is_transformed():
                 index = index.long()  # the only type that vmap of torch 2.6 takes
         bias = table.t().contiguous().index_select(1, index.flatten())
-        return bias.reshape(1, -1, height * width, index.shape[1])[..., :height * width]
+        bias = bias.reshape(1, -1, height * width, index.shape[1])
+        return bias if in_graph else bias[..., :height * width]
 
     @torch.jit.unused
     def _may_keep(self) -> bool:

@@ -104,7 +104,7 @@ def attention_weights(
     """
     # float32 factors of one element, not .float(): they lengthen half precision, leave float64, and FX can trace them
     q = q * q.new_full((1,), q.shape[-1] ** -0.5 if scale is None else scale, dtype=torch.float32)
-    k = k * k.new_ones((1,), dtype=torch.float32)
+    k = k * k.new_full((1,), 1., dtype=torch.float32)  # coremltools has no new_ones
     scores = q @ k.transpose(-2, -1)  # (B, num_heads, N, M)
     if bias is not None:
         scores = scores + bias
