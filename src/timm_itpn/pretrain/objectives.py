@@ -85,7 +85,7 @@ def initialise(student: Student) -> None:
         return
     stage: Any = student.stages[2]
     stem = student.patch_embed.proj.weight
-    stem.copy_(nn.init.xavier_uniform_(torch.empty_like(stem.flatten(1))).reshape(stem.shape))
+    nn.init.xavier_uniform_(stem.view(len(stem), -1))
     trunc_normal_(stage.pos_embed, std=.02, a=-.02, b=.02)
     scale = math.sqrt(math.log(2 * len(stage.blocks)))
     for name, module in student.named_modules():
@@ -95,9 +95,8 @@ def initialise(student: Student) -> None:
         if name.startswith('stages.2.blocks.'):
             for matrix in module.weight.chunk(3 if leaf == 'attn.qkv' else 1):
                 nn.init.xavier_normal_(matrix)
-            for key, parameter in module.named_parameters(recurse=False):
-                if key.endswith('bias'):
-                    nn.init.zeros_(parameter)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         if leaf == 'attn.qkv':
             module.weight.chunk(3)[2].mul_(scale)  # the values
         elif leaf in SCALED:
