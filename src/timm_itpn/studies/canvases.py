@@ -176,8 +176,7 @@ def _with_digit(
     """A canvas (3, side, side) with a digit (8, 8) drawn on it at a random position, and its ink, (1, side, side)."""
     side, size = canvas.shape[2], _integer(*sizes, generator)
     top, left = _integer(0, side - size + 1, generator), _integer(0, side - size + 1, generator)
-    ink = torch.zeros(1, side, side)
     drawn = F.interpolate(digit[None, None], (size, size), mode='bicubic')[0].clamp(0, 1)
-    ink[:, top:top + size, left:left + size] = drawn
+    ink = F.pad(drawn, (left, side - left - size, top, side - top - size))
     colour = 1 - 0.3 * torch.rand(3, 1, 1, generator=generator)
     return canvas + ink * (colour - canvas), ink
