@@ -1,4 +1,5 @@
 """The detectors and segmenters of transformers that take a backbone of timm, on our models and real photographs."""
+import json
 from itertools import product
 
 import numpy as np
@@ -161,6 +162,23 @@ def test_backbone_is_built_by_name(hub):
     model = transformers.DetrForObjectDetection(config).eval()
     with torch.inference_mode():
         assert model(torch.randn(1, 3, 90, 130)).logits.isfinite().all()
+
+
+def test_backbone_takes_arguments_from_a_folder(photos, tmp_path):
+    """A config has no place for them: here for the channels of the authors' segmentation."""
+    folder = tmp_path / 'itpn_tiny_fpn'
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(dict(
+        architecture='itpn_tiny_fpn', pretrained_cfg={}, model_args=dict(pyramid_concat=True))))
+    name, levels = 'UperNetForSemanticSegmentation', [0, 1, 2, 3]
+    kwargs = dict(SEGMENTERS[name][2], auxiliary_in_channels=256 + 64)
+    model = create('UperNetConfig', name, f'local-dir:{folder}', levels, kwargs)
+    assert model.backbone.channels == [256 + 16, 256 + 32, 256 + 64, 256 + 64]
+    maps = [np.tile(np.arange(640, dtype=np.uint8) % NUM_LABELS, (427, 1)) for _ in photos]
+    processor = transformers.SegformerImageProcessor(size=dict(height=100, width=150))
+    inputs = processor(photos, segmentation_maps=maps, return_tensors='pt')
+    targets = dict(labels=inputs.pop('labels'))
+    check_uses(model, inputs, targets, ['logits'], tmp_path / 'model')
 
 
 @pytest.mark.parametrize('size', SIZES_IN_PIXELS)

@@ -48,6 +48,16 @@ def test_blocks_run_in_ranges_on_any_sequence_and_a_mask_hides(attn_impl):
         stage.grad_checkpointing = False
 
 
+@pytest.mark.parametrize(('name', 'kwargs', 'message'), [
+    ('itpn_tiny', {}, r'relative position bias is for a grid \(4, 4\): use rel_pos_bias=False'),
+    ('fast_itpn_tiny', dict(acceleration='full'), 'need a whole map: create the model without acceleration'),
+])
+def test_stage_that_needs_its_grid_refuses_other_sequences(name, kwargs, message):
+    stage = strong_attention(name, **kwargs)
+    with pytest.raises(ValueError, match=message):
+        stage.forward_blocks(images(2, 7, 128), 1, 7)
+
+
 def test_bias_is_added_to_that_of_relative_positions():
     stage = strong_attention('itpn_tiny')
     fused = timm_itpn.fuse(stage.eval())

@@ -12,13 +12,13 @@ TINY = dict(embed_dim=64, depths=(1, 1, 3))
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-def encoder_of(name='fast_itpn_tiny', roles=ROLES, positions='crop', migrate=None, **kwargs):
+def encoder_of(name='fast_itpn_tiny', roles=ROLES, positions='crop', migrate=None, names=None, **kwargs):
     kwargs = {**TINY, **({} if name.startswith('fast') else dict(rel_pos_bias=False)), **kwargs}
     model = small_model(name, **kwargs)
     for block in model.stages[2].blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.2)
         torch.nn.init.normal_(block.attn.proj.weight, std=0.2)
-    return JointEncoder(model, roles, positions, migrate).eval()
+    return JointEncoder(model, roles, positions, migrate, names=names).eval()
 
 
 def inputs(num=3):
@@ -102,8 +102,67 @@ def test_blocks_may_be_looked_between():
     for block in range(3):
         tokens = encoder.run(tokens, block, block + 1)
     assert_close(encoder.norm(tokens), encoder(x)[0])
-    with pytest.raises(ValueError, match='no blocks 2 to 4: stage 3 has 3'):
-        encoder.run(tokens, 2, 4)
+
+
+@torch.no_grad()
+def test_no_template_is_a_sequence_without_any():
+    encoder, x = encoder_of(), inputs()
+    tokens, maps = encoder(dict(x, template=x['template'][:, :0]))
+    assert maps['template'].shape == (2, 0, 64, 2, 3)
+    assert_close(tokens, encoder(dict(search=x['search']))[0])
+
+
+@torch.no_grad()
+def test_kept_tokens_and_images_are_told_apart():
+    encoder = encoder_of(roles=dict(search=(32, 256), template=64), embed_dim=256)  # tokens of search are (32, 256) too
+    x = dict(search=images(2, 3, 32, 256))
+    kept = dict(search=encoder.embed(x['search'], 'search'))
+    assert_close(encoder(kept)[0], encoder(x)[0])
+    with pytest.raises(ValueError, match=r"'template' takes images \(3, 64, 64\).* not \(2, 1, 3, 16, 256\)"):
+        encoder(dict(template=images(2, 1, 3, 16, 256)))  # the last sides are those of tokens
+
+
+@torch.no_grad()
+def test_joined_tokens_have_the_type_of_the_encoder():
+    encoder, x = encoder_of(), inputs()
+    expected = encoder(x)[0]
+    kept = {role: encoder.embed(images, role) for role, images in x.items()}
+    assert_close(encoder({role: tokens.double() for role, tokens in kept.items()})[0], expected)
+    assert_close(encoder(dict(x, template=kept['template'].half()))[0], expected, atol=1e-2)
+    assert encoder.bfloat16().join(kept, before=torch.zeros(1, 1, 64)).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_attention_is_float32_under_autocast():
+    encoder, x = encoder_of(), inputs()
+    tokens = encoder.join({role: encoder.embed(images, role) for role, images in x.items()})
+    expected = encoder.attention(tokens, 2)
+    assert torch.equal(encoder.attention(tokens, -1), expected)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = encoder.attention(tokens, 2)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 34))  # with 8 bits it is 4e-3 beside that
+    assert (found - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize('shape', [
+    (1, 64), (3, 1, 64), (2, 3, 6, 1), (6, 1), (1,), (), (2, 6, 64), (3, 6, 64), (1, 2, 6, 64), (3, 3, 6, 64), (2, 64)])
+def test_types_of_other_shapes_are_refused(shape):
+    encoder, x = encoder_of(), inputs()
+    for given in (x, {role: encoder.embed(value, role) for role, value in x.items()}):
+        with pytest.raises(ValueError, match='types .* do not fit tokens .2, 3, 6, 64.: use'):
+            encoder(given, types=dict(template=torch.zeros(shape)))
+    with pytest.raises(ValueError, match='do not fit tokens'):
+        encoder.embed(x['template'], 'template', torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_types_are_of_a_token_of_an_image_or_of_all():
+    encoder, x = encoder_of(), inputs()
+    tokens = encoder.embed(x['template'], 'template')
+    for shape in ((64,), (6, 64), (2, 3, 6, 64), (1, 3, 6, 64), (2, 1, 6, 64), (1, 1, 6, 64)):
+        types = images(*shape)
+        assert torch.equal(encoder.embed(x['template'], 'template', types), tokens + types)
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -112,6 +171,20 @@ def test_blocks_may_be_looked_between():
     (lambda e: e.split(images(2, 16, 64), dict(seach=images(2, 16, 64))), "role 'seach' is unknown"),
     (lambda e: e(dict(template=images(2, 3, 64, 64))), r"'template' takes images \(3, 32, 48\) .*not \(2, 3, 64, 64\)"),
     (lambda e: e.embed(images(3, 64, 64), 'search'), 'in batches'),
+    (lambda e: e(dict(search=images(16, 64))), r"'search' takes images .* not \(16, 64\)"),
+    (lambda e: e(dict(inputs(), template=images(3, 1, 3, 32, 48))), r'tokens \[\(2, 16, 64\), \(3, 6, 64\)\]: each'),
+    (lambda e: e(inputs(), before=images(4, 64)), r'Cannot join tokens \[\(4, 64\), .* each must be \(B or 1, N, 64\)'),
+    (lambda e: e(inputs(), after=images(64)), r'Cannot join tokens .*, \(64,\)\]'),
+    (lambda e: e(inputs(), after=images(1, 1, 32)), r'Cannot join tokens .*, \(1, 1, 32\)\]'),
+    (lambda e: e({}), r'Cannot join tokens \[\]'),
+    (lambda e: e.run(images(2, 5, 64), 2, 4), 'no blocks 2 to 4: stage 3 has 3'),
+    (lambda e: e.run(images(2, 5, 64), -1), 'no blocks -1 to None: stage 3 has 3'),
+    (lambda e: e.attention(images(2, 5, 64), 7), 'no blocks 7 to 8: stage 3 has 3'),
+    (lambda e: e.attention(images(2, 5, 64), -4), 'no blocks -1 to 0: stage 3 has 3'),
+    *[(lambda e, roles=roles: encoder_of(roles=roles), r'roles \[.*\] cannot be: give names without dots, none that')
+      for roles in ({}, {'': 64}, {'a.b': 64}, {'search': 64, 'keys': 32}, {'training': 64})],
+    *[(lambda e, names=names: encoder_of(names=names), r'names .* cannot be: its keys are')
+      for names in ({'pos_embed.serch': 'x'}, {'norm_': 'norm'}, {'cls_token': 'x'})],
     (lambda e: encoder_of(roles=dict(search=100)), 'both sides must be multiples of 16'),
     (lambda e: encoder_of(migrate={0: 0.4, 1: 0.4}), 'migrate lets 6 tokens leave at block 1'),
     (lambda e: encoder_of(migrate={0: 4})(inputs(), bias=torch.zeros(34, 34)), "one image of the role 'search' is ne"),

@@ -13,6 +13,7 @@ ARCHS = {
     'dutrack_base_256': ('fast_itpn_base', 'half_pixel'),
     'aqatrack_hivit_base_256': ('hivit_base', 'half_pixel'),
 }
+NORMS = {'dutrack_base_256': 'norm', 'aqatrack_hivit_base_256': 'norm_'}
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -34,7 +35,8 @@ def encoder_of(name, tmp_path):
         encoder = JointEncoder(model, roles, positions)
         encoder.norm.load_state_dict({leaf: own.pop(f'fc_norm.{leaf}') for leaf in ('weight', 'bias')})
     else:
-        encoder = JointEncoder(timm.create_model(arch, **create), roles, positions)
+        names = {'norm': NORMS.get(name, 'fc_norm')}
+        encoder = JointEncoder(timm.create_model(arch, **create), roles, positions, names=names)
         own = {key: state_dict[key] for key in encoder.load_state_dict(state_dict, strict=False).unexpected_keys}
     bound = {'dutrack_base_256': 1e-6, 'aqatrack_hivit_base_256': 5e-6}.get(name, 2e-7)
 

@@ -46,9 +46,14 @@ def file(tmp_path_factory):
     return path
 
 
-def small_encoder(**kwargs):
-    small = dict(embed_dim=64, depths=(1, 1, 1), num_heads=2, num_classes=0, **kwargs)
-    return JointEncoder(small_model('fast_itpn_tiny', **small), ROLES, 'crop')
+def assert_same(found, weights):
+    assert set(found) == set(weights)
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+def small_encoder(roles=ROLES):
+    small = dict(embed_dim=64, depths=(1, 1, 1), num_heads=2, num_classes=0)
+    return JointEncoder(small_model('fast_itpn_tiny', **small), roles, 'crop')
 
 
 def test_tracker_file_converts_loads_and_goes_back_to_the_bit(tmp_path, capsys, monkeypatch):
@@ -60,14 +65,14 @@ def test_tracker_file_converts_loads_and_goes_back_to_the_bit(tmp_path, capsys, 
     captured = capsys.readouterr()
     facts = json.loads(captured.out)
     assert facts['model'] == 'fast_itpn_tiny' and facts['models'][0]['args'] == dict(img_size=[64, 64], in_chans=6)
-    assert facts['parts']["tracker's own"] == 2 * 384 + 20 * 384
+    assert facts['parts']["tracker's own"] == (4 + 20) * 384  # tokens, norm and positions
     assert ' '.join(roles) in captured.err
     report = convert(tmp_path / 'tracker.pth.tar', tmp_path / 'folder', roles=dict(search=(64, 64), template=(32, 32)),
                      verify=True)
     assert report['source']['wrapper'] == 'net.encoder.body' and report['model'] == 'fast_itpn_tiny'
     revert(tmp_path / 'folder', tmp_path / 'back.pt', verify=True)
     back = torch.load('back.pt')['model']
-    assert set(back) == set(weights) and all(torch.equal(back[key], value) for key, value in weights.items())
+    assert_same(back, weights)
 
     model = timm.create_model('local-dir:folder', pretrained=True)
     assert model.in_chans == 6 and torch.equal(model.stages[2].pos_embed, weights['pos_embed'][:, :16].float())
@@ -82,9 +87,97 @@ def test_tracker_file_converts_loads_and_goes_back_to_the_bit(tmp_path, capsys, 
         assert all(torch.equal(value, weights[key].float()) for key, value in official.items())
 
 
+DIM = 128
+X, Z = 'pos_embed_x', 'pos_embed_z'
+ELSEWHERE = {'pos_embed.search': X, 'pos_embed.template': Z}
+# model, prefix in the file, names of the encoder's, shapes of what is the tracker's own
+TRACKERS = dict(
+    sutrack=('fast_itpn_tiny', 'encoder.body.', {}, dict(cls_token=(1, 1, DIM), search_token=(DIM,))),
+    mcitrack=('fast_itpn_tiny', 'encoder.body.', {}, dict(template_foreground_token=(DIM,), positions=(1, 4, DIM))),
+    relo=('fast_itpn_tiny', 'encoder.', {}, {
+        'temporal_tokens': (1, 4, DIM), 'norm.weight': (DIM,), 'norm.bias': (DIM,)}),
+    dutrack=('fast_itpn_tiny', 'backbone.', {'norm': 'norm', **ELSEWHERE}, {
+        'pos_embed': (1, 9, DIM), 'temporal_token': (1, 1, DIM), 'mask_token': (1, 1, DIM)}),
+    cstrack=('fast_itpn_tiny', 'backbone.', {'pos_embed.template': Z}, {
+        'patch_embed_x.proj.weight': (32, 3, 4, 4), 'patch_embed.proj2.weight': (32, 3, 4, 4),
+        'head.conv.weight': (2, DIM, 3, 3), 'head.weight': (7,), 'stages.weight': (1,)}),
+    aqatrack=('hivit_tiny', 'backbone.', {'norm': 'norm_', **ELSEWHERE}, {
+        'absolute_pos_embed': (1, 9, DIM), 'pos_embed': (1, 4, DIM), 'norm.weight': (DIM,), 'norm.bias': (DIM,)}),
+)
+
+
+@pytest.mark.parametrize('tracker', TRACKERS)
+def test_files_of_trackers_convert_load_and_go_back_to_the_bit(tracker, small_models, tmp_path):
+    arch, prefix, names, own = TRACKERS[tracker]
+    options = dict(num_classes=0, **(dict(rel_pos_bias=False) if arch == 'hivit_tiny' else {}))
+    weights = native_to_official(small_model(arch, **options).state_dict())
+    own = {key: torch.randn(shape) for key, shape in own.items()}
+    del weights[next(key for key in weights if key.endswith('pos_embed'))]
+    for leaf in ('weight', 'bias'):
+        weights[f'{names.get("norm", "fc_norm")}.{leaf}'] = weights.pop(f'fc_norm.{leaf}') + torch.randn(DIM)
+    positions = {role: torch.randn(1, num, DIM) for role, num in dict(search=16, template=4).items()}
+    for role, embedding in positions.items():
+        key = names.get(f'pos_embed.{role}', 'pos_embed')
+        weights[key] = torch.cat([weights[key], embedding], dim=1) if key in weights else embedding
+    weights.update(own)
+    save(weights, tmp_path / 'w.pt', prefix)
+
+    side = 48 if X in weights else 64  # of the image that `pos_embed` starts with
+    roles = {'search': (side, side), **({} if names else {'template': (32, 32)})}
+    convert(tmp_path / 'w.pt', tmp_path / 'folder', arch, verify=True, roles=roles)
+    revert(tmp_path / 'folder', tmp_path / 'back.pt', verify=True)
+    assert_same(torch.load(tmp_path / 'back.pt')['model'], weights)
+    model = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True)
+    assert model.patch_embed.img_size == (side, side)
+    encoder = JointEncoder(model, ROLES, names=names)
+    for path in ('w.pt', 'folder'):
+        for parameter in encoder.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert_same(encoder.load(tmp_path / path), own)
+        assert_same(encoder.pos_embed, positions)
+        assert_same({**encoder.official_state_dict(), **own}, weights)
+
+
+def test_positions_are_taken_in_the_order_of_the_roles(caplog):
+    weights = tracker_weights(embed_dim=64, depths=(1, 1, 1), num_heads=2)
+    for roles in (ROLES, dict(template=32, search=64)):
+        encoder = small_encoder(roles=roles)
+        with caplog.at_level('INFO'):
+            encoder.load_state_dict(weights, strict=False)
+        assert f'Took the position embedding for that of {encoder.grid_sizes}, in this order.' in caplog.text
+        assert torch.equal(torch.cat([encoder.pos_embed[role] for role in roles], dim=1), weights['pos_embed'])
+        assert torch.equal(encoder.official_state_dict()['pos_embed'], weights['pos_embed'])
+
+
+def test_checkpoint_of_a_model_that_contains_an_encoder_loads(tmp_path):
+    encoder, other = small_encoder(), small_encoder(roles=dict(template=32, search=64))
+    torch.nn.init.normal_(encoder.norm.weight)
+    tracker = torch.nn.ModuleDict(dict(encoder=encoder, head=torch.nn.Linear(2, 2)))
+    torch.save({'model': tracker.state_dict(), 'optimizer': {}}, tmp_path / 'mine.pth')
+    assert other.load(tmp_path / 'mine.pth') == {}
+    assert_same(other.state_dict(), encoder.state_dict())
+    with pytest.raises(ValueError, match='it is of a tracking.JointEncoder, whose `load` reads it'):
+        convert(tmp_path / 'mine.pth', tmp_path / 'out')
+
+
+def test_name_that_the_file_lacks_is_refused(file):
+    encoder = JointEncoder(small_model('fast_itpn_tiny', **TINY), ROLES, names={'pos_embed.template': 'pos_embed_y'})
+    with pytest.raises(ValueError, match=r'20 tokens, which is no square, and .* {.search.: \(4, 4\)}'):
+        encoder.load(file)
+    encoder = JointEncoder(small_model('fast_itpn_tiny', **TINY), ROLES, names=ELSEWHERE)
+    with pytest.raises(ValueError, match=r'lacks pos_embed.search, .*\. It has \(for names=\): pos_embed'):
+        encoder.load(file)
+
+
+def test_file_of_a_deeper_network_is_refused(tmp_path):
+    save(tracker_weights(embed_dim=64, depths=(1, 1, 2), num_heads=2), tmp_path / 'w.pt')
+    with pytest.raises(RuntimeError, match='Unexpected key.* "stages.2.blocks.1.ls1.gamma"'):
+        small_encoder().load(tmp_path / 'w.pt')
+
+
 @pytest.mark.parametrize(('roles', 'message'), [
     ([], r'not of an official Fast-iTPN: cls_token, search_token\. Those of a tracker are read with --role'),
-    (['search=64'], '20 tokens, but 64 x 64 pixels are 4 x 4: correct --img-size or --role'),
+    (['search=64'], '20 tokens, but 64 x 64 pixels are 4 x 4: correct --img-size or --role. A tracker .* search=224'),
     (['search'], '--role search has no size: give it as search=224'),
     (['search=64', 'template=x'], 'size x is not usable: give a side such as 224'),
 ])
@@ -98,8 +191,8 @@ def test_roles_that_cannot_be_are_one_sentence(roles, message, file, tmp_path, c
 @pytest.mark.parametrize('norm', ['fc_norm', 'norm', 'norm_'])
 def test_encoder_in_a_tracker_takes_the_layout_of_the_authors(norm):
     class Body(JointEncoder):
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
             for key in OWN:
                 self.register_parameter(key, torch.nn.Parameter(torch.zeros(1, 1, 64)))
 
@@ -107,7 +200,7 @@ def test_encoder_in_a_tracker_takes_the_layout_of_the_authors(norm):
     weights = tracker_weights(**small)
     for leaf in ('weight', 'bias'):
         weights[f'{norm}.{leaf}'] = weights.pop(f'fc_norm.{leaf}') + 1.
-    body = Body(small_model('fast_itpn_tiny', **small), ROLES)
+    body = Body(small_model('fast_itpn_tiny', **small), ROLES, names={'norm': norm})
     tracker = torch.nn.ModuleDict(dict(body=body, head=torch.nn.Linear(2, 2)))
     head = {f'head.{key}': value for key, value in tracker['head'].state_dict().items()}
     tracker.load_state_dict({**{f'body.{key}': value for key, value in weights.items()}, **head})
@@ -115,8 +208,7 @@ def test_encoder_in_a_tracker_takes_the_layout_of_the_authors(norm):
     assert torch.equal(body.cls_token, weights['cls_token'])
     assert torch.equal(body.pos_embed['template'], weights['pos_embed'][:, 16:])
     assert torch.equal(body.norm.bias, weights[f'{norm}.bias'])
-    official = body.official_state_dict()
-    assert torch.equal(official['cls_token'], weights['cls_token']) and len(official) == len(weights)
+    assert_same(body.official_state_dict(), weights)
     with pytest.raises(RuntimeError, match='Unexpected key.* "body.surplus"'):
         tracker.load_state_dict({**tracker.state_dict(), 'body.surplus': torch.zeros(1)})
 
@@ -132,7 +224,7 @@ def test_weights_of_one_grid_give_positions_to_all_roles():
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda w: w.pop('fc_norm.bias'), r'it lacks norm.bias\. It has besides: cls_token, search_token\.'),
+    (lambda w: w.pop('fc_norm.bias'), r'it lacks norm.bias\. It has \(for names=\): cls_token, search_token\.'),
     (lambda w: w.update({'fc_norm.bias': torch.full((64,), torch.nan)}), 'norm.bias has values that are infinite'),
 ])
 def test_file_that_is_incomplete_or_broken_is_refused(change, message, tmp_path):

@@ -141,6 +141,9 @@ class MigrationStage(AttentionStage):
         return (
             f'gather_window={self.gather_window}, gather_blocks={gather_blocks}, migrate={migrate}, carry={self.carry}')
 
+    def forward_blocks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise ValueError('Windows and migration need a whole map: create the model without acceleration.')
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)[0]
 

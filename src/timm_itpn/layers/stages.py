@@ -10,7 +10,7 @@ from torch.types import Device
 
 from ..ops.attention import as_bias
 from .blocks import AttentionBlock, MlpBlock, run_blocks
-from .tracing import same_grid
+from .tracing import is_eager, same_grid
 
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
@@ -143,13 +143,16 @@ class AttentionStage(nn.Module):
 
         Args:
             x: Tokens.
-            height: Of the grid that the tokens fill; read by the relative position bias only.
+            height: Of the grid that the tokens fill; a relative position bias of another raises ValueError.
             width: Likewise.
             start: First block.
             stop: The block to stop before, None for none.
             bias: Added to the scores (B, num_heads, N, N), to which it broadcasts; or of bool, False where a query
                 must not see a key. Every query must see one.
         """
+        if not torch.jit.is_scripting() and is_eager(x) and self.blocks[0].rel_pos_bias is not None:
+            if not self.dynamic_grid_size and (height, width) != self.grid_size:
+                raise ValueError(f'The relative position bias is for a grid {self.grid_size}: use rel_pos_bias=False.')
         bias = as_bias(bias, x.dtype)
         for i, block in enumerate(self.blocks):
             if i >= start and (stop is None or i < stop):  # TorchScript cannot slice modules

@@ -5,8 +5,6 @@ import torch
 import torch.nn as nn
 from timm.models import create_model
 
-__all__ = ['DetectionBackbone']
-
 
 class DetectionBackbone(nn.Module):
     """A model with feature pyramid, as torchvision's detectors take it.

@@ -14,8 +14,6 @@ from ..weights.layout import is_fused, layout_of, to_current
 from ..weights.read import read_contents
 from ..weights.sources import check_published
 
-__all__ = ['checkpoint_filter_fn', 'convert_on_load', 'fetched', 'prepare_state_dict']
-
 _logger = logging.getLogger(__name__)
 
 
@@ -74,7 +72,7 @@ def convert_on_load(model: nn.Module, state_dict: dict[str, Any], prefix: str, *
         return
     if is_fused(target):
         raise ValueError('The model is a fused copy: load these weights into a plain model, and fuse that.')
-    converted = to_current(weights, strict=False)
+    converted = to_current(weights, unknown='')
     converted = leave_out(fit_positions(converted, model) if layout == 'official' else converted, target)
     loaded = {key: converted[key] for key in target if isinstance(converted.get(key), torch.Tensor)}
     if wrong := why_no_weights(loaded):

@@ -22,11 +22,6 @@ from ..weights.read import Contents, StandIn, read_contents
 from ..weights.sources import check_published, plain_name, sha256_of
 from ..weights.tracker import tracker_to_native
 
-__all__ = [
-    'CONFIG', 'DATA', 'MODEL_ARGS', 'WEIGHTS', 'Checkpoint', 'Settings', 'Size', 'check_data', 'class_names',
-    'from_training', 'model_of', 'open_checkpoint', 'settings_of', 'size_for',
-]
-
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'  # of timm's Hub folders
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 CROP_MODES = ('center', 'squash', 'border')

@@ -25,8 +25,6 @@ from ..weights.sources import Source, drive_url, hash_check, sha256_of, source_o
 from .checkpoint_file import CONFIG, DATA, WEIGHTS, Checkpoint, check_data, class_names, open_checkpoint
 from .match import choose_model, matching_models, model_args, why_not_published
 
-__all__ = ['convert', 'revert']
-
 CARD = 'README.md'
 CITATION = """@misc{{{family},
   title={{{title}}},

@@ -20,8 +20,6 @@ from ..weights.tracker import tracker_to_native
 from .checkpoint_file import WEIGHTS, Settings, Size, model_of, settings_of, size_for
 from .match import matching_models, model_args
 
-__all__ = ['inspect']
-
 MAX_KEYS = 8
 MAX_TEXT = 200
 

@@ -12,8 +12,6 @@ from ..weights.describe import Description, describe
 from ..weights.layout import CLASSIFIER
 from ..weights.sources import plain_name, source_of
 
-__all__ = ['choose_model', 'matching_models', 'model_args', 'why_not_published']
-
 SIZE_ARGS = {'embed_dim', 'depths'}  # where somebody tells these, the size need not be a registered one
 OWN = dict(  # pretrained cfg of weights that are nobody's published ones
     tag='', url=None, hf_hub_id=None, hf_hub_filename=None, origin_url=None, description=None, notes=None)
@@ -84,7 +82,8 @@ def model_args(
     if img_size and (height // 16) * (width // 16) != weights.num_tokens:
         raise ValueError(
             f'The position embedding has {weights.num_tokens} tokens, but {height} x {width} pixels are '
-            f'{height // 16} x {width // 16}: correct --img-size or --role.')
+            f'{height // 16} x {width // 16}: correct --img-size or --role. A tracker with positions under other names '
+            '(pos_embed_x) has in this one those of a pre-training file: --role search=224.')
     if weights.num_classes and not all(key in native for key in CLASSIFIER):
         raise ValueError(f'The checkpoint is incomplete: of {" and ".join(CLASSIFIER)} it has one only.')
     if name.partition('.')[0].endswith('_fpn') and not weights.pyramid_dim:
@@ -124,7 +123,8 @@ def _args(
             args[key] = getattr(weights, key)
     if weights.layer_scale != default.layer_scale:
         args['init_values'] = 0.1 if weights.layer_scale else 0.
-    if weights.rel_pos_bias != default.rel_pos_bias and not weights.pretraining:  # pixel pre-training has none yet
+    is_pretraining = weights.pretraining and "tracker's own" not in weights.parts  # that on pixels has no bias yet
+    if weights.rel_pos_bias != default.rel_pos_bias and not is_pretraining:
         args['rel_pos_bias'] = weights.rel_pos_bias
     return args
 

@@ -5,8 +5,6 @@ from einops import rearrange
 
 from ..layers.stages import resample_pos_embed
 
-__all__ = ['METHODS', 'foreground_share', 'role_pos_embed']
-
 METHODS = ('half_pixel', 'corners', 'crop')
 
 
@@ -34,6 +32,14 @@ def role_pos_embed(
     else:
         grid = F.interpolate(grid.float(), new_size, mode='bicubic', align_corners=True).to(pos_embed.dtype)
     return rearrange(grid, '1 c h w -> 1 (h w) c')
+
+
+def add_types(tokens: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+    """Add types (dim,), (N, dim) or (..., N, dim) to tokens (..., N, dim); raise ValueError for other shapes."""
+    fit = types.ndim in (1, 2, tokens.ndim) and types.shape[-2:] == tokens.shape[-min(types.ndim, 2):]
+    if not fit or any(own not in (num, 1) for own, num in zip(types.shape[:-2], tokens.shape)):
+        raise ValueError(f'types {tuple(types.shape)} do not fit tokens {tuple(tokens.shape)}: use (dim,) or (N, dim).')
+    return tokens + types
 
 
 def foreground_share(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:

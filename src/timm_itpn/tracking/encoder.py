@@ -3,6 +3,7 @@
 Each image goes through the stem and stages 1 and 2 alone; stage 3 runs on the tokens of all of them, before and behind
 which a tracker may put tokens of its own.
 """
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +20,13 @@ from ..layers.patch_embed import ImageSize, token_grid
 from ..layers.stages import AttentionStage
 from ..models.itpn import ITPN
 from ..ops.attention import as_bias, attention_weights
-from ..weights.checkpoint import StateDict, unwrap, why_no_weights
-from ..weights.layout import POS_EMBED, native_to_official
+from ..weights.checkpoint import StateDict, listed, unwrap, why_no_weights
+from ..weights.layout import TRACKING
 from ..weights.read import read_contents
-from ..weights.tracker import mark_own, to_encoder
-from .embeddings import role_pos_embed
+from ..weights.tracker import from_encoder, to_encoder
+from .embeddings import add_types, role_pos_embed
 
-__all__ = ['JointEncoder']
+_logger = logging.getLogger(__name__)
 
 Parts = Mapping[str, torch.Tensor]  # role -> images, tokens or type embeddings
 
@@ -35,13 +36,16 @@ class JointEncoder(nn.Module):
 
     Args:
         model: The model. The encoder takes it over, without its classifier, pyramid and position embedding.
-        roles: Role of an image, such as 'search' or 'template' -> its side or (height, width), multiples of 16 pixels.
+        roles: Role of an image, such as 'search' or 'template' -> its side or (height, width), multiples of 16 pixels;
+            in the order that their positions have in a tracker's file.
         positions: How the position embeddings of the roles are made of the model's: 'half_pixel', 'corners' or 'crop';
             see `tracking.embeddings.role_pos_embed`.
         migrate: Block of stage 3 -> how many tokens of an image of the first role leave there (int), or which share of
             them (float), to come back after the last block; None for none. `forward` does so, `run` does not.
         norm: Norm of the tokens after stage 3, None for a new LayerNorm. That of a pre-training file is
             `model.pyramid.norm` of a Fast-iTPN with `pyramid=True`.
+        names: 'norm' or 'pos_embed.ROLE' -> its name in a tracker's file, where that is not `fc_norm`, or `pos_embed`
+            for all roles.
 
     Attributes:
         grid_sizes: Role -> rows and columns of its tokens.
@@ -49,7 +53,7 @@ class JointEncoder(nn.Module):
 
     Raises:
         ValueError: The model has no stage 3, or one with windows or relative position bias; a side is not a multiple of
-            16, `positions` is unknown, or more tokens would leave than there are.
+            16, roles or names cannot be, `positions` is unknown, or more tokens would leave than there are.
     """
 
     def __init__(
@@ -59,8 +63,15 @@ class JointEncoder(nn.Module):
             positions: str = 'half_pixel',
             migrate: Mapping[int, int | float] | None = None,
             norm: nn.Module | None = None,
+            names: Mapping[str, str] | None = None,
     ):
         super().__init__()
+        self.names = {'norm': 'fc_norm', **(names or {})}
+        taken = dir(nn.ParameterDict())
+        if not roles or any(not role or '.' in role or role in taken for role in roles):
+            raise ValueError(f'roles {list(roles)} cannot be: give names without dots, none that a dict has (keys).')
+        if not self.names.keys() <= {'norm', *(f'pos_embed.{role}' for role in roles)}:
+            raise ValueError(f"names {names} cannot be: its keys are 'norm' and 'pos_embed.ROLE'.")
         stage: Any = model.stages[-1]
         if type(model.stages[-1]) is not AttentionStage or stage.blocks[0].rel_pos_bias is not None:
             raise ValueError(
@@ -78,22 +89,19 @@ class JointEncoder(nn.Module):
         self.patch_embed = stem
         self.stages = model.stages
         own = stage.pos_embed.detach()
-        self.pos_embed = nn.ParameterDict({
-            role: nn.Parameter(role_pos_embed(own, grid_size, stage.grid_size, positions).clone())
-            for role, grid_size in self.grid_sizes.items()})
+        self.pos_embed = nn.ParameterDict([  # it would sort a dict
+            (role, nn.Parameter(role_pos_embed(own, grid_size, stage.grid_size, positions).clone()))
+            for role, grid_size in self.grid_sizes.items()])
         stage.pos_embed = None
         self.norm = LayerNorm(self.embed_dim, device=own.device, dtype=own.dtype) if norm is None else norm
         self.register_load_state_dict_pre_hook(convert_on_load)
 
-    def role_positions(self, pos_embed: torch.Tensor) -> StateDict:
-        """Position embeddings by their keys, of one (1, N, dim) for all roles in their order, or of a square grid.
-
-        Raises:
-            ValueError: It is neither.
-        """
-        sizes, num = self.grid_sizes, pos_embed.shape[1]
+    def role_positions(self, pos_embed: torch.Tensor, roles: list[str]) -> StateDict:
+        """Embeddings by their keys, of one (1, N, dim) for all roles in order or a square grid, else ValueError."""
+        sizes, num = {role: self.grid_sizes[role] for role in roles}, pos_embed.shape[1]
         num_tokens, side = [height * width for height, width in sizes.values()], math.isqrt(num)
         if num == sum(num_tokens):
+            _logger.info(f'Took the position embedding for that of {sizes}, in this order.')
             parts = list(pos_embed.split(num_tokens, dim=1))
         elif num == side * side:
             parts = [role_pos_embed(pos_embed, new, (side, side), self.positions) for new in sizes.values()]
@@ -118,7 +126,7 @@ class JointEncoder(nn.Module):
         Args:
             images: (B, in_chans, H, W), or n for each sample, (B, n, in_chans, H, W).
             role: What they are.
-            types: Type embeddings, added to the tokens: (..., N, dim), or (dim,) for all.
+            types: Type embeddings, added to the tokens: see `tracking.embeddings.add_types`.
 
         Returns:
             (B, N, dim), or (B, n, N, dim).
@@ -135,7 +143,7 @@ class JointEncoder(nn.Module):
         x = self.stages[1](self.stages[0](self.patch_embed(images.flatten(0, -4))))  # (B, n, C, H, W) -> (B*n, h, w, C)
         x = third.pos_drop(third.downsample(x).flatten(1, 2) + self.pos_embed[role])  # (B*n, h, w, C) -> (B*n, N, C)
         x = x.reshape(*images.shape[:-3], *x.shape[1:])
-        return x if types is None else x + types
+        return x if types is None else add_types(x, types)
 
     def _grid_size(self, role: str) -> tuple[int, int]:
         if role not in self.grid_sizes:
@@ -143,42 +151,44 @@ class JointEncoder(nn.Module):
         return self.grid_sizes[role]
 
     def join(self, parts: Parts, before: torch.Tensor | None = None, after: torch.Tensor | None = None) -> torch.Tensor:
-        """One sequence of tokens, (B, N, dim).
+        """One sequence of tokens, (B, N, dim), in the type of the encoder.
 
         Args:
-            parts: Role -> tokens (B, N, dim) or (B, n, N, dim), in the order that they are to have.
+            parts: Role -> tokens (B or 1, N, dim) or (B or 1, n, N, dim), in the order that they are to have.
             before: Tokens to put in front, (B or 1, K, dim).
             after: Tokens to put behind, likewise.
         """
         tokens = [before, *(part.flatten(1, -2) for part in parts.values()), after]  # (B, n, N, C) -> (B, n*N, C)
-        B = max(len(x) for x in tokens if x is not None)
-        return torch.cat([x.expand(B, -1, -1) for x in tokens if x is not None], dim=1)
+        given = [x for x in tokens if x is not None]
+        B, dtype = max(map(len, given), default=0), next(iter(self.pos_embed.values())).dtype
+        if not given or any(x.ndim != 3 or x.shape[2] != self.embed_dim or len(x) not in (B, 1) for x in given):
+            shapes = [tuple(x.shape) for x in given]
+            raise ValueError(f'Cannot join tokens {shapes}: each must be (B or 1, N, {self.embed_dim}).')
+        return torch.cat([x.expand(B, -1, -1).to(dtype) for x in given], dim=1)
 
     def run(
             self, tokens: torch.Tensor, start: int = 0, stop: int | None = None, bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Blocks `start` to `stop` - 1 of stage 3 on any tokens, (B, N, dim) -> (B, N, dim), without the norm.
 
-        Args:
-            tokens: Tokens.
-            start: First block, counted from 0 in stage 3.
-            stop: The block to stop before, None for none.
-            bias: As for `AttentionStage.forward_blocks`.
-
-        Raises:
-            ValueError: There are no such blocks.
+        As `AttentionStage.forward_blocks`; raise ValueError if there are no such blocks.
         """
+        return self._stage(start, stop).forward_blocks(tokens, 1, tokens.shape[1], start, stop, bias)
+
+    def _stage(self, start: int, stop: int | None) -> Any:
+        """Stage 3, which has the blocks `start` to `stop` - 1."""
         stage: Any = self.stages[-1]
         if not 0 <= start <= (len(stage.blocks) if stop is None else stop) <= len(stage.blocks):
             raise ValueError(f'There are no blocks {start} to {stop}: stage 3 has {len(stage.blocks)}.')
-        return stage.forward_blocks(tokens, 1, tokens.shape[1], start, stop, bias)
+        return stage
 
     def attention(self, tokens: torch.Tensor, block: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention probabilities (B, num_heads, N, N) of a block of stage 3, for the tokens that come to it."""
-        stage: Any = self.stages[-1]
-        layer = stage.blocks[block]
+        """Attention probabilities (B, num_heads, N, N) of a block for its tokens, float32 or longer; -1 = the last."""
+        start = block if block >= 0 else block + len(self._stage(0, 0).blocks)
+        layer = self._stage(start, start + 1).blocks[start]
         q, k, _ = layer.project(tokens).permute(2, 0, 3, 1, 4).unbind(0)  # each (B, num_heads, N, head_dim)
-        return attention_weights(q, k, as_bias(bias, tokens.dtype), layer.score_scale)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return attention_weights(q, k, as_bias(bias, tokens.dtype), layer.score_scale)
 
     def split(self, tokens: torch.Tensor, parts: Parts, num_before: int = 0) -> dict[str, torch.Tensor]:
         """Maps of the images in a sequence, role -> (B, dim, h, w) or (B, n, dim, h, w).
@@ -190,9 +200,9 @@ class JointEncoder(nn.Module):
         """
         maps = {}
         for role, part in parts.items():
-            num = part[0].numel() // self.embed_dim
+            num = math.prod(part.shape[1:-1])
             x = tokens[:, num_before:num_before + num]  # of all samples, also if the part is one that they share
-            x = x.reshape(tokens.shape[0], *part.shape[1:-2], *self._grid_size(role), -1)
+            x = x.reshape(tokens.shape[0], *part.shape[1:-2], *self._grid_size(role), self.embed_dim)
             maps[role] = x.movedim(-1, -3)  # (..., h, w, C) -> (..., C, h, w)
             num_before += num
         return maps
@@ -223,10 +233,12 @@ class JointEncoder(nn.Module):
         parts = {}
         for role, x in inputs.items():
             height, width = self._grid_size(role)
-            x = x if x.shape[-2:] == (height * width, self.embed_dim) else self.embed(x, role)
-            parts[role] = x + types[role] if types and role in types else x
-        num_before = 0 if before is None else before.shape[1]
+            shape = height * width, self.embed_dim
+            is_kept = x.shape[-2:] == shape and (x.ndim == 3 or x.ndim == 4 and shape != (16 * height, 16 * width))
+            x = x if is_kept else self.embed(x, role)
+            parts[role] = add_types(x, types[role]) if types and role in types else x
         tokens = self.join(parts, before, after)
+        num_before = 0 if before is None else before.shape[1]
         if self.leaving:
             tokens = self._run_migrating(tokens, parts, num_before, bias)
         else:
@@ -242,7 +254,7 @@ class JointEncoder(nn.Module):
         if bias is not None or role not in parts or parts[role].ndim != 3:
             raise ValueError(f'With migrate= one image of the role {role!r} is needed for each sample, and no bias.')
         for other in list(parts)[:list(parts).index(role)]:
-            first += parts[other][0].numel() // self.embed_dim
+            first += math.prod(parts[other].shape[1:-1])
         num, left = parts[role].shape[1], []
         positions = torch.arange(num, device=tokens.device).expand(len(tokens), 1, -1)
         for block, num_leave in zip(stage.blocks, self.leaving):
@@ -265,25 +277,22 @@ class JointEncoder(nn.Module):
 
         Raises:
             ValueError: It lacks weights of the encoder, or has values that are not finite.
-            RuntimeError: Shapes do not fit.
+            RuntimeError: Shapes do not fit, or it has more blocks.
         """
         path, target = Path(path), self.state_dict()
         weights, _ = unwrap(read_contents(path / 'model.safetensors' if path.is_dir() else path).tree, prefix=prefix)
-        weights = to_encoder(weights, target, self.role_positions)
-        own = {key: weights.pop(key) for key in list(weights) if key not in target}
+        weights = to_encoder(weights, self)
+        besides = [key for key in weights if key not in target and not key.startswith('stages.')]
+        own = {key.removeprefix(TRACKING): weights.pop(key) for key in besides}
         missing = [key for key in target if key not in weights]
-        if wrong := f'it lacks {", ".join(missing)}' if missing else why_no_weights(weights):
-            raise ValueError(f'{path} cannot be loaded: {wrong}. It has besides: {", ".join(own) or "nothing"}.')
+        if wrong := f'it lacks {listed(missing)}' if missing else why_no_weights(weights):
+            raise ValueError(f'{path} cannot be loaded: {wrong}. It has (for names=): {", ".join(own) or "nothing"}.')
         self.load_state_dict(weights)
         return own
 
     def official_state_dict(self) -> StateDict:
-        """The weights in the authors' layout, positions of all roles in one tensor, for a tracker's own code."""
-        native = dict(self.state_dict())
-        native[POS_EMBED] = torch.cat([native.pop(f'pos_embed.{role}') for role in self.pos_embed], dim=1)
-        for leaf in ('weight', 'bias'):
-            native[f'head.norm.{leaf}'] = native.pop(f'norm.{leaf}')
-        return native_to_official(mark_own(native))
+        """The weights in the authors' layout, by the names that `load` takes them from, for a tracker's own code."""
+        return from_encoder(self)
 
 
 def _migrate(
@@ -303,5 +312,4 @@ def _migrate(
 def convert_on_load(encoder: JointEncoder, state_dict: StateDict, prefix: str, *_: Any) -> None:
     """Convert what lies under `prefix`: PyTorch calls this before the encoder, or its tracker, loads its weights."""
     weights = {key.removeprefix(prefix): state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    converted = to_encoder(weights, encoder.state_dict(), encoder.role_positions)
-    state_dict.update({prefix + key: value for key, value in converted.items()})
+    state_dict.update({prefix + key: value for key, value in to_encoder(weights, encoder).items()})

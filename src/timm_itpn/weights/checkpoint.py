@@ -24,11 +24,6 @@ from .layout import (
     to_current,
 )
 
-__all__ = [
-    'AVERAGED', 'PLAIN', 'StateDict', 'fit_positions', 'fit_to_model', 'leave_out', 'to_native', 'unwrap',
-    'why_no_weights',
-]
-
 _logger = logging.getLogger(__name__)
 
 StateDict = dict[str, torch.Tensor]
@@ -124,7 +119,9 @@ def to_native(checkpoint: dict[str, Any], prefix: str | None = None) -> StateDic
     layout = layout_of(state_dict)
     if layout == 'official' or layout and POS_EMBED in state_dict:
         return to_current(state_dict)
-    found = f'its keys are: {_listed(list(state_dict))}' if state_dict else 'it holds no tensors'
+    found = f'its keys are: {listed(list(state_dict))}' if state_dict else 'it holds no tensors'
+    if layout and any(key.startswith('pos_embed.') for key in state_dict):
+        found = 'it is of a tracking.JointEncoder, whose `load` reads it'
     raise ValueError(f'This is not a checkpoint of Fast-iTPN, iTPN or HiViT: {found}.')
 
 
@@ -239,8 +236,8 @@ def _pyramid_sizes(state_dict: StateDict) -> str:
 
 
 def _mismatch(unknown: list[str], missing: list[str], target: StateDict) -> str:
-    differences = [f'it lacks {_listed(missing)}'] if missing else []
-    differences += [f'the model has no {_listed(unknown)}'] if unknown else []
+    differences = [f'it lacks {listed(missing)}'] if missing else []
+    differences += [f'the model has no {listed(unknown)}'] if unknown else []
     message = f'The checkpoint does not fit the model: {", and ".join(differences)}.'
     for end, what, without in (
             ('.gamma', 'layer scale', 'init_values=0'), (TABLE, 'relative position bias', 'rel_pos_bias=False')):
@@ -298,6 +295,6 @@ def _starting(start: str, keys: Iterable[str]) -> list[str]:
     return [key for key in keys if key.startswith(start)]
 
 
-def _listed(keys: list[str], most: int = 8) -> str:
+def listed(keys: list[str], most: int = 8) -> str:
     more = f' and {len(keys) - most} more' if len(keys) > most else ''
     return ', '.join(keys[:most]) + more

@@ -19,8 +19,6 @@ from .layout import (
     pretraining_part,
 )
 
-__all__ = ['Description', 'describe', 'part_of']
-
 
 class Description(NamedTuple):
     """What is in a state dict."""

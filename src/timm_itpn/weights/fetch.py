@@ -18,8 +18,6 @@ from .. import __version__
 from .read import why_no_weight_file
 from .sources import Source, drive_url, file_name, plain_name, source_of, why_not_expected
 
-__all__ = ['cached', 'fetch', 'in_a_line']
-
 _logger = logging.getLogger(__name__)
 
 DRIVE_TIMEOUT_S = 30.  # without a byte from the server

@@ -2,7 +2,7 @@
 
 A table maps a native key to the official keys whose tensors, joined along the first axis, make it. Read one way it
 converts an official file, read the other way it writes one. What only pre-training needs keeps its official name, with
-`pretrain.` before it, and so does what is a tracker's own, with `tracking.` (see `tracker.py`).
+`pretrain.` before it, and so does all of a tracker but stem and stages, with `tracking.` (see `tracker.py`).
 """
 import re
 from collections import Counter
@@ -12,18 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
-__all__ = [
-    'ALL_POSITIONS', 'CLASSIFIER', 'CLASSIFIER_NORM', 'FAST_ITPN', 'ITPN', 'POS_EMBED', 'PRETRAIN', 'PYRAMID', 'TABLE',
-    'TRACKING', 'Layout', 'current_names', 'find_prefixes', 'is_fused', 'key_table', 'layout_of', 'native_depths',
-    'native_layout', 'native_pyramid_depth', 'native_to_official', 'official_to_native', 'pretraining_part',
-    'to_current',
-]
-
 PYRAMID = 'pyramid.'
 PRETRAIN = 'pretrain.'
 TRACKING = 'tracking.'
-ALL_POSITIONS = 'tracking.positions'  # position embedding of several grids, one after the other
 POS_EMBED = 'stages.2.pos_embed'
+ALL_POSITIONS = TRACKING + POS_EMBED  # position embedding of several grids, one after the other
 TABLE = '.relative_position_bias_table'
 CLASSIFIER = ('head.fc.weight', 'head.fc.bias')
 CLASSIFIER_NORM = ('head.norm.weight', 'head.norm.bias')
@@ -144,7 +137,7 @@ def key_table(layout: Layout, depths: tuple[int, int, int], pyramid_depth: int =
 def find_prefixes(keys: Iterable[str]) -> list[str]:
     """Prefixes under which a whole network lies, official or native: '' or dotted names with a dot behind."""
     official = re.compile(rf'(.*\.)?blocks\.{NUMBER}\.reduction\.weight')
-    native = re.compile(r'(.*\.)?stages\.2\.pos_embed')
+    native = re.compile(r'(.*\.)?stages\.2\.downsample\.norm\.weight')
     num_merges: Counter[str] = Counter()
     found = []
     for key in keys:
@@ -158,9 +151,9 @@ def find_prefixes(keys: Iterable[str]) -> list[str]:
 def layout_of(keys: Collection[str]) -> str:
     """Layout of keys: 'native', 'official' (one flat list of blocks with two merges among them), or '' for neither."""
     keys = [key for key in keys if isinstance(key, str)]
-    if any(key.startswith('stages.') for key in keys):
-        return 'native'
-    return 'official' if len(_merges(keys)) == 2 else ''
+    if len(_merges(keys)) == 2:
+        return 'official'
+    return 'native' if any(key.startswith('stages.') for key in keys) else ''
 
 
 def native_layout(state_dict: dict[str, Any]) -> Layout:
@@ -211,17 +204,17 @@ def current_names(state_dict: dict[str, Any]) -> dict[str, Any]:
     return current
 
 
-def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True) -> dict[str, torch.Tensor]:
+def official_to_native(state_dict: dict[str, torch.Tensor], unknown: str | None = None) -> dict[str, torch.Tensor]:
     """Convert official names and shapes to native ones, those of the pyramid and of pre-training too.
 
     Index buffers of the relative position bias are left out: they follow from the size of its table.
 
     Args:
         state_dict: Official weights, of a classifier or of a whole pre-training model.
-        strict: False = what is unknown or incomplete keeps its name.
+        unknown: Put before what is unknown or incomplete, None = refuse it; `TRACKING` before all but stem and stages.
 
     Raises:
-        ValueError: `strict`, and a key is unknown, or a tensor that is packed with others is missing.
+        ValueError: A key is unknown, or a tensor that is packed with others is missing.
     """
     first, second = _merges(state_dict)
     layout = FAST_ITPN if state_dict[f'blocks.{first}.reduction.weight'].ndim == 4 else ITPN
@@ -232,7 +225,8 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
     left = {key for key in state_dict if not key.endswith('relative_position_index')}
     for key, sources in key_table(layout, depths, pyramid_depth).items():
         present = [source for source in sources if source in state_dict]
-        if not present or (len(present) < len(sources) and not strict):
+        is_own = unknown == TRACKING and key.startswith(('head.', PYRAMID))
+        if is_own or not present or (len(present) < len(sources) and unknown is not None):
             continue  # whether the model can do without is for the caller to say
         if len(present) < len(sources):
             missing = ', '.join(sorted(set(sources) - set(present)))
@@ -245,16 +239,15 @@ def official_to_native(state_dict: dict[str, torch.Tensor], strict: bool = True)
             native[key] = rearrange(native[key], 'o i 1 1 -> o i')
         left.difference_update(sources)
 
-    unknown = sorted(key for key in left if not pretraining_part(key, layout))
-    if unknown and strict:
+    others = sorted(key for key in left if unknown == TRACKING or not pretraining_part(key, layout))
+    if others and unknown is None:
         raise ValueError(
-            f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(unknown)}. Those of a '
+            f'The checkpoint has keys that are not of an official {layout.family}: {", ".join(others)}. Those of a '
             'tracker are read with --role, or by tracking.JointEncoder.load.')
-    return native | {
-        PRETRAIN + key if pretraining_part(key, layout) else key: state_dict[key] for key in sorted(left)}
+    return native | {(unknown or '' if key in others else PRETRAIN) + key: state_dict[key] for key in sorted(left)}
 
 
-def to_current(state_dict: dict[str, Any], strict: bool = True) -> dict[str, torch.Tensor]:
+def to_current(state_dict: dict[str, Any], unknown: str | None = None) -> dict[str, torch.Tensor]:
     """Weights in either layout under the native names of this version, in shapes that code for weights may rely on.
 
     Raises:
@@ -265,7 +258,7 @@ def to_current(state_dict: dict[str, Any], strict: bool = True) -> dict[str, tor
         if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
             if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
                 raise ValueError(f'{key} has the shape {list(value.shape)}, but memory for a part of that only.')
-    native = state_dict if layout_of(state_dict) == 'native' else official_to_native(state_dict, strict)
+    native = state_dict if layout_of(state_dict) == 'native' else official_to_native(state_dict, unknown)
     for key, value in native.items():
         num_dims = _num_dims(key, native_layout(native))
         if num_dims and isinstance(value, torch.Tensor) and (value.ndim != num_dims or 0 in value.shape):

@@ -20,8 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..checks import check_regular_file
 
-__all__ = ['Contents', 'StandIn', 'UnreadableError', 'read_contents', 'stand_in_name', 'why_no_weight_file']
-
 MAX_DEPTH = 100  # of dicts and lists in one another, so that callers may recurse
 MAX_VALUES = 4_000_000  # shared ones are counted each time, as a recursion meets them
 MAX_VIEWS = 8  # tensors may share a storage, but each takes memory of its own when it is converted

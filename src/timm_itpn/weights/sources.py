@@ -11,11 +11,6 @@ from typing import NamedTuple
 from ..checks import check_regular_file
 from .read import UnreadableError
 
-__all__ = [
-    'SOURCES', 'Source', 'check_published', 'drive_url', 'file_name', 'hash_check', 'plain_name', 'sha256_of',
-    'source_of', 'why_not_expected',
-]
-
 
 class Source(NamedTuple):
     """One published file."""

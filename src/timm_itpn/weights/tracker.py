@@ -1,24 +1,17 @@
-"""Weights of trackers: a network of this package, tensors of the tracker's own, and positions of several grids in one.
+"""Weights of trackers: stem and stages of a network of this package, positions of several images, and what is theirs.
 
-Native weights made of them are those of a model for the first role. Behind `tracking.` they have the tracker's own
-tensors, under their names, and the position embedding of all roles.
+Native weights made of them are those of a model for the first role. What is the tracker's own is in them behind
+`tracking.`, under its names, and so is a position embedding of several roles.
 """
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from .checkpoint import StateDict, leave_out
-from .layout import ALL_POSITIONS, POS_EMBED, PRETRAIN, PYRAMID, TRACKING, layout_of, to_current
+from .checkpoint import StateDict
+from .layout import ALL_POSITIONS, POS_EMBED, TRACKING, layout_of, native_layout, native_to_official, to_current
 
-__all__ = ['mark_own', 'to_encoder', 'tracker_to_native']
-
-NETWORK = ('patch_embed.', 'stages.', 'head.', PYRAMID, PRETRAIN, TRACKING)
-NORMS = ('pretrain.norm', 'norm_', 'norm', 'head.norm')  # names of a norm after stage 3, the preferred last
-
-
-def mark_own(native: StateDict) -> StateDict:
-    """Put `tracking.` before the names that are not of a network."""
-    return {key if key.startswith(NETWORK) else TRACKING + key: value for key, value in native.items()}
+ROLE = 'pos_embed.'  # before the name of a role in an encoder
 
 
 def tracker_to_native(state_dict: StateDict, roles: Mapping[str, tuple[int, int]] | None) -> StateDict:
@@ -31,7 +24,7 @@ def tracker_to_native(state_dict: StateDict, roles: Mapping[str, tuple[int, int]
     """
     if not roles or layout_of(state_dict) != 'official':
         return state_dict
-    native = mark_own(to_current(state_dict, strict=False))  # a tracker has tensors of its own
+    native = to_current(state_dict, unknown=TRACKING)
     num_tokens = [height * width // 256 for height, width in roles.values()]
     positions = native.get(POS_EMBED)
     if positions is not None and len(roles) > 1 and positions.shape[1] == sum(num_tokens):
@@ -40,24 +33,41 @@ def tracker_to_native(state_dict: StateDict, roles: Mapping[str, tuple[int, int]
     return native
 
 
-def to_encoder(
-        state_dict: StateDict, target: StateDict, role_positions: Callable[[torch.Tensor], StateDict]) -> StateDict:
-    """Convert a tracker's weights, official or native, to the names of `JointEncoder`; what is unknown keeps its name.
+def to_encoder(state_dict: StateDict, encoder: Any) -> StateDict:
+    """Convert a tracker's weights, official or native, to the names of a `JointEncoder`; keep those of an encoder.
 
-    Args:
-        state_dict: Weights; those of a `JointEncoder` come back as they are.
-        target: State dict of the `JointEncoder`.
-        role_positions: Makes the position embeddings of its roles of the one in the file.
+    What is the tracker's own keeps its name, with `tracking.` before it where the encoder has something else there.
     """
-    if layout_of(state_dict) != 'official' and POS_EMBED not in state_dict:
+    if layout_of(state_dict) == 'native' and POS_EMBED in state_dict:
+        state_dict = native_to_official(to_current(state_dict))
+    elif layout_of(state_dict) != 'official':
         return state_dict
-    native = to_current(state_dict, strict=False)  # likewise
-    positions = native.pop(POS_EMBED, None)
-    positions = native.pop(ALL_POSITIONS, positions)
-    native = {key.removeprefix(TRACKING): value for key, value in native.items()}
-    if positions is not None:
-        native.update(role_positions(positions))
-    for norm in NORMS:
-        found = {f'norm.{leaf}': native.pop(f'{norm}.{leaf}', None) for leaf in ('weight', 'bias')}
-        native.update({key: value for key, value in found.items() if value is not None})
-    return leave_out(native, target)
+    file = dict(state_dict)
+    found = _take(file, {theirs: ours for ours, theirs in encoder.names.items()})
+    native = to_current(file, unknown=TRACKING)
+    roles = [role for role in encoder.grid_sizes if ROLE + role not in encoder.names]
+    if POS_EMBED in native and roles:
+        found.update(encoder.role_positions(native.pop(POS_EMBED), roles))
+    elif POS_EMBED in native:  # other names have the positions of all roles
+        found[native_layout(native).ends[POS_EMBED][0]] = native.pop(POS_EMBED)
+    for key, value in native.items():
+        own = key.removeprefix(TRACKING)
+        found[key if own.startswith(('norm.', 'stages.', ROLE)) else own] = value
+    return found
+
+
+def from_encoder(encoder: Any) -> StateDict:
+    """The reverse: the weights in official layout."""
+    native = encoder.state_dict()
+    found = _take(native, encoder.names)
+    network = _take(native, {'patch_embed': 'patch_embed', 'stages': 'stages'})
+    if positions := [native.pop(ROLE + role) for role in encoder.grid_sizes if ROLE + role in native]:
+        network[POS_EMBED] = torch.cat(positions, dim=1)
+    return {**native_to_official(network), **native, **found}
+
+
+def _take(state_dict: StateDict, names: Mapping[str, str]) -> StateDict:
+    """Move what has some names out of a dict, to others."""
+    return {
+        new + key[len(old):]: state_dict.pop(key)
+        for old, new in names.items() for key in list(state_dict) if key == old or key.startswith(f'{old}.')}
