@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         check_figure(args.plot, '--plot')
     if args.record:
         check_output(args.record)
-        read(args.record, Row)
+        read(args.record, Row)  # ValueError if it holds something else
     given = {name: value for name, value in vars(args).items() if name in _OF_CASES}
     work = list(_suite(args.suite, given) if args.suite else _asked_for(given))
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which counts memory, prints to stderr
