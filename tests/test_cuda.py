@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_itpn.bench.baseline import Baseline
-from timm_itpn.ops.kernels import record_kernels
+from timm_itpn.ops.attention import record_kernels
 
 GOLDENS = {  # golden: model
     'fast_itpn_tiny': 'fast_itpn_tiny',

@@ -5,12 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    'are_numbers', 'check_device', 'check_folder', 'check_new', 'check_output', 'check_regular_file', 'is_number',
-    'printable', 'read_text', 'require']
-
-_MOVE = 'move it away'
-
 
 def require(purpose: str, extra: str, *packages: str) -> None:
     """Raise RuntimeError unless all packages are installed.
@@ -25,28 +19,23 @@ def require(purpose: str, extra: str, *packages: str) -> None:
         raise RuntimeError(f"{purpose} needs {', '.join(missing)}: pip install 'timm-itpn[{extra}]'")
 
 
-def check_output(path: Path, option: str, suffix: str = '', overwrite: bool = False, remedy: str = _MOVE) -> None:
-    """Raise ValueError or OSError unless a file can be written.
-
-    Args:
-        path: File.
-        option: Option that names it.
-        suffix: What its name must end in.
-        overwrite: It may exist already.
-        remedy: What to do if it exists and may not.
-    """
-    if not path.name.lower().endswith(suffix):
-        raise ValueError(f'{path} is not a {suffix[1:].upper()} file name; {option} must end in {suffix}')
+def check_output(path: Path) -> None:
+    """Raise ValueError or OSError unless a file can be written, which may exist already."""
     if not path.parent.is_dir():
         raise ValueError(f'{path} cannot be written: there is no folder {path.parent}')
-    if overwrite:
-        check_regular_file(path)
-    else:
-        check_new(path, option, remedy)
+    check_regular_file(path)
     tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent).cleanup()  # OSError if that cannot be
 
 
-def check_new(path: Path, option: str, remedy: str = _MOVE) -> None:
+def check_figure(path: Path, option: str) -> None:
+    """As `check_output`, for a PNG file that matplotlib draws; also raise RuntimeError if that is not installed."""
+    require('a figure', 'demo', 'matplotlib')
+    if not path.name.lower().endswith('.png'):
+        raise ValueError(f'{path} is not a PNG file name; {option} must end in .png')
+    check_output(path)
+
+
+def check_new(path: Path, option: str, remedy: str = 'move it away') -> None:
     """Raise ValueError if there is something at a path, or a file where a folder above it should be."""
     if os.path.lexists(path):
         raise ValueError(f'{path} exists already: {remedy}, or name another with {option}')

@@ -7,10 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .checks import check_new
-
-__all__ = ['FULL', 'created', 'replaced']
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: there is no room for a file
 
@@ -70,6 +69,12 @@ def created(path: Path, option: str) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # not there, or somebody else's files are in it by now
                 folder.rmdir()
         raise
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a `matplotlib.figure.Figure`, which needs neither pyplot nor a display, as PNG."""
+    with replaced(path) as part:
+        figure.savefig(part, dpi=120, format='png')
 
 
 def _flush(path: Path) -> None:

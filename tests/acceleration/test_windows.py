@@ -97,7 +97,7 @@ def test_equal_tokens_make_gathering_exact():
     kv = random_tokens(1, W, 1, 2, 2, 8).expand(-1, -1, P, -1, -1, -1)
     qkv = torch.cat((random_tokens(1, W, P, 1, 2, 8), kv), dim=3)
     wanted = F.scaled_dot_product_attention(*window_heads(qkv.flatten(1, 2)[:, None]))  # (1, heads, W * P, 8)
-    bias = attention_bias(positions[None], 24, gathering_bias(torch.full((W,), P)), padded=False)
+    bias = attention_bias(positions[None], None, gathering_bias(torch.full((W,), P)))
     q, k, v = window_heads(qkv, window_mean(qkv[:, :, :, 1:]))
     actual = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.double().flatten(0, 1))
     torch.testing.assert_close(actual.transpose(0, 1).flatten(1, 2)[None], wanted, rtol=1e-6, atol=1e-6)
@@ -105,17 +105,17 @@ def test_equal_tokens_make_gathering_exact():
 
 def test_padded_keys_are_not_seen():
     positions = window_positions(3, 3, 2, CPU)[None]  # windows of 1, 2, 2 and 4 tokens
-    bias = attention_bias(positions, 9, gathering_bias((positions < 9).sum(dim=2)[0]), padded=True)
+    bias = attention_bias(positions, positions < 9, gathering_bias((positions < 9).sum(dim=2)[0]))
     assert bias.shape == (1, 4, 1, 1, 4 + 4)
     assert ((bias[:, :, 0, 0, :4] == -math.inf) == (positions == 9)).all()
     together = positions.flatten(1)[:, None]
-    bias = attention_bias(together, 9, None, padded=True)
+    bias = attention_bias(together, together < 9, None)
     assert ((bias[:, :, 0, 0] == -math.inf) == (together == 9)).all()
 
 
 def test_no_bias_where_there_is_nothing_to_add():
     positions = torch.arange(4).reshape(1, 1, 4)
-    assert attention_bias(positions, 4, None, padded=False) is None
+    assert attention_bias(positions, None, None) is None
 
 
 def test_positions_follow_keys():

@@ -11,8 +11,7 @@ from timm.scheduler import create_scheduler_v2
 
 from timm_itpn.cli import main
 from timm_itpn.detection.data import MAX_SIDE, SIDES, train_transforms
-from timm_itpn.detection.model import mask_rcnn
-from timm_itpn.detection.optim import param_groups
+from timm_itpn.detection.model import mask_rcnn, param_groups
 from timm_itpn.models import MODULES
 
 # epochs, warm-up epochs, images per update, lr, layer decay, drop path, image side

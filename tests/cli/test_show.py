@@ -9,7 +9,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from support.small import official_weights
 
-from timm_itpn import figures
 from timm_itpn.cli import main, show, show_figures
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -30,8 +29,8 @@ def photo(tmp_path, monkeypatch):
 def drawn(monkeypatch):
     """The figures that are written, as a list that fills."""
     found = []
-    save = figures.save
-    monkeypatch.setattr(figures, 'save', lambda figure, path: found.append(figure) or save(figure, path))
+    save = show.save_figure
+    monkeypatch.setattr(show, 'save_figure', lambda figure, path: found.append(figure) or save(figure, path))
     return found
 
 

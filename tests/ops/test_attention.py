@@ -4,8 +4,13 @@ import torch
 from timm.layers import set_fused_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_itpn.ops.attention import IMPLEMENTATIONS, attention_weights, choose_attention, fused_attention
-from timm_itpn.ops.kernels import record_kernels
+from timm_itpn.ops.attention import (
+    IMPLEMENTATIONS,
+    attention_weights,
+    choose_attention,
+    fused_attention,
+    record_kernels,
+)
 
 B, HEADS, N, DIM = 2, 3, 37, 64
 

@@ -13,8 +13,15 @@ from PIL import Image
 from support.pretrain_runs import write_images
 
 from timm_itpn.engine.data import Batches, Replacing, to_rgb
-from timm_itpn.pretrain.data import SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
-from timm_itpn.pretrain.masking import random_masking
+from timm_itpn.pretrain.data import (
+    SampleMaker,
+    Samples,
+    StreamedSamples,
+    View,
+    fingerprint,
+    open_dataset,
+    random_masking,
+)
 
 STUDENT = View((64, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 TEACHER = View((56, 56), (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from timm_itpn.pretrain.masking import MASKINGS, block_masking
-from timm_itpn.pretrain.student import keep_indices
+from timm_itpn.pretrain.data import MASKINGS, block_masking
+from timm_itpn.pretrain.pixel import keep_indices
 
 
 def generator(seed):

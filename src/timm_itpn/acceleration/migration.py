@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['Left', 'depart', 'replenish', 'select', 'similarity', 'take']
-
 
 class Left(NamedTuple):
     """Tokens that left at one block, M of each window, with their partners."""

@@ -2,8 +2,6 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ['ACCELERATIONS', 'Schedule', 'num_leaving', 'parse_schedule']
-
 Amount = int | float
 
 

@@ -24,21 +24,14 @@ from .windows import (
     window_positions,
 )
 
-__all__ = ['MigrationStage']
-
 
 class Windows(NamedTuple):
     """Where tokens (B, W, K, C) in W windows stand, and who sees whom."""
     positions: torch.Tensor  # on the grid (1 or B, W, K), row-major, height * width where padded
+    real: torch.Tensor | None  # (1 or B, W, K), True where a position is not padded; None if none is
     gathering: torch.Tensor | None  # bias of the gathering tokens (W, W); None = all tokens see each other
     height: int  # of the grid, in tokens
     width: int  # of the grid, in tokens
-    padded: bool  # there are padded positions
-
-
-def _real(windows: Windows) -> torch.Tensor | None:
-    """(1 or B, W, K), True where a position is not padded; None if none is."""
-    return windows.positions < windows.height * windows.width if windows.padded else None
 
 
 class Migration(nn.Module):
@@ -67,7 +60,7 @@ class Migration(nn.Module):
         if num_leave > 0:
             positions = positions.expand(x.shape[0], -1, -1)
             keys = qkv[:, :, :, 1].flatten(-2)  # tokens are compared by their keys, of all heads together
-            x, positions, left = depart(x, positions, keys, _real(windows), num_leave)
+            x, positions, left = depart(x, positions, keys, windows.real, num_leave)
         return self.feed(x), positions, left
 
     def mix(self, x: torch.Tensor, qkv: torch.Tensor, windows: Windows) -> torch.Tensor:
@@ -78,15 +71,16 @@ class Migration(nn.Module):
             qkv: Their queries, keys and values (B, W, K, 3, num_heads, head_dim).
             windows: Where they stand.
         """
-        positions, gathering, height, width, padded = windows
+        positions, real, gathering, height, width = windows
         means: torch.Tensor | None = None
         if gathering is not None:
-            means = window_mean(qkv[:, :, :, 1:], _real(windows))
+            means = window_mean(qkv[:, :, :, 1:], real)
             keys = F.pad(positions, (0, positions.shape[1]), value=float(height * width))  # means have no position
         else:  # among all tokens: as in one window
             qkv, positions = qkv.flatten(1, 2)[:, None], positions.flatten(1, 2)[:, None]
+            real = None if real is None else real.flatten(1, 2)[:, None]
             keys = positions
-        bias = attention_bias(positions, height * width, gathering, padded)
+        bias = attention_bias(positions, real, gathering)
         if self.rel_pos_bias is not None:
             rel_pos_bias = self.rel_pos_bias(height, width, positions, keys)
             bias = rel_pos_bias if bias is None else rel_pos_bias + bias
@@ -171,7 +165,8 @@ class MigrationStage(AttentionStage):
 
         left: list[Left | None] = []
         for i, block in enumerate(self.blocks):
-            windows = Windows(positions, gathering if self.windowed[i] else None, H, W, padded)
+            real = positions < N if padded else None
+            windows = Windows(positions, real, gathering if self.windowed[i] else None, H, W)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x, positions, out = checkpoint(block, x, windows, leaving[i])
             else:

@@ -13,10 +13,6 @@ import torch
 
 from ..ops.attention import Heads
 
-__all__ = [
-    'attention_bias', 'gathering_bias', 'is_padded', 'num_windows', 'partition', 'smallest_window', 'window_heads',
-    'window_mean', 'window_positions']
-
 
 def num_windows(side: int, window: int) -> int:
     """Windows along a side of `side` tokens, none wider than `window` tokens; 0 = one window, whatever the side."""
@@ -120,25 +116,25 @@ def window_heads(qkv: torch.Tensor, gathering: torch.Tensor | None = None) -> He
 
 def attention_bias(
         positions: torch.Tensor,
-        num_tokens: int,
+        real: torch.Tensor | None,
         gathering: torch.Tensor | None,
-        padded: bool,
 ) -> torch.Tensor | None:
     """What is added to the logits of the keys of `window_heads`.
 
     Args:
-        positions: (1 or B, W, K), `num_tokens` where padded.
-        num_tokens: Tokens of the whole grid.
+        positions: (1 or B, W, K), of the tokens on the grid.
+        real: (1 or B, W, K), True where a position is not padded; None if none is.
         gathering: (W, W), as from `gathering_bias`; None without gathering tokens.
-        padded: There are padded positions.
 
     Returns:
         (1 or B, W, 1, 1, K + W), or without the W, float32: queries are the fourth axis. None where nothing is to be
         added.
     """
-    if gathering is None and not padded:
+    if gathering is None and real is None:
         return None
-    bias = torch.zeros(positions.shape, device=positions.device).masked_fill(positions == num_tokens, float('-inf'))
+    bias = torch.zeros(positions.shape, device=positions.device)
+    if real is not None:
+        bias = bias.masked_fill(~real, float('-inf'))
     if gathering is not None:
         bias = torch.cat((bias, gathering.expand(bias.shape[0], -1, -1)), dim=-1)
     return bias[:, :, None, None]

@@ -9,7 +9,6 @@ The pyramid, where there is one, is ours: its stages are maps (B, H, W, C), so t
 its levels permuted back. Compared are then two backbones under one pyramid.
 """
 from collections import OrderedDict
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -18,18 +17,17 @@ from timm.layers import LayerNorm2d
 
 from ..layers.pyramid import FeaturePyramid
 
-__all__ = ['Baseline', 'JointBaseline']
-
 EPS = 1e-6
+MLP_RATIO = 3  # hidden width per width
 NUM_LEVELS = 5  # of the pyramid, strides 4 to 64
 
 
 class ConvBlock(nn.Module):
     """Block of stages 1 and 2 on (B, C, H, W)."""
 
-    def __init__(self, dim: int, mlp_ratio: int):
+    def __init__(self, dim: int):
         super().__init__()
-        hidden_dim = mlp_ratio * dim
+        hidden_dim = MLP_RATIO * dim
         self.norm2 = LayerNorm2d(dim, eps=EPS)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Conv2d(dim, hidden_dim, 1),
@@ -91,13 +89,13 @@ class SwiGlu(nn.Module):
 class TokenBlock(nn.Module):
     """Block of stage 3 on (B, N, C)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=EPS)
         self.attn = Attention(dim, num_heads)
         self.gamma_1 = nn.Parameter(torch.full((dim,), 0.1))
         self.norm2 = nn.LayerNorm(dim, eps=EPS)
-        self.mlp = SwiGlu(dim, mlp_ratio * dim)
+        self.mlp = SwiGlu(dim, MLP_RATIO * dim)
         self.gamma_2 = nn.Parameter(torch.full((dim,), 0.1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +104,7 @@ class TokenBlock(nn.Module):
 
 
 class Baseline(nn.Module):
-    """Fast-iTPN classifier, unfused. (B, 3, H, W) -> (B, num_classes), or a list of maps (B, C, H, W).
+    """Fast-iTPN, unfused: a classifier, (B, 3, H, W) -> (B, num_classes), unless one of the last two is given.
 
     Args:
         img_size: (height, width) in pixels, multiples of 16.
@@ -114,8 +112,8 @@ class Baseline(nn.Module):
         embed_dim: Width of stage 3.
         depths: Blocks of stages 1, 2 and 3.
         num_heads: Attention heads of stage 3.
-        mlp_ratio: Hidden width per width.
-        pyramid: A feature pyramid in place of the classifier, None for the classifier.
+        pyramid: A feature pyramid in place of the classifier. (B, 3, H, W) -> its levels, maps (B, C, h, w).
+        templates: (B, n, 3, h, w), which a tracker encodes anew with each frame. (B, 3, H, W) -> [map of the frame].
     """
 
     def __init__(
@@ -125,66 +123,51 @@ class Baseline(nn.Module):
             embed_dim: int = 512,
             depths: tuple[int, int, int] = (3, 3, 24),
             num_heads: int = 8,
-            mlp_ratio: int = 3,
             pyramid: FeaturePyramid | None = None,
+            templates: torch.Tensor | None = None,
     ):
         super().__init__()
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, embed_dim // 4, 4, stride=4)))
         blocks: list[nn.Module] = []
         for dim, depth in zip((embed_dim // 4, embed_dim // 2), depths):
-            blocks += [*(ConvBlock(dim, mlp_ratio) for _ in range(depth)), Merge(dim)]
+            blocks += [*(ConvBlock(dim) for _ in range(depth)), Merge(dim)]
         self.num_maps = len(blocks)  # blocks on (B, C, H, W)
-        blocks += [TokenBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depths[2])]
+        blocks += [TokenBlock(embed_dim, num_heads) for _ in range(depths[2])]
         self.blocks = nn.ModuleList(blocks)
-        num_tokens = img_size[0] // 16 * (img_size[1] // 16)
+        sizes = [img_size] if templates is None else [img_size, templates.shape[-2:]]
+        num_tokens = sum(height // 16 * (width // 16) for height, width in sizes)
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, num_tokens, embed_dim))
         self.pyramid = pyramid
+        self.templates = None if templates is None else nn.Buffer(templates, persistent=False)
         if pyramid is None:
             self.fc_norm = nn.LayerNorm(embed_dim, eps=EPS)
+        if pyramid is None and templates is None:
             self.head = nn.Linear(embed_dim, num_classes)
 
-    def run_blocks(self, x: torch.Tensor, blocks: nn.ModuleList, stages: list[torch.Tensor]) -> torch.Tensor:
-        """Run blocks one after the other; for a pyramid, what comes to a merge is added to `stages`."""
-        for block in blocks:
+    def embed(self, images: torch.Tensor, pos_embed: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Images (B, 3, H, W) -> tokens (B, N, C) of stage 3; and for a pyramid the maps of stages 1 and 2."""
+        maps = []
+        x = self.patch_embed(images)
+        for block in self.blocks[:self.num_maps]:
             if self.pyramid is not None and isinstance(block, Merge):
-                stages.append(x)
+                maps.append(x)
             x = block(x)
-        return x
+        return x.flatten(2).mT + pos_embed, maps  # (B, C, H, W) -> (B, N, C)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        stages: list[torch.Tensor] = []
-        x = self.run_blocks(self.patch_embed(x), self.blocks[:self.num_maps], stages)
-        grid_size = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (B, C, H, W) -> (B, N, C)
-        x = self.run_blocks(x, self.blocks[self.num_maps:], stages)
-        if self.pyramid is None:
-            return self.head(self.fc_norm(x.mean(dim=1)))
-        stages.append(x.transpose(1, 2).unflatten(2, grid_size))  # (B, N, C) -> (B, C, H, W)
-        levels = self.pyramid([stage.permute(0, 2, 3, 1) for stage in stages], list(range(NUM_LEVELS)))
-        return [level.permute(0, 3, 1, 2).contiguous() for level in levels]  # (B, H, W, C) -> (B, C, H, W)
-
-
-class JointBaseline(Baseline):
-    """The encoder of a tracker, unfused, with all images anew in each frame. (B, 3, H, W) -> [map (B, C, H/16, W/16)].
-
-    Args:
-        templates: (B, n, 3, H, W).
-        kwargs: For `Baseline`; without classifier.
-    """
-
-    def __init__(self, templates: torch.Tensor, **kwargs: Any):
-        super().__init__(**kwargs)
-        num = templates.shape[-2] * templates.shape[-1] // 256
-        self.pos_embed = nn.Parameter(torch.cat((self.pos_embed, self.pos_embed[:, :num]), dim=1).detach())
-        self.templates = nn.Buffer(templates, persistent=False)
-        del self.head
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         grid_size = x.shape[-2] // 16, x.shape[-1] // 16
         num = grid_size[0] * grid_size[1]
-        tokens = []
-        for images, pos_embed in ((x, self.pos_embed[:, :num]), (self.templates, self.pos_embed[:, num:])):
-            maps = self.run_blocks(self.patch_embed(images.flatten(0, -4)), self.blocks[:self.num_maps], [])
-            tokens.append((maps.flatten(2).mT + pos_embed).reshape(len(x), -1, maps.shape[1]))  # (B, n*N, C)
-        x = self.fc_norm(self.run_blocks(torch.cat(tokens, dim=1), self.blocks[self.num_maps:], []))
-        return [x[:, :num].mT.unflatten(2, grid_size)]
+        tokens, maps = self.embed(x, self.pos_embed[:, :num])
+        if self.templates is not None:
+            others, _ = self.embed(self.templates.flatten(0, 1), self.pos_embed[:, num:])
+            others = others.reshape(len(x), -1, others.shape[2])  # (B*n, N, C) -> (B, n*N, C)
+            tokens = torch.cat((tokens, others), dim=1)
+        for block in self.blocks[self.num_maps:]:
+            tokens = block(tokens)
+        if self.templates is not None:
+            return [self.fc_norm(tokens)[:, :num].mT.unflatten(2, grid_size)]  # (B, N, C) -> (B, C, H, W)
+        if self.pyramid is None:
+            return self.head(self.fc_norm(tokens.mean(dim=1)))
+        maps.append(tokens.mT.unflatten(2, grid_size))
+        levels = self.pyramid([each.permute(0, 2, 3, 1) for each in maps], list(range(NUM_LEVELS)))
+        return [level.permute(0, 3, 1, 2).contiguous() for level in levels]  # (B, H, W, C) -> (B, C, H, W)

@@ -17,11 +17,9 @@ from ..acceleration.schedule import parse_schedule
 from ..pretrain.objectives import OBJECTIVES, create_objective, create_student
 from ..tracking import JointEncoder
 from ..weights.layout import PYRAMID, native_depths, native_to_official
-from .baseline import Baseline, JointBaseline
+from .baseline import Baseline
 from .cases import Asked, Case
 from .flops import Outputs
-
-__all__ = ['BASELINE', 'NUM_CLASSES', 'OURS', 'Candidate', 'build', 'build_ours']
 
 NUM_CLASSES = 1000
 OURS = 'ours'
@@ -166,9 +164,9 @@ def _build_baseline(ours: nn.Module, case: Case) -> nn.Module:
         num_heads=model.stages[2].blocks[0].attn.num_heads,
     )
     if isinstance(ours, Frame):
-        joint = JointBaseline(ours.templates, **sizes)
-        joint.load_state_dict(ours.encoder.official_state_dict())
-        return joint
+        baseline = Baseline(templates=ours.templates, **sizes)
+        baseline.load_state_dict(ours.encoder.official_state_dict())
+        return baseline
     baseline = Baseline(pyramid=copy.deepcopy(model.pyramid), **sizes)
     pyramid = {key: value for key, value in state.items() if key.startswith(PYRAMID)}  # it keeps its names
     others = {key: value for key, value in state.items() if key not in pyramid}

@@ -3,8 +3,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ['COMPILE_MODES', 'DTYPES', 'MODES', 'PEERS', 'Asked', 'Case', 'check', 'parse_size']
-
 MODES = ('forward', 'train', 'latency')
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 PEERS = (

@@ -19,9 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops.linear import can_use_onednn, onednn_linear, pack_for_onednn
 
-__all__ = [
-    'Outputs', 'Product', 'TimedProduct', 'count_flops', 'count_products', 'product_calls', 'rates', 'training_loss']
-
 Outputs = torch.Tensor | Sequence[torch.Tensor]  # logits, or the levels of a pyramid
 
 _MM = 'mm'

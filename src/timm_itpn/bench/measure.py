@@ -11,13 +11,11 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 
-from ..ops.kernels import record_kernels
+from ..ops.attention import record_kernels
 from .candidates import BASELINE, NUM_CLASSES, OURS, Candidate, build
 from .cases import Asked, Case
 from .flops import count_flops, count_products, product_calls, rates, training_loss
 from .rows import Row, this_machine
-
-__all__ = ['TOLERANCES', 'measure', 'measure_alone', 'peak_bytes', 'time_in_turn']
 
 Key = TypeVar('Key')
 Call = Callable[[], object]

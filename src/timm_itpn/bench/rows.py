@@ -18,10 +18,6 @@ from .cases import Case
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    'SPEEDUPS', 'Machine', 'Row', 'draw', 'json_line', 'markdown', 'markdown_of_case', 'measured', 'number', 'read',
-    'record', 'table', 'this_machine', 'write']
-
 T = TypeVar('T')
 
 SPEEDUPS = 'vs ours, vs baseline: the time of that one divided by the time of this one; above 1x, this one is faster'
@@ -190,12 +186,12 @@ def measured() -> list[Row]:
 
 
 def read(path: Path, row_type: type[T]) -> list[T]:
-    """Rows of a file of JSON lines.
+    """Rows of a file of JSON lines, none if it does not exist.
 
     Raises:
         ValueError: It is not a file of such rows.
     """
-    text = read_text(path)
+    text = read_text(path) if path.exists() else ''
     try:
         return [row_type(**json.loads(line, object_hook=_part)) for line in text.splitlines()]
     except (KeyError, TypeError, ValueError) as error:
@@ -226,6 +222,5 @@ def record(path: Path, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: `path` exists and is not a file of rows.
     """
-    old = read(path, Row) if path.exists() else []
-    merged = {(row.case, row.candidate, row.machine.cpu, row.machine.gpu): row for row in [*old, *rows]}
+    merged = {(row.case, row.candidate, row.machine.cpu, row.machine.gpu): row for row in [*read(path, Row), *rows]}
     write(path, merged.values())

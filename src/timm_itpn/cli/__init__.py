@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import __version__
 from ..checks import printable
@@ -24,13 +24,6 @@ COMMANDS = (bench, convert, demo, detect, evidence, inspect, list_command, pretr
 _SAID = (AssertionError, ImportError, OSError, RuntimeError, ValueError)  # whose text is meant for people
 
 
-class _Parser(ConfigurableParser):
-    """Says what it cannot read in one line, without all that could be written."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f'{self.prog}: {printable(message)}; see {self.prog} --help\n')
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -40,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
-    parser = _Parser(prog='timm-itpn', description='iTPN and Fast-iTPN models for timm.')
+    parser = ConfigurableParser(prog='timm-itpn', description='iTPN and Fast-iTPN models for timm.')
     parser.add_argument('--version', action='version', version=f'timm-itpn {__version__}')
-    subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=_Parser)
+    subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=ConfigurableParser)
     for command in COMMANDS:
         command.add_parser(subparsers)
     with _output(), warnings.catch_warnings():

@@ -1,8 +1,6 @@
 """Arguments that several commands have."""
 from ..bench.cases import parse_size
 
-__all__ = ['PREFIX_HELP', 'ROLE_HELP', 'height_width', 'sizes_of_roles']
-
 PREFIX_HELP = "what the keys of the network start with, such as 'backbone' (to choose from several networks)"
 
 ROLE_HELP = "of a tracker's file: an image and its size, in the order of the position embedding; give it for each"

@@ -8,13 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from .. import bench, figures
+from .. import bench
 
 # these import no torch
 from ..bench.cases import COMPILE_MODES, DTYPES, MODES, PEERS, Asked, Case, check, parse_size
 from ..bench.rows import SPEEDUPS, Row, draw, json_line, markdown, markdown_of_case, measured, read, record
-from ..checks import check_device, check_output
+from ..checks import check_device, check_figure, check_output
 from ..engine.arguments import number, positive
+from ..files import save_figure
 from ..pretrain import OBJECTIVE_NAMES
 
 SUITES = Path(bench.__file__).with_name('suites')  # a line is what is given to `timm-itpn bench`
@@ -96,11 +97,10 @@ def run(args: argparse.Namespace) -> None:
         print(f'# Measured speed\n\nWritten by `timm-itpn bench --measured`.\n\n{markdown(measured())}')
         return
     if args.plot:  # now, not when everything is measured
-        figures.check(args.plot, '--plot', overwrite=True)
+        check_figure(args.plot, '--plot')
     if args.record:
-        check_output(args.record, '--record', overwrite=True)
-        if args.record.exists():
-            read(args.record, Row)
+        check_output(args.record)
+        read(args.record, Row)  # ValueError if it holds something else
     given = {name: value for name, value in vars(args).items() if name in _OF_CASES}
     work = list(_suite(args.suite, given) if args.suite else _asked_for(given))
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which counts memory, prints to stderr
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.json:
         print(f'{SPEEDUPS}\n{rows[0].machine}')
     if args.plot:
-        figures.save(draw(rows), args.plot)
+        save_figure(draw(rows), args.plot)
         print(args.plot, file=sys.stderr if args.json else sys.stdout)
     wrong = [f'{row.candidate} by {row.output_error:.2g}' for row in rows if row.speedup_over_ours is None]
     if wrong:

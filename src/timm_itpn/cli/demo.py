@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checks import check_device, require
 from ..engine.arguments import number, positive
-from ..files import created
+from ..files import created, save_figure
 
 NUM_CLASSES = 10
 NUM_TRAINING = 1437  # images; the others are held out
@@ -147,8 +147,6 @@ def draw(path: Path, samples: list[tuple[str, int]], predictions: list[int], his
     from matplotlib.figure import Figure
     from PIL import Image
 
-    from ..figures import save
-
     images = [(file, target, predicted) for (file, target), predicted in zip(samples, predictions)]
     wrong = [image for image in images if image[1] != image[2]][:NUM_IMAGES // 3]
     right = [image for image in images if image[1] == image[2]]
@@ -167,4 +165,4 @@ def draw(path: Path, samples: list[tuple[str, int]], predictions: list[int], his
         axes.plot(range(1, len(history) + 1), values, marker='.')
         axes.set(ylabel=name)
     axes.set(xlabel='epoch', title=f'held-out top-1 {history[-1][1]:.1f} %')
-    save(figure, path)
+    save_figure(figure, path)

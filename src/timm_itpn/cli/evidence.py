@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .. import figures
-from ..checks import check_device, check_output, require
+from ..checks import check_device, check_figure, check_output, require
 from ..engine.arguments import number
+from ..files import save_figure
 from ..studies import STUDIES
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plot:
         if not args.measured:
             raise ValueError('--plot draws what comes with the package: use it with --measured')
-        figures.check(args.plot, '--plot', overwrite=True)
+        check_figure(args.plot, '--plot')
 
     from ..bench.rows import read, write
     from ..studies import results
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         tables = [f'## {name}\n\n{results.markdown(name, rows)}' for name, rows in measured.items() if rows]
         print('\n\n'.join(['# Measured accuracy', 'Written by `timm-itpn evidence --measured`.', *tables]))
         if args.plot:
-            figures.save(results.draw(), args.plot)
+            save_figure(results.draw(), args.plot)
             print(args.plot, file=sys.stderr)
         return
     if args.study is None:
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> None:
     require('the experiment', *STUDIES[args.study])
     check_device(args.device)
     if args.record:
-        check_output(args.record, '--record', overwrite=True)
+        check_output(args.record)
 
-    rows = read(args.record, results.Row) if args.record and args.record.exists() else []
+    rows = read(args.record, results.Row) if args.record else []
     for row in results.run(args.study, args.seeds, {row.seed for row in rows}, args.device):
         print(row, file=sys.stderr, flush=True)
         rows.append(row)

@@ -3,14 +3,11 @@ leave; `show_figures.py` draws."""
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .. import figures
-from ..checks import check_device, check_regular_file
+from ..checks import check_device, check_figure, check_new, check_regular_file
+from ..files import save_figure
 from .arguments import height_width
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 LONGEST_SIDE = 448  # of an image that is shown at its own size
 
@@ -49,7 +46,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     output = args.output or Path(f'{args.image.stem}_{"tokens" if args.tokens else "show"}.png')
-    figures.check(output, '--output', overwrite=args.force, remedy='overwrite it with --force')
+    check_figure(output, '--output')
+    if not args.force:
+        check_new(output, '--output', 'overwrite it with --force')
     image = read_image(args.image)
     height, width = height_width(args.img_size) or own_size(*image.size)
     check_device(args.device)
@@ -70,14 +69,14 @@ def run(args: argparse.Namespace) -> None:
             figure = draw_tokens(shown, departures(model, pixels), model.stages[2].gather_window, caption)
         else:
             figure = draw_features(shown, feature_maps(model, pixels), caption)
-    figures.save(figure, output)
+    save_figure(figure, output)
     if weights.startswith('random'):
         print(f'{args.model} has {weights}: load trained ones with --pretrained or --checkpoint', file=sys.stderr)
     print(output)
 
 
-def read_image(path: Path) -> 'Image':
-    """An image file as it is meant to be seen: upright, in colour."""
+def read_image(path: Path) -> Any:
+    """A PIL image of a file as it is meant to be seen: upright, in colour."""
     from PIL import Image, ImageOps
 
     from ..engine.data import to_rgb

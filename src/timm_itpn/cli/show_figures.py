@@ -10,8 +10,7 @@ from torch import Tensor
 from ..acceleration.migration import Left
 from ..acceleration.stage import MigrationStage
 from ..acceleration.windows import window_positions
-
-__all__ = ['colours', 'departures', 'draw_features', 'draw_tokens', 'feature_maps']
+from ..layers.stages import stage_maps
 
 STRIDE = 16  # pixels per token of stage 3
 FEATURE_WIDTH, TOKEN_WIDTH = 2.2, 3.2  # of a panel, inches
@@ -20,11 +19,7 @@ LEAVING = torch.tensor(to_rgb('tab:red'))
 
 def feature_maps(model: Any, images: Tensor) -> dict[str, Tensor]:
     """Maps (H, W, C) of all stages and, if the model has a pyramid, of its levels, for one image (1, 3, H, W)."""
-    x = model.patch_embed(images)
-    stages = []
-    for stage in model.stages:
-        x = stage(x)
-        stages.append(x)
+    stages = stage_maps(model.stages, model.patch_embed(images))
     maps = {f'stage {i}': stage[0] for i, stage in enumerate(stages, 1)}
     if model.pyramid is not None:
         levels = model.pyramid(stages, indices=list(range(5)))
@@ -37,13 +32,8 @@ def colours(features: Tensor, tail: float = 0.01) -> Tensor:
 
     Each component goes from 0 to 1 between its outliers, a fraction `tail` on each side; one that varies by less than
     the precision of `features` is 0.5.
-
-    Raises:
-        ValueError: A feature is not finite.
     """
     x = features.detach().cpu().double().flatten(0, 1)  # (H, W, C) -> (H*W, C)
-    if not x.isfinite().all():
-        raise ValueError('the features are not finite: the weights are broken')
     noise = 10 * torch.finfo(features.dtype).eps * x.abs().max()
     x = x - x.mean(dim=0)
     _, directions = torch.linalg.eigh(x.T @ x)  # the largest last

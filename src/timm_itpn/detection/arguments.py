@@ -4,8 +4,6 @@ from pathlib import Path
 
 from ..engine.arguments import PAIRS, add_common_arguments, number, positive
 
-__all__ = ['add_arguments']
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all arguments."""

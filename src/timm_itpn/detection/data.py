@@ -17,12 +17,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 from torchvision.transforms import v2
 
 from ..checks import are_numbers, printable, read_text, require
 from ..engine.data import to_rgb
-
-__all__ = ['MAX_SIDE', 'SIDES', 'CocoDataset', 'eval_transforms', 'read_coco', 'train_transforms']
 
 # the authors', for `train_transforms`
 SIDES: dict[str, Sequence[int]] = dict(
@@ -99,7 +98,7 @@ class CocoDataset(Dataset):
                 f'{row["height"]}.')
         objects = [each for each in self.coco.imgToAnns.get(number, ()) if not each['iscrowd']]
         boxes = torch.tensor([each['bbox'] for each in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]  # left, top, width, height -> left, top, right, bottom
+        boxes = box_convert(boxes, 'xywh', 'xyxy')
         masks = [torch.from_numpy(self.coco.annToMask(each)) for each in objects]
         target = dict(
             boxes=tv_tensors.BoundingBoxes(boxes, format='XYXY', canvas_size=size),

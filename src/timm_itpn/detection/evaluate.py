@@ -9,12 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from ..engine.data import Replacing, load
 from .data import CocoDataset
-
-__all__ = ['NAMES', 'average_precision', 'evaluate', 'predict']
 
 MASK_THRESHOLD = 0.5
 METRICS = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl')  # the first of pycocotools' `stats`
@@ -82,8 +81,7 @@ def predict(
 
     results = []
     for output, target in zip(model([image.to(device) for image in batch['images']]), batch['targets']):
-        boxes = output['boxes'].float().cpu()
-        boxes[:, 2:] -= boxes[:, :2]  # left, top, right, bottom -> left, top, width, height
+        boxes = box_convert(output['boxes'].float().cpu(), 'xyxy', 'xywh')
         masks = (output['masks'][:, 0] >= MASK_THRESHOLD).byte().permute(1, 2, 0)  # (N, 1, H, W) -> (H, W, N)
         codes = encode(np.asfortranarray(masks.cpu().numpy()))
         results += [

@@ -5,6 +5,7 @@ Paper: 'Mask R-CNN', https://arxiv.org/abs/1703.06870; the settings are those of
 Differs from torchvision's `maskrcnn_resnet50_fpn`: a box head of four convolutions and one layer; the loss of boxes is
 generalised IoU of decoded boxes, ten times; RoI align samples every position; anchors are at the exact strides.
 """
+from collections import defaultdict
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from timm.models import group_parameters
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
@@ -24,11 +26,10 @@ from ..engine.task import Losses
 from ..models import check_name
 from ..models.detection import DetectionBackbone
 
-__all__ = ['STRIDES', 'Anchors', 'BoxAndMaskHeads', 'compute_losses', 'mask_rcnn']
-
 STRIDES = (4, 8, 16, 32, 64)
 ROI_LEVELS = ('0', '1', '2', '3')  # strides 4 to 32
 BOX_LOSS_WEIGHT = 10.
+PREFIX = 'backbone.body.model.'  # of the names of the backbone's parameters
 
 Target = dict[str, torch.Tensor]
 
@@ -100,6 +101,40 @@ def compute_losses(model: nn.Module, images: list[torch.Tensor], targets: list[T
     return {'loss': torch.stack(list(terms.values())).sum(), **terms}
 
 
+def param_groups(
+        model: nn.Module, weight_decay: float = 0.05, layer_decay: float = 0.9) -> list[dict[str, Any]]:
+    """Groups for an optimizer, with the authors' layer decay; `lr_scale` is what timm's schedules multiply the rate by.
+
+    Patch embed and positions are layer 0, blocks and merges 1, 2, ... in their order, all else is the last layer, L.
+    Layer i learns at `layer_decay` ** (L - i) of the rate. As in the authors' settings L is 1 + the number of blocks
+    (31 for base, 45 for large), without the two merges, so the last block has the rate of the heads divided by
+    `layer_decay`, the one before it their rate.
+
+    Args:
+        model: Detector whose backbone is a `DetectionBackbone`.
+        weight_decay: Of all but 1-D parameters (so biases and norms), absolute positions and relative position tables.
+        layer_decay: Of the learning rate, per layer.
+
+    Raises:
+        ValueError: The backbone is another.
+    """
+    if not isinstance(getattr(model, 'backbone', None), DetectionBackbone):
+        raise ValueError('Layer decay needs a detector whose backbone is a DetectionBackbone, as mask_rcnn makes it.')
+    body: Any = model.get_submodule(PREFIX.strip('.'))
+    layers = group_parameters(body, body.group_matcher(), reverse=True)
+    last = 1 + sum(len(stage.blocks) for stage in body.stages)
+    not_decayed = body.no_weight_decay()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for full_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = full_name.removeprefix(PREFIX)
+            layer = layers[name] if name in layers and not name.startswith('pyramid.') else last
+            decay = 0. if parameter.ndim <= 1 or name in not_decayed else weight_decay
+            groups[layer_decay ** (last - layer), decay].append(parameter)
+    return [
+        dict(params=params, lr_scale=scale, weight_decay=decay) for (scale, decay), params in groups.items()]
+
+
 class Anchors(AnchorGenerator):
     """Anchors of eight strides, of three shapes, at the exact strides and in float32.
 
@@ -126,11 +161,8 @@ class BoxAndMaskHeads(RoIHeads):
     """
 
     def __init__(self, heads: RoIHeads):
-        matcher, sampler = heads.proposal_matcher, heads.fg_bg_sampler
-        super().__init__(
-            heads.box_roi_pool, heads.box_head, heads.box_predictor, matcher.high_threshold, matcher.low_threshold,
-            sampler.batch_size_per_image, sampler.positive_fraction, heads.box_coder.weights, heads.score_thresh,
-            heads.nms_thresh, heads.detections_per_img, heads.mask_roi_pool, heads.mask_head, heads.mask_predictor)
+        nn.Module.__init__(self)
+        self.__dict__.update(heads.__dict__)
 
     def forward(
             self,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torchvision.models.detection import MaskRCNN
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
@@ -23,10 +22,7 @@ from ..files import replaced
 from ..weights.read import read_contents
 from .data import MAX_SIDE, SIDES, CocoDataset, eval_transforms, train_transforms
 from .evaluate import MASK_THRESHOLD, NAMES, evaluate
-from .model import compute_losses, mask_rcnn
-from .optim import PREFIX, param_groups
-
-__all__ = ['DetectionTask', 'detect']
+from .model import PREFIX, compute_losses, mask_rcnn, param_groups
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {  # of the box head, by --head-norm
     'batch': nn.BatchNorm2d, 'group': lambda channels: nn.GroupNorm(gcd(channels, 32), channels)}
@@ -101,10 +97,9 @@ class DetectionTask(Task):
             output['masks'] = output['masks'][:, 0]
             found = {key: value[output['scores'] >= DRAWN_SCORE].cpu() for key, value in output.items()}
             pictures += [_picture(image, objects, self.val_set) for objects in (target, found)]
-        height, width = (max(picture.shape[i] for picture in pictures) for i in (1, 2))
-        padded = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
+        padded = self.model.transform.batch_images(pictures, size_divisible=1)
         with replaced(path) as part:
-            save_image(torch.stack(padded[::2] + padded[1::2]) / 255, part, nrow=len(padded) // 2, pad_value=1.)
+            save_image(torch.cat((padded[::2], padded[1::2])) / 255, part, nrow=len(padded) // 2, pad_value=1.)
 
     def export(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> dict[str, Path]:
         backbone = {key.removeprefix(PREFIX): value for key, value in state_dict.items() if key.startswith(PREFIX)}

@@ -8,13 +8,11 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from ..checks import read_text
-
-__all__ = ['CHANGEABLE', 'FREE', 'PAIRS', 'RECIPES', 'ConfigurableParser', 'add_common_arguments', 'number', 'positive']
+from ..checks import printable, read_text
 
 MAX_WORKERS = 512
 RECIPES = Path(__file__).parents[1] / 'recipes'
@@ -112,7 +110,10 @@ PAIRS: dict[str, Any] = dict(nargs='*', action=_KeyValues, default={}, metavar='
 
 
 class ConfigurableParser(argparse.ArgumentParser):
-    """Parser whose --config, where it has one, names a YAML file of defaults."""
+    """Parser whose --config, where it has one, names a YAML file of defaults, and whose errors are one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'{self.prog}: {printable(message)}; see {self.prog} --help\n')
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, rest = super().parse_known_args(args, namespace)

@@ -14,8 +14,6 @@ from ..checks import check_folder
 from ..files import replaced
 from ..weights.read import UnreadableError, read_contents
 
-__all__ = ['REMEDY', 'Checkpoints', 'load', 'not_finite', 'random_state', 'save', 'set_random_state']
-
 LOCK_TIMEOUT_S = 10  # readers of a process that was killed end within 5 s, and hold its lock until then
 REMEDY = 'Lower --lr, or use --amp-dtype bfloat16, and go on with --resume auto, or from an earlier checkpoint.'
 State = dict[str, Any]
@@ -148,16 +146,3 @@ def _tensors(tree: Any, name: str = '') -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(tree, (dict, list, tuple)):
         for key, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
             yield from _tensors(child, f'{name}.{key}' if name else str(key))
-
-
-def random_state() -> State:
-    """State of the generators that a model draws from; samples do not depend on them."""
-    cuda = {'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {'torch': torch.get_rng_state(), **cuda}
-
-
-def set_random_state(state: State) -> None:
-    """The reverse of `random_state`."""
-    torch.set_rng_state(state['torch'])
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])

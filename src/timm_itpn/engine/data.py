@@ -6,7 +6,8 @@ which process makes a sample, nor how often the run was interrupted.
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +15,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
 from ..checks import printable
-
-__all__ = ['NUM_OTHERS', 'Batches', 'Replacing', 'load', 'seeded', 'to_rgb']
 
 NUM_OTHERS = 40  # random samples that are tried in place of one; if half of all are whole, one of so many is
 
@@ -48,22 +47,13 @@ def seeded(*numbers: int) -> Iterator[None]:
         yield
 
 
+@dataclass(eq=False)
 class Replacing(Dataset):
-    """Samples of an epoch, with the names of files that cannot be read, whose places random other samples take.
-
-    Args:
-        samples: Data set with, for the name of a file, `name(index)`; it draws from torch's generator, and may raise
-            anything.
-        seed: Of everything random.
-        epoch: Other epochs have other random numbers.
-        num_others: How many others are tried.
-    """
-
-    def __init__(self, samples: Any, seed: int = 0, epoch: int = 0, num_others: int = NUM_OTHERS):
-        self.samples = samples
-        self.seed = seed
-        self.epoch = epoch
-        self.num_others = num_others
+    """Samples of an epoch, with the names of files that cannot be read, whose places random other samples take."""
+    samples: Any  # data set with `name(index)`, of a file; it draws from torch's generator, and may raise anything
+    seed: int = 0  # of everything random
+    epoch: int = 0  # other epochs have other random numbers
+    num_others: int = NUM_OTHERS  # how many others are tried
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,42 +82,34 @@ def load(samples: Replacing, **options: Any) -> DataLoader:
     return DataLoader(samples, collate_fn=samples.collate, generator=torch.Generator(), **options)
 
 
-class Batches:
-    """The batches of one process; all processes together see each sample at most once per epoch.
+class Batches(NamedTuple):
+    """The batches of one process; all processes together see each sample at most once per epoch."""
+    samples: Any  # what `Replacing` takes, or an iterable `Replacing`
+    batch_size: int  # samples of one process per batch
+    seed: int = 0  # of the order, and of everything random in a sample
+    workers: int = 0  # processes that read, 0 for none
+    rank: int = 0  # of the process
+    world_size: int = 1  # number of processes
+    pin_memory: bool = False  # for copies to a GPU
 
-    Args:
-        samples: What `Replacing` takes, or an iterable `Replacing`.
-        batch_size: Samples of one process per batch.
-        seed: Of the order, and of everything random in a sample.
-        workers: Processes that read, 0 for none.
-        rank: Of the process.
-        world_size: Number of processes.
-        pin_memory: For copies to a GPU.
+    @property
+    def per_epoch(self) -> int:
+        """Batches of one epoch."""
+        return len(self.samples) // (self.batch_size * self.world_size)
 
-    Attributes:
-        num_samples: In the data set.
-        per_epoch: Batches of one epoch.
-        resumable: An epoch can start in the middle.
-    """
-
-    def __init__(
-            self, samples: Any, batch_size: int, seed: int = 0, workers: int = 0, rank: int = 0, world_size: int = 1,
-            pin_memory: bool = False):
-        self.samples = samples
-        self.seed = seed
-        self.resumable = not isinstance(samples, IterableDataset)
-        if self.resumable:
-            self.order = DistributedSampler[int](samples, world_size, rank, seed=seed, drop_last=True)
-        self.num_samples = len(samples)
-        self.per_epoch = self.num_samples // (batch_size * world_size)
-        self.options: dict[str, Any] = dict(
-            batch_size=batch_size, num_workers=workers, drop_last=True, pin_memory=pin_memory)
+    @property
+    def resumable(self) -> bool:
+        """An epoch can start in the middle."""
+        return not isinstance(self.samples, IterableDataset)
 
     def epoch(self, epoch: int, first: int = 0) -> DataLoader:
         """The batches of an epoch, dicts of stacked tensors, without the first ones that are done already."""
+        options: dict[str, Any] = dict(
+            batch_size=self.batch_size, num_workers=self.workers, drop_last=True, pin_memory=self.pin_memory)
         if not self.resumable:
             self.samples.epoch = epoch
-            return load(self.samples, **self.options)
-        self.order.set_epoch(epoch)
-        order = list(self.order)[first * self.options['batch_size']:]
-        return load(Replacing(self.samples, self.seed, epoch), sampler=order, **self.options)
+            return load(self.samples, **options)
+        order = DistributedSampler[int](self.samples, self.world_size, self.rank, seed=self.seed, drop_last=True)
+        order.set_epoch(epoch)
+        return load(
+            Replacing(self.samples, self.seed, epoch), sampler=list(order)[first * self.batch_size:], **options)

@@ -16,12 +16,9 @@ from tqdm import tqdm
 
 from ..checks import check_device, require
 from ..files import FULL, replaced
-from .arguments import FREE
 from .checkpoints import Checkpoints, load
 from .run import WHOLE, Run
 from .task import Batch, Task, creating
-
-__all__ = ['evaluate', 'train']
 
 LINES = 'log.jsonl'
 TABLE = 'summary.csv'
@@ -55,8 +52,7 @@ def train(args: argparse.Namespace, create: Create) -> dict[str, Any]:
     checkpoints.to_resume(args.resume)
     found = None if args.resume in (None, 'auto') else checkpoints.newest(args.resume)
     with _created(args, create) as task:
-        settings = {key: value for key, value in vars(args).items() if key not in FREE + task.FREE}
-        run = Run(args, {**settings, 'data': task.fingerprint}, task)
+        run = Run(args, task)
         random_seed(args.seed, args.rank)
         with checkpoints.locked() if args.rank == 0 else nullcontext():
             if (found := found or checkpoints.newest(args.resume)) is not None:

@@ -21,14 +21,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from ..layers.blocks import AttentionBlock, MlpBlock
-from .arguments import CHANGEABLE
-from .checkpoints import REMEDY, random_state, save, set_random_state
+from .arguments import CHANGEABLE, FREE
+from .checkpoints import REMEDY, save
 from .data import NUM_OTHERS, Batches
 from .task import Batch, Task
-
-__all__ = ['Run']
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # every process has to ask, the first gets the state
 MAX_UNREADABLE = 0.5  # share of the images of an epoch
@@ -39,10 +38,10 @@ class Run:
 
     Args:
         args: Arguments of the command, after timm's `init_distributed_device`.
-        settings: What the result depends on, all arguments but those that are free.
         task: What is trained, and on what.
 
     Attributes:
+        settings: What the result depends on: all arguments but those that are free, and what tells the data.
         epoch: The current one, from 0.
         batch: Batches of that epoch that are done.
         num_updates: Updates of the weights so far.
@@ -55,10 +54,11 @@ class Run:
         ValueError: An argument is not usable.
     """
 
-    def __init__(self, args: argparse.Namespace, settings: dict[str, Any], task: Task):
+    def __init__(self, args: argparse.Namespace, task: Task):
         self.args = args
-        self.settings = settings
         self.task = task
+        self.settings = {key: value for key, value in vars(args).items() if key not in FREE + task.FREE}
+        self.settings['data'] = task.fingerprint
         self.batches = batches = Batches(
             task.samples, args.batch_size, args.seed, args.workers, args.rank, args.world_size,
             pin_memory=task.device.type == 'cuda')
@@ -67,7 +67,7 @@ class Run:
         self.updates_per_epoch = batches.per_epoch // args.grad_accum_steps
         if self.updates_per_epoch == 0:
             raise ValueError(
-                f'{batches.num_samples} images are fewer than one update takes: {args.batch_size} (--batch-size) x '
+                f'{len(task.samples)} images are fewer than one update takes: {args.batch_size} (--batch-size) x '
                 f'{args.grad_accum_steps} (--grad-accum-steps) x {args.world_size} (processes).')
         self.batches_per_epoch = self.updates_per_epoch * args.grad_accum_steps
         self.total_updates = args.epochs * self.updates_per_epoch
@@ -122,7 +122,10 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on; every process has to call it."""
-        own = {'random': random_state(), 'sums': self.sums, 'unreadable': self.unreadable, 'skipped': self.skipped}
+        random = {'torch': torch.get_rng_state()}  # what the model draws from; samples do not depend on it
+        if torch.cuda.is_available():
+            random['cuda'] = torch.cuda.get_rng_state()
+        own = {'random': random, 'sums': self.sums, 'unreadable': self.unreadable, 'skipped': self.skipped}
         processes: list[Any] = [own]
         if self.args.distributed:
             processes = [None] * self.args.world_size
@@ -176,7 +179,9 @@ class Run:
             self.ahead = self.epoch * self.updates_per_epoch - self.num_updates
             self.start_epoch(self.epoch)
         self.scheduler.step_update(self.num_updates + self.ahead)
-        set_random_state(own['random'])
+        torch.set_rng_state(own['random']['torch'])
+        if 'cuda' in own['random'] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own['random']['cuda'])
 
     @property
     def ends_epoch(self) -> bool:
@@ -191,7 +196,7 @@ class Run:
         left = range(self.batch, self.batches_per_epoch)
         for _, batch in zip(left, self.batches.epoch(self.epoch, self.batch)):
             self._count(batch.pop('unreadable', []))
-            yield _moved(batch, self.task.device)
+            yield tree_map_only(torch.Tensor, lambda x: x.to(self.task.device, non_blocking=True), batch)
         if not self.ends_epoch:
             raise RuntimeError(f'The data end after {self.batch} of {self.batches_per_epoch} batches: lower '
                                '--train-num-samples.')
@@ -201,7 +206,7 @@ class Run:
         new = {name: None for names in unreadable for name in names if name not in self.unreadable}
         self.unreadable.update(new)
         self.skipped += len(new)
-        most = MAX_UNREADABLE * self.batches.num_samples / self.args.world_size
+        most = MAX_UNREADABLE * len(self.task.samples) / self.args.world_size
         if len(self.unreadable) > most or any(len(names) > NUM_OTHERS for names in unreadable):
             raise RuntimeError(f'More than half of the images of an epoch cannot be read, {self.first_unreadable()}: '
                                'mend them, or name others with --data-dir.')
@@ -264,12 +269,3 @@ def _option(setting: str) -> str:
     """A setting by the name that a user knows."""
     names = {'data': 'data:', 'world_size': 'the number of processes'}
     return names.get(setting, f'--{setting.replace("_", "-")}')
-
-
-def _moved(tree: Any, device: torch.device) -> Any:
-    """A batch, with its tensors on the device."""
-    if isinstance(tree, dict):
-        return {key: _moved(value, device) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return [_moved(value, device) for value in tree]
-    return tree.to(device, non_blocking=True) if isinstance(tree, torch.Tensor) else tree

@@ -11,8 +11,6 @@ import torch
 import torch.nn as nn
 from timm.task import TrainingTask
 
-__all__ = ['Batch', 'Losses', 'Task', 'creating']
-
 Batch = dict[str, Any]
 Losses = dict[str, torch.Tensor]
 

@@ -7,8 +7,6 @@ from timm.layers import is_exporting
 
 from ..ops.attention import Heads, attention_weights, choose_attention, fused_attention
 
-__all__ = ['Attention', 'QkvBias']
-
 
 class QkvBias(nn.Module):
     """Adds a bias to q and to v, none to k, where it would add the same number to all scores of a query.

@@ -13,8 +13,6 @@ from .fused import FusedAttentionBlock, FusedMlp
 from .rel_pos_bias import RelPosBias
 from .tracing import is_eager
 
-__all__ = ['AttentionBlock', 'MlpBlock', 'run_blocks']
-
 SLICE_SIZE = 2 ** 19  # elements of a map; with three times as many hidden channels 6 MiB in float32
 
 

@@ -17,8 +17,6 @@ from .linear import OneDnnLinear
 from .mlp import SwiGLU
 from .tracing import is_eager
 
-__all__ = ['FusedAttentionBlock', 'FusedLinear', 'FusedMlp', 'InferenceOnly']
-
 
 class InferenceOnly(nn.Module):
     """Module that cannot go back to training."""

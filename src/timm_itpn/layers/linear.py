@@ -13,26 +13,19 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..ops.attention import is_transformed
-from ..ops.linear import can_use_onednn
-
-__all__ = ['OneDnnLinear', 'is_onednn_faster', 'use_onednn']
+from ..ops.linear import can_use_onednn, onednn_linear
 
 MIN_MULTIPLY_ADDS = 2 ** 22  # of a product; below it, calling oneDNN takes longer than MKL takes
 TORCH_FORWARD = nn.Linear.forward
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias for x (M, C), weight (D, C) and bias (D,) or None. (M, D), without derivatives."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
-
-
 class OneDnnProduct(torch.autograd.Function):
-    """`product` with derivatives of every order, in reverse mode."""
+    """`onednn_linear` for x (M, C), weight (D, C) and bias (D,), with derivatives of every order, in reverse mode."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -61,7 +54,7 @@ class OneDnnLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
             if self._is_for_onednn(x):
-                multiply = OneDnnProduct.apply if torch.is_grad_enabled() else product  # .apply() takes 20 us
+                multiply = OneDnnProduct.apply if torch.is_grad_enabled() else onednn_linear  # .apply() takes 20 us
                 y = multiply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)  # (..., C) -> (M, C) -> (M, D)
                 return y.reshape(*x.shape[:-1], y.shape[-1])
             return nn.Linear.forward(self, x)  # perhaps somebody has put another in its place

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from ..ops.attention import is_transformed
 from .tracing import is_eager
 
-__all__ = ['GatedSiLU', 'SwiGLU']
-
 
 class GatedProduct(torch.autograd.Function):
     """silu(gate) * value. Keeps its two inputs for the backward pass, and computes silu(gate) again."""

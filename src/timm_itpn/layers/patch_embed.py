@@ -15,10 +15,6 @@ from timm.layers import LayerNorm, register_notrace_function, to_2tuple
 from .fused import FusedLinear, weights_of
 from .tracing import holds
 
-__all__ = [
-    'ConvPatchMerge', 'ConvPatchSplit', 'ImageSize', 'LinearPatchMerge', 'LinearPatchSplit', 'StemPatchEmbed', 'padded',
-    'token_grid']
-
 ImageSize = int | tuple[int, int]
 
 
@@ -105,8 +101,8 @@ class StemPatchEmbed(nn.Module):
         return self.norm(x.contiguous())  # once here, so that no later layer has to
 
 
-class ConvPatchMerge(nn.Module):
-    """Merge 2 x 2 neighbours: LayerNorm, then a convolution with kernel = stride = 2. (B, H, W, C) -> (B, H/2, W/2, D).
+class ConvPatch(nn.Module):
+    """What merge and split by a convolution have in common: LayerNorm, then `CONV` with kernel = stride = 2.
 
     Args:
         dim: Input channels.
@@ -114,15 +110,21 @@ class ConvPatchMerge(nn.Module):
         norm_layer: Normalisation of each input position.
         dd: Device and dtype of the parameters.
     """
+    CONV: type[nn.Module]
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
         super().__init__()
         self.norm = norm_layer(dim, **dd)
-        self.reduction = nn.Conv2d(dim, out_dim, kernel_size=2, stride=2, **dd)
+        self.reduction = self.CONV(dim, out_dim, kernel_size=2, stride=2, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
-        return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, H/2, W/2) -> (B, H/2, W/2, D)
+        return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, h, w) -> (B, h, w, D)
+
+
+class ConvPatchMerge(ConvPatch):
+    """Merge 2 x 2 neighbours by a convolution. (B, H, W, C) -> (B, H/2, W/2, D)."""
+    CONV = nn.Conv2d
 
 
 class LinearPatch(nn.Module):
@@ -140,7 +142,7 @@ class LinearPatchMerge(LinearPatch):
 
     (B, H, W, C) -> (B, H/2, W/2, D). The neighbours stand in the order (0, 0), (1, 0), (0, 1), (1, 1), as (row,
     column). timm's Swin has the same layer, but pads for odd sides, which is one more copy of the map.
-    Arguments as for `ConvPatchMerge`, but the norm is of the four positions together.
+    Arguments as for `ConvPatch`, but the norm is of the four positions together.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
@@ -155,19 +157,9 @@ class LinearPatchMerge(LinearPatch):
         return self.reduction(x)
 
 
-class ConvPatchSplit(nn.Module):
-    """Split each position in 2 x 2: LayerNorm, then a transposed convolution. (B, H, W, C) -> (B, 2H, 2W, D).
-    Arguments as for `ConvPatchMerge`.
-    """
-
-    def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):
-        super().__init__()
-        self.norm = norm_layer(dim, **dd)
-        self.reduction = nn.ConvTranspose2d(dim, out_dim, kernel_size=2, stride=2, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W) in channels-last memory
-        return self.reduction(x).permute(0, 2, 3, 1).contiguous()  # (B, D, 2H, 2W) -> (B, 2H, 2W, D)
+class ConvPatchSplit(ConvPatch):
+    """Split each position in 2 x 2 by a transposed convolution. (B, H, W, C) -> (B, 2H, 2W, D)."""
+    CONV = nn.ConvTranspose2d
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -183,7 +175,7 @@ class LinearPatchSplit(LinearPatch):
     """Split each position in 2 x 2: LayerNorm, then a Linear layer without bias. (B, H, W, C) -> (B, 2H, 2W, D).
 
     Its output is read as (row, column, channel) = (2, 2, D).
-    Arguments as for `ConvPatchMerge`.
+    Arguments as for `ConvPatch`.
     """
 
     def __init__(self, dim: int, out_dim: int, norm_layer: Callable = LayerNorm, **dd: Any):

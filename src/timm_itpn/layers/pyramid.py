@@ -14,8 +14,6 @@ from timm.layers import LayerNorm, Mlp
 from .blocks import MlpBlock, run_blocks
 from .patch_embed import ConvPatchSplit, padded
 
-__all__ = ['FeaturePyramid']
-
 # 'subsample' keeps every other position, as torchvision's LastLevelMaxPool does
 POOLS: dict[str, Callable] = {
     'max': lambda: nn.MaxPool2d(kernel_size=2),

@@ -16,8 +16,6 @@ from torch.types import Device
 from ..ops.attention import is_transformed
 from .tracing import same_grid
 
-__all__ = ['RelPosBias', 'resample_table']
-
 Neighbours = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # left, right, and the weight of the right one
 
 MAX_SIDE = 128  # tokens, of graphs that take any size; 2048 pixels

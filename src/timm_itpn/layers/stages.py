@@ -1,5 +1,5 @@
 """The stages: a merge of 2 x 2 neighbours, then blocks. Maps are (B, H, W, C) in and out."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from torch.types import Device
 from ..ops.attention import as_bias
 from .blocks import AttentionBlock, MlpBlock, run_blocks
 from .tracing import is_eager, same_grid
-
-__all__ = ['AttentionStage', 'MlpStage', 'resample_pos_embed']
 
 
 @torch.fx.wrap  # a leaf for FX: a tracer has no sizes to compare
@@ -168,3 +166,12 @@ class AttentionStage(nn.Module):
         x = self.embed(x)
         B, H, W, C = x.shape
         return self.forward_blocks(x.reshape(B, H * W, C), H, W).reshape(B, H, W, C)
+
+
+def stage_maps(stages: Iterable[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    """Maps of all stages, from fine to coarse, of the stem's (B, H, W, C)."""
+    maps = []
+    for stage in stages:
+        x = stage(x)
+        maps.append(x)
+    return maps

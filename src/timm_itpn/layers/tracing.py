@@ -3,8 +3,6 @@ import torch
 from timm.layers import is_exporting
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ['constant_grid', 'holds', 'is_eager', 'same_grid']
-
 
 def is_eager(x: torch.Tensor) -> bool:
     """True if `x` is computed with now, not traced; FX has stand-ins for tensors."""

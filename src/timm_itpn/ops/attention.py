@@ -4,19 +4,28 @@
     bias: None, or what broadcasts to the scores (B, num_heads, N, M) and is added to them.
     scale: factor on the scores, None for head_dim ** -0.5.
 
-`kernels.record_kernels` tells which of PyTorch's kernels ran.
+PyTorch chooses its kernel per call, by device, types, sizes and what is installed; `record_kernels` tells which ran.
 """
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_function, use_fused_attn
 from torch.autograd import forward_ad
-
-__all__ = [
-    'IMPLEMENTATIONS', 'Heads', 'as_bias', 'attention_weights', 'choose_attention', 'fused_attention', 'is_transformed']
+from torch.utils._python_dispatch import TorchDispatchMode
 
 IMPLEMENTATIONS = ('sdpa', 'reference')
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # q, k, v
 MANY_TOKENS = 2048
+
+# a part of an operator's name -> name of the kernel
+KERNELS: dict[str, str] = {
+    'scaled_dot_product_cudnn_attention': 'cuDNN',
+    'scaled_dot_product_efficient_attention': 'memory-efficient',
+    'scaled_dot_product_flash_attention': 'flash',
+    'scaled_dot_product_fused_attention_overrideable': "the device's own",
+    '_softmax': 'maths',  # scores of N x N
+}
 
 
 def choose_attention(name: str = 'auto') -> str:
@@ -100,3 +109,24 @@ def attention_weights(
     if bias is not None:
         scores = scores + bias
     return scores.softmax(dim=-1)
+
+
+class record_kernels(TorchDispatchMode):
+    """Context manager that notes which attention kernels run in the block, forward only.
+
+    A softmax on its own counts as attention: the models of this field have no other in their forward pass.
+
+    Attributes:
+        names: Kernels that ran, sorted: 'cuDNN', 'flash', 'memory-efficient' or 'maths' (unfused).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        kernel = next((kernel for part, kernel in KERNELS.items() if part in name), None)
+        if kernel is not None and 'backward' not in name:
+            self.names = sorted({*self.names, kernel})
+        return func(*args, **(kwargs or {}))

@@ -12,8 +12,6 @@ each tile of the output while it is in the cache.
 import torch
 import torch.nn.functional as F
 
-__all__ = ['ACTIVATIONS', 'can_use_onednn', 'onednn_linear', 'pack_for_onednn', 'plain_linear']
-
 ACTIVATIONS = {'none': ('none', ''), 'gelu': ('gelu', 'none'), 'silu': ('swish', '')}  # act -> oneDNN's name, algorithm
 
 
@@ -58,7 +56,7 @@ def onednn_linear(
         act: str = 'none',
         residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `plain_linear`, with a weight of `pack_for_onednn`."""
+    """As `plain_linear`, without derivatives; `packed` is from `pack_for_onednn`, or a weight as it is."""
     if residual is not None and act == 'none':
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, packed, bias, 'add')
     name, algorithm = ACTIVATIONS[act]

@@ -10,9 +10,9 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import init_weights_vit_timm
 
 from ..engine.task import Losses
-from .student import Student, pyramid_of
+from ..models.itpn import ITPN as Student
 
-__all__ = ['LevelsToTokens', 'Objective', 'init_linear']
+STEM_SIDE = 4  # stem positions along a side of a patch
 
 
 class Objective(nn.Module):
@@ -27,6 +27,7 @@ class Objective(nn.Module):
     MASKING = 'block'  # key of `MASKINGS`, the paper's choice
     MASK_RATIO = 75 / 196  # share of the tokens that are masked, the paper's choice
     STUDENT: dict[str, dict[str, Any]] = {}  # arguments of the student, by its family
+    decoder_embed: nn.Module  # brings the levels of the pyramid to tokens, see `LevelsToTokens`
 
     def __init__(self, student: Student, num_masked: int):
         super().__init__()
@@ -34,17 +35,20 @@ class Objective(nn.Module):
             raise ValueError(
                 f'The objective {self.NAME} is for {" and ".join(self.STUDENT)} models, not for {student.family}: '
                 'choose another --model or --objective.')
-        if pyramid_of(student).concat:
+        if student.pyramid is None:
+            raise ValueError('The student has no feature pyramid: create it with pyramid=True.')
+        if student.pyramid.concat:
             raise ValueError('The student has pyramid_concat=True: create it without.')
         if student.dynamic_img_size:
             raise ValueError('The student has dynamic_img_size=True: pre-training is at one size.')
-        self.backbone = student
+        self.backbone: Any = student
         self.num_masked = num_masked
         self.grid_size = student.patch_embed.grid_size
 
     def no_weight_decay(self) -> set[str]:
         """Parameters without weight decay, for timm's optimizer factory."""
-        return {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
+        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
+        return tables | {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
 
     def after_update(self, progress: float) -> None:
         """Called after each update of the weights.
@@ -52,6 +56,10 @@ class Objective(nn.Module):
         Args:
             progress: Share of all updates that are done, 0..1.
         """
+
+    def tokens_of_levels(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Maps of the three stages -> tokens of each level of the pyramid, coarse first."""
+        return self.decoder_embed(self.backbone.pyramid(maps, [0, 1, 2]))
 
     def mean_of_masked(self, values: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Mean over the masked tokens of (B, N)."""

@@ -1,5 +1,6 @@
 """Objectives of a CLIP teacher: its tokens are predicted from an image of which a part is masked."""
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -8,10 +9,8 @@ from timm.layers import LayerNorm, trunc_normal_
 
 from ..engine.task import Losses
 from ..layers.blocks import AttentionBlock
-from .base import LevelsToTokens, Objective, init_linear
-from .student import STEM_SIDE, Student, pyramid_levels, pyramid_of, stage_maps, third_stage
-
-__all__ = ['Clip', 'ClipDistill']
+from ..layers.stages import stage_maps
+from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear
 
 STEM_GRADIENT = 0.1  # factor on the gradient of the patch embedding
 
@@ -34,7 +33,7 @@ class Clip(Objective):
         super().__init__(student, num_masked)
         dim = student.embed_dim
         self.mask_token = nn.Parameter(torch.empty(1, 1, 4 * dim))  # (channel, y, x) of the stem's 4 x 4 positions
-        self.decoder_embed = LevelsToTokens(pyramid_of(student).feature_info[0]['num_chs'], dim, conv=True)
+        self.decoder_embed = LevelsToTokens(student.feature_info[0]['num_chs'], dim, conv=True)
         self.lm_head = nn.Linear(dim, teacher_dim)
         trunc_normal_(self.mask_token, std=.02, a=-.02, b=.02)
         nn.init.xavier_normal_(self.lm_head.weight)
@@ -52,9 +51,8 @@ class Clip(Objective):
 
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Prediction of the teacher's tokens, (B, N, teacher_dim), of all tokens."""
-        maps = stage_maps(self.backbone, self.masked_stem(images, masked))
-        tokens = self.decoder_embed(pyramid_levels(self.backbone, maps))
-        return self.lm_head(pyramid_of(self.backbone).norm(sum(tokens)))
+        maps = stage_maps(self.backbone.stages, self.masked_stem(images, masked))
+        return self.lm_head(self.backbone.pyramid.norm(sum(self.tokens_of_levels(maps))))
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:
         assert target is not None
@@ -81,15 +79,16 @@ class ClipDistill(Objective):
 
     def __init__(self, student: Student, num_masked: int, teacher_dim: int):
         super().__init__(student, num_masked)
-        dim, stage = student.embed_dim, third_stage(student)
+        dim = student.embed_dim
+        stage: Any = student.stages[2]
         block = stage.blocks[0]
         if hasattr(stage, 'gather_window'):
             raise ValueError('The objective clip-distill is for students without acceleration.')
-        if not isinstance(block, AttentionBlock) or block.rel_pos_bias is None:
+        if block.rel_pos_bias is None:
             raise ValueError('The objective clip-distill needs relative position bias: rel_pos_bias=True.')
         self.auxiliary_start = int(self.AUXILIARY_START * len(stage.blocks)) + 1
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.decoder_embed = LevelsToTokens(pyramid_of(student).feature_info[0]['num_chs'], dim)
+        self.decoder_embed = LevelsToTokens(student.feature_info[0]['num_chs'], dim)
         self.norm = LayerNorm(dim)
         self.lm_head = nn.Linear(dim, teacher_dim)
         self.cls_pt_layers = nn.ModuleList([
@@ -101,14 +100,9 @@ class ClipDistill(Objective):
         trunc_normal_(self.mask_token, std=.02)
         init_linear((self.decoder_embed, self.lm_head, self.cls_pt_layers, self.lm_cls_head))
 
-    def no_weight_decay(self) -> set[str]:
-        tables = {name for name, _ in self.named_parameters() if name.endswith('relative_position_bias_table')}
-        return super().no_weight_decay() | tables
-
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Predictions of the teacher's tokens, (B, N, teacher_dim), by the pyramid and by the auxiliary branch."""
-        first, second, _ = self.backbone.stages
-        third = third_stage(self.backbone)
+        first, second, third = self.backbone.stages
         fine = first(self.backbone.patch_embed(images))
         middle = second(fine)
         x = third.downsample(middle)
@@ -119,7 +113,7 @@ class ClipDistill(Objective):
         x = third.forward_blocks(x, H, W, self.auxiliary_start)
         for block in self.cls_pt_layers:
             auxiliary = block(auxiliary, H, W)
-        tokens = self.decoder_embed(pyramid_levels(self.backbone, [fine, middle, x.reshape(B, H, W, C)]))
+        tokens = self.tokens_of_levels([fine, middle, x.reshape(B, H, W, C)])
         return self.lm_head(self.norm(sum(tokens))), self.lm_cls_head(self.norm_cls(auxiliary))
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:

@@ -1,19 +1,22 @@
 """The objectives by name, and how one is created with its student."""
+import math
 from typing import Any
 
 import timm
+import torch
+import torch.nn as nn
+from timm.layers import trunc_normal_
 
 from ..models import check_name
 from . import OBJECTIVE_NAMES
-from .base import Objective
+from .base import Objective, Student
 from .clip import Clip, ClipDistill
 from .pixel import Mfm, Pixel
-from .student import Student, initialise
-
-__all__ = ['OBJECTIVES', 'create_objective', 'create_student']
 
 OBJECTIVES: dict[str, type[Objective]] = {cls.NAME: cls for cls in (Clip, ClipDistill, Pixel, Mfm)}
 assert tuple(OBJECTIVES) == OBJECTIVE_NAMES
+
+SCALED = ('mlp.fc1', 'mlp.fc1_g', 'mlp.fc1_x', 'mlp.fc2', 'attn.proj')
 
 
 def create_student(name: str, objective: str, img_size: int, **kwargs: Any) -> Student:
@@ -68,3 +71,34 @@ def create_objective(
         kwargs['teacher_dim'] = teacher_dim
     initialise(student)
     return cls(student, num_masked, **kwargs)
+
+
+@torch.no_grad()
+def initialise(student: Student) -> None:
+    """Initialise a Fast-iTPN for pre-training, as published; the other models start as they are created.
+
+    Matrices of stage 3 are xavier normal, each on its own, their biases zero; the stem is xavier uniform, seen as a
+    matrix; positions are trunc normal of 0.02, cut at one standard deviation. Then every MLP, the values and what
+    follows attention are scaled by sqrt(ln(2 * depth of stage 3)).
+    """
+    if student.family != 'fast_itpn':
+        return
+    stage: Any = student.stages[2]
+    stem = student.patch_embed.proj.weight
+    nn.init.xavier_uniform_(stem.view(len(stem), -1))
+    trunc_normal_(stage.pos_embed, std=.02, a=-.02, b=.02)
+    scale = math.sqrt(math.log(2 * len(stage.blocks)))
+    for name, module in student.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        leaf = '.'.join(name.split('.')[-2:])
+        if name.startswith('stages.2.blocks.'):
+            for matrix in module.weight.chunk(3 if leaf == 'attn.qkv' else 1):
+                nn.init.xavier_normal_(matrix)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if leaf == 'attn.qkv':
+            module.weight.chunk(3)[2].mul_(scale)  # the values
+        elif leaf in SCALED:
+            module.weight.mul_(scale)
+            module.bias.mul_(scale)

@@ -16,19 +16,8 @@ from timm.models.vision_transformer import Block
 from timm.utils import ModelEmaV3
 
 from ..engine.task import Losses
-from .base import LevelsToTokens, Objective, init_linear
-from .student import (
-    Student,
-    keep_indices,
-    pyramid_levels,
-    pyramid_of,
-    split_patches,
-    stage_maps,
-    third_stage,
-    visible_maps,
-)
-
-__all__ = ['STRIDE', 'Mfm', 'Pixel', 'pixels', 'sincos_pos_embed']
+from ..layers.stages import stage_maps
+from .base import STEM_SIDE, LevelsToTokens, Objective, Student, init_linear
 
 STRIDE = 16
 VARIANCE_EPS = 1e-6
@@ -61,15 +50,15 @@ class Pixel(Objective):
             decoder_num_heads: int = 16,
     ):
         super().__init__(student, num_masked)
-        stage = third_stage(student)
-        if getattr(stage.blocks[0], 'rel_pos_bias', None) is not None:
+        stage: Any = student.stages[2]
+        if stage.blocks[0].rel_pos_bias is not None:
             raise ValueError('Tokens are dropped, so there is no grid: create the student with rel_pos_bias=False.')
         if hasattr(stage, 'gather_window'):
             raise ValueError('Tokens are dropped, so there are no windows: create the student without acceleration.')
         stage.pos_embed.data.copy_(sincos_pos_embed(self.grid_size, student.embed_dim))
         stage.pos_embed.requires_grad_(False)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
-        self.decoder_embed: nn.Module = LevelsToTokens(pyramid_of(student).feature_info[0]['num_chs'], decoder_dim)
+        self.decoder_embed = LevelsToTokens(student.feature_info[0]['num_chs'], decoder_dim)
         self.decoder_pos_embed = nn.Parameter(sincos_pos_embed(self.grid_size, decoder_dim), requires_grad=False)
         self.decoder_blocks = nn.ModuleList([
             Block(decoder_dim, decoder_num_heads, mlp_ratio=4., qkv_bias=True, norm_layer=LayerNorm)
@@ -81,7 +70,28 @@ class Pixel(Objective):
 
     def encode(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
         """What the decoder sees of the visible tokens (B, K): of each level (B, K, decoder_dim), coarse first."""
-        return self.decoder_embed(pyramid_levels(self.backbone, visible_maps(self.backbone, images, visible)))
+        return self.tokens_of_levels(self.visible_maps(images, visible))
+
+    def visible_maps(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
+        """Maps of the three stages for the visible tokens only; the others are dropped before stage 1.
+
+        Everything but attention stays inside one patch, so K visible patches make a map of one row: (B, 1, K, dim)
+        after stage 3, and four and two times as high and wide before.
+
+        Args:
+            images: (B, 3, H, W).
+            visible: (B, K), indices of the visible tokens.
+        """
+        first, second, third = self.backbone.stages
+        x = self.backbone.patch_embed(images)
+        x = rearrange(x, 'b (h y) (w x) c -> b (h w) y x c', y=STEM_SIDE, x=STEM_SIDE)
+        x = torch.take_along_dim(x, visible[..., None, None, None], dim=1)
+        fine = first(rearrange(x, 'b k y x c -> b y (k x) c'))
+        middle = second(fine)
+        x = third.downsample(middle).flatten(1, 2)  # (B, 1, K, C) -> (B, K, C)
+        x = third.pos_drop(x + torch.take_along_dim(third.pos_embed, visible[..., None], dim=1))
+        x = third.forward_blocks(x, 1, x.shape[1])
+        return [fine, middle, x[:, None]]
 
     def decode(self, x: torch.Tensor, visible: torch.Tensor, num_mask_tokens: int) -> torch.Tensor:
         """Fill the gaps and run the decoder, (B, K, decoder_dim) -> (B, N, decoder_dim).
@@ -146,8 +156,10 @@ class Mfm(Pixel):
     def targets(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Features of the average, (B, N, dim), (B, N, 2 * dim) and (B, N, 4 * dim), coarse first."""
         teacher = self.average.module
-        maps = stage_maps(teacher, teacher.patch_embed(images))
-        targets = [split_patches(level, 2 ** i).flatten(2) for i, level in enumerate(maps[::-1])]
+        maps = stage_maps(teacher.stages, teacher.patch_embed(images))
+        targets = [
+            rearrange(level, 'b (h y) (w x) c -> b (h w) (y x c)', y=2 ** i, x=2 ** i)
+            for i, level in enumerate(maps[::-1])]
         return [F.layer_norm(target.float(), target.shape[-1:]) for target in targets]
 
     def forward(self, images: torch.Tensor, masked: torch.Tensor, target: torch.Tensor | None = None) -> Losses:
@@ -164,6 +176,21 @@ class Mfm(Pixel):
     def predict(self, images: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         visible = keep_indices(masked, self.num_masked)
         return self.decoder_pred(self.decode(self.encode(images, visible)[-1], visible, 1))
+
+
+def keep_indices(masked: torch.Tensor, num_masked: int) -> torch.Tensor:
+    """Indices of the tokens that are not masked, in raster order.
+
+    Args:
+        masked: (B, H, W), True where masked.
+        num_masked: In every image.
+
+    Returns:
+        (B, H * W - num_masked).
+    """
+    masked = masked.flatten(1)
+    order = masked.to(torch.uint8).argsort(dim=1, stable=True)  # stable=True: raster order
+    return order[:, :masked.shape[1] - num_masked]
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:

@@ -17,13 +17,10 @@ from ..engine.task import Batch, Losses, Task, creating
 from ..files import replaced
 from ..weights.layout import ITPN, PRETRAIN, native_to_official
 from .base import Objective
-from .data import SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
-from .masking import MASKINGS
+from .data import MASKINGS, SampleMaker, Samples, StreamedSamples, View, fingerprint, open_dataset
 from .objectives import create_objective, create_student
 from .pixel import STRIDE, Pixel, pixels
 from .teacher import Teacher, create_teacher
-
-__all__ = ['PretrainTask', 'native_weights', 'pretrain']
 
 NUM_DRAWN = 8  # images
 GREY = 0.5

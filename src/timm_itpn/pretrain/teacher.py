@@ -10,8 +10,6 @@ from ..engine.checkpoints import not_finite
 from ..weights.fetch import in_a_line
 from ..weights.read import why_no_weight_file
 
-__all__ = ['Teacher', 'create_teacher']
-
 
 class Teacher(nn.Module):
     """Tokens of a frozen model: of its last layer, after its norm, times its projection, then LayerNorm without affine.

@@ -18,8 +18,6 @@ from .canvases import NUM_CLASSES, draw, load_digits
 from .results import Measurement, as_it_is_and_tuned
 from .two_tasks import State, Training, TwoTasks, test, train
 
-__all__ = ['ARMS', 'SETTINGS', 'study_seed']
-
 _SIDE = 256  # pixels, 16 x 16 tokens
 _WINDOW = 8
 _SMALL_SIDE = 64

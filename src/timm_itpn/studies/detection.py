@@ -18,13 +18,10 @@ from ..engine.arguments import ConfigurableParser
 from ..files import replaced
 from ..pretrain.pixel import Pixel
 from .acceleration import SETTINGS
-from .canvases import draw, load_digits
-from .coco_digits import write_split
+from .canvases import draw, load_digits, write_split
 from .pretraining import STARTS, pretrain
 from .results import Measurement
 from .two_tasks import Training
-
-__all__ = ['ARMS', 'study_seed']
 
 _FOLDER = Path('output/evidence/detection')
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)

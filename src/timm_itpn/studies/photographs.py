@@ -18,8 +18,6 @@ from .pretraining import pretrain
 from .results import Measurement, as_it_is_and_tuned
 from .two_tasks import State, Training, fit, normalised
 
-__all__ = ['ARMS', 'study_seed']
-
 _SIDE = 320  # pixels
 _MODEL: dict[str, Any] = dict(embed_dim=128, depths=(1, 1, 6), num_heads=4)
 _DECODER: dict[str, Any] = dict(decoder_dim=128, decoder_depth=2, decoder_num_heads=4)

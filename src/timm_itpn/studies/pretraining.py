@@ -12,15 +12,13 @@ import torch.nn as nn
 from timm.layers import LayerNorm
 from timm.utils import random_seed
 
-from ..pretrain.masking import random_masking
-from ..pretrain.objectives import create_student
+from ..models import ITPN
+from ..pretrain.data import random_masking
+from ..pretrain.objectives import create_student, initialise
 from ..pretrain.pixel import Mfm, Pixel
-from ..pretrain.student import Student, initialise, pyramid_of, visible_maps
 from .canvases import NUM_CLASSES, Canvases, draw, load_digits
 from .results import Measurement
 from .two_tasks import State, Training, TwoTasks, fit, normalised, test, train
-
-__all__ = ['ARMS', 'STARTS', 'pretrain', 'study_seed']
 
 _MODEL: dict[str, Any] = dict(embed_dim=64, depths=(1, 1, 6), num_heads=2, pyramid_dim=64)
 _DECODER: dict[str, Any] = dict(decoder_dim=64, decoder_depth=2, decoder_num_heads=2)
@@ -37,14 +35,14 @@ _TEST_DRAWINGS = 3
 class PixelOfStage3(Pixel):
     """`Pixel` whose decoder sees stage 3 and not the pyramid, which is then not trained; to compare with."""
 
-    def __init__(self, student: Student, num_masked: int, **kwargs: Any):
+    def __init__(self, student: ITPN, num_masked: int, **kwargs: Any):
         super().__init__(student, num_masked, **kwargs)
-        pyramid_of(student).requires_grad_(False)
+        self.backbone.pyramid.requires_grad_(False)
         dim = student.embed_dim
         self.decoder_embed = nn.Sequential(LayerNorm(dim), nn.Linear(dim, _DECODER['decoder_dim']))
 
     def encode(self, images: torch.Tensor, visible: torch.Tensor) -> list[torch.Tensor]:
-        return [self.decoder_embed(visible_maps(self.backbone, images, visible)[2][:, 0])]
+        return [self.decoder_embed(self.visible_maps(images, visible)[2][:, 0])]
 
 
 class Start(NamedTuple):

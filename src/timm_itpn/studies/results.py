@@ -20,8 +20,6 @@ from ..bench.rows import Machine, read, table, this_machine
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Measurement', 'Row', 'as_it_is_and_tuned', 'draw', 'load', 'markdown', 'measured', 'run']
-
 Measurement = tuple[str, str, dict[str, float]]  # `arm`, `measured` and `scores` of a row
 
 _TIMED = Case('fast_itpn_base', (1024, 1024), batch=1, pyramid=True)
@@ -92,8 +90,7 @@ def as_it_is_and_tuned(
 
 def measured(name: str) -> list[Row]:
     """The rows of a study that come with the package, if there are any."""
-    path = Path(__file__).with_name(f'{name}.jsonl')
-    return read(path, Row) if path.exists() else []
+    return read(Path(__file__).with_name(f'{name}.jsonl'), Row)
 
 
 def markdown(name: str, rows: Sequence[Row]) -> str:

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import random_seed
+from torch.utils.data import BatchSampler, RandomSampler
 from torchvision.transforms import functional as TF
 
 from .canvases import NUM_CLASSES, NUM_TEXTURES, Canvases
-
-__all__ = ['State', 'Training', 'TwoTasks', 'fit', 'normalised', 'test', 'train']
 
 State = dict[str, torch.Tensor]
 
@@ -70,7 +69,7 @@ def fit(
     Args:
         module: What is trained.
         loss_of: Loss of a batch, which is on the module's device.
-        data: What random batches are taken from.
+        data: What random batches are taken from, all of it before one repeats.
         training: How long.
         seed: Of the order, and of all that is random in the model.
         after_update: Called with the share of all updates that are done.
@@ -85,10 +84,8 @@ def fit(
     module.train()
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    num, num_data = training.updates * training.batch, len(data.labels)
-    # all of the data come before one repeats
-    order = torch.cat([torch.randperm(num_data, generator=generator) for _ in range(1 + num // num_data)])
-    for i, indices in enumerate(order[:num].split(training.batch)):
+    order = RandomSampler(data.labels, num_samples=training.updates * training.batch, generator=generator)
+    for i, indices in enumerate(BatchSampler(order, training.batch, drop_last=False)):
         scheduler.step_update(i)
         optimizer.zero_grad()
         loss_of(Canvases(*(values[indices].to(device) for values in data))).backward()
