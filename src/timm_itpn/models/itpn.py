@@ -291,7 +291,7 @@ class ITPN(nn.Module):
         Args:
             needs_reset: Also reset all other modules, as is needed after `to_empty()`.
         """
-        if self.stages[2].pos_embed.is_meta:
+        if self.patch_embed.proj.weight.is_meta:
             return  # nothing is there to be filled, and PyTorch takes seconds to find that out
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name.startswith(FAMILIES[self.family].trunc_normal):
