@@ -1,4 +1,4 @@
-"""Runs that are killed, again and again. By hand, at random moments: python tests/support/killed_runs.py KILLS."""
+"""Runs that are killed, again and again. By hand, at random moments: python -m support.killed_runs KILLS, in tests/."""
 import multiprocessing
 import os
 import random
@@ -121,5 +121,4 @@ def main(num_kills):
 
 
 if __name__ == '__main__':
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     main(int(sys.argv[1]))

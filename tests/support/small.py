@@ -43,8 +43,7 @@ def _default_of_reduced(names):
 
 
 def official_weights(**kwargs):
-    """Weights of a small Fast-iTPN in official layout, filled as those of the goldens; of a pre-training file if it has
-    no classifier."""
+    """Weights of a small Fast-iTPN in official layout, filled as the goldens are; without classes, of pre-training."""
     from timm_itpn.weights.layout import native_to_official
 
     native = timm.create_model('fast_itpn_tiny', device='meta', **SIZES, pyramid_dim=32, **kwargs).state_dict()
