@@ -1,9 +1,11 @@
 """Compilers, tracers and exporters take the models, and what they make computes the same."""
 import functools
+import os
 
 import pytest
 import torch
 from functorch.compile import memory_efficient_fusion
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from support.onnx_runtime import load_onnx
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 from timm.utils.onnx import onnx_export
@@ -58,6 +60,18 @@ def test_onnx_runtime_agrees(name, how, tmp_path):
         onnx_export(model, path, example_input=x, use_dynamo=how == 'timm', check=True)
     output, = load_onnx(path)(x)
     assert_same(output, model(x).detach())
+
+
+@every_family
+def test_onnx_runtime_quantises_weights(name, tmp_path):
+    model = small_model(name, exportable=True, **TINY)
+    x, path, int8 = images(1, 3, 64, 64), str(tmp_path / 'model.onnx'), str(tmp_path / 'int8.onnx')
+    torch.onnx.export(model, (x,), path, dynamo=False, input_names=['x'])
+    quantize_dynamic(path, int8, weight_type=QuantType.QInt8)
+    output, = load_onnx(int8)(x)
+    expected = model(x).detach()
+    assert 0 < (output - expected).norm() < 0.3 * expected.norm()  # small random layers round coarsely
+    assert os.path.getsize(int8) < 0.5 * os.path.getsize(path)
 
 
 @pytest.mark.filterwarnings('ignore:Constant folding')
