@@ -6,7 +6,7 @@ import signal
 import pytest
 import timm
 import torch
-from support.small import official_weights
+from support.small import num_in_pyramid, official_weights
 
 from timm_itpn.cli import main
 from timm_itpn.tools import convert as conversion
@@ -31,9 +31,7 @@ def test_path_goes_to_stdout_and_what_was_seen_to_stderr(pretraining, tmp_path, 
     assert convert(pretraining, '-o', tmp_path / 'out') == 0
     captured = capsys.readouterr()
     assert captured.out == f'{tmp_path / "out"}\n'
-    pyramid = ('align_dim', 'fpn_modules', 'split_', 'block_', 'norm.')  # how official keys of it begin
-    weights = torch.load(pretraining)['model']
-    num_values = sum(value.numel() for key, value in weights.items() if key.startswith(pyramid))
+    num_values = num_in_pyramid(torch.load(pretraining)['model'])
     for part in (
             f'w.pt: official layout, SHA-256 {sha256_of(pretraining)}', 'taken from model, not from model_ema',
             f'pyramid {num_values:,}', 'taken for fast_itpn_tiny.mim_in1k by its contents; name another with --model',

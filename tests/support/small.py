@@ -53,6 +53,12 @@ def official_weights(**kwargs):
     return {key: golden.tensor(key, value.shape).float() for key, value in native_to_official(native).items()}
 
 
+def num_in_pyramid(official):
+    """How many values of official weights are of the pyramid."""
+    starts = ('align_dim', 'fpn_modules', 'split_', 'block_', 'norm.')
+    return sum(value.numel() for key, value in official.items() if key.startswith(starts))
+
+
 def images(*shape, dtype=torch.float32):
     return torch.from_numpy(golden.noise('image', shape)).to(dtype)
 

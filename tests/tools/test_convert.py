@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import golden
-from support.small import SMALL, images, official_weights, small_model
+from support.small import SMALL, images, num_in_pyramid, official_weights, small_model
 
 from timm_itpn import __version__
 from timm_itpn.tools import convert as conversion
@@ -20,8 +20,6 @@ from timm_itpn.weights.layout import native_to_official
 from timm_itpn.weights.sources import SOURCES, sha256_of
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
-PYRAMID = ('align_dim', 'fpn_modules', 'split_', 'block_', 'norm.')  # how official keys of it begin
 
 
 def as_trained(state_dict, **others):
@@ -74,8 +72,7 @@ def test_folder_has_weights_config_and_card(pretraining, tmp_path):
     assert config['architecture'] == 'fast_itpn_tiny' and config['num_classes'] == 0
     assert config['pretrained_cfg']['tag'] == 'mim_in1k' and 'num_classes' not in config['model_args']
     card = (tmp_path / 'out' / 'README.md').read_text()
-    weights = torch.load(pretraining)['model']
-    num_values = sum(value.numel() for key, value in weights.items() if key.startswith(PYRAMID))
+    num_values = num_in_pyramid(torch.load(pretraining)['model'])
     for part in (
             'library_name: timm\nlicense: unknown\n', pretraining.name, sha256_of(pretraining), report['date'],
             f'timm-itpn {__version__}', f'pyramid: {num_values:,} values', 'under `model`',
@@ -252,7 +249,7 @@ def test_pyramid_model_loads_from_the_folder_of_the_plain_one(pretraining, tmp_p
             'fast_itpn_tiny_fpn', pretrained=True, features_only=True, pretrained_cfg_overlay=dict(file=str(file))),
     ]
     whole = timm.create_model('fast_itpn_tiny', pyramid=True).eval()
-    whole.load_state_dict(torch.load(pretraining)['model'], strict=False)
+    whole.load_state_dict(torch.load(pretraining)['model'], strict=False)  # a pre-training file has no classifier
     x = images(1, 3, 224, 224)
     with torch.inference_mode():
         expected = whole.forward_intermediates(x, intermediates_only=True)

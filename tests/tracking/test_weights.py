@@ -143,7 +143,7 @@ def test_positions_are_taken_in_the_order_of_the_roles(caplog):
     for roles in (ROLES, dict(template=32, search=64)):
         encoder = small_encoder(roles=roles)
         with caplog.at_level('INFO'):
-            encoder.load_state_dict(weights, strict=False)
+            encoder.load_state_dict(weights, strict=False)  # they have tokens of the tracker's own
         assert f'Took the position embedding for that of {encoder.grid_sizes}, in this order.' in caplog.text
         assert torch.equal(torch.cat([encoder.pos_embed[role] for role in roles], dim=1), weights['pos_embed'])
         assert torch.equal(encoder.official_state_dict()['pos_embed'], weights['pos_embed'])

@@ -75,13 +75,13 @@ class Migration(nn.Module):
         means: torch.Tensor | None = None
         if gathering is not None:
             means = window_mean(qkv[:, :, :, 1:], real)
-            keys = F.pad(positions, (0, positions.shape[1]), value=float(height * width))  # means have no position
         else:  # among all tokens: as in one window
             qkv, positions = qkv.flatten(1, 2)[:, None], positions.flatten(1, 2)[:, None]
             real = None if real is None else real.flatten(1, 2)[:, None]
-            keys = positions
         bias = attention_bias(positions, real, gathering)
         if self.rel_pos_bias is not None:
+            num_means = 0 if means is None else means.shape[1]
+            keys = F.pad(positions, (0, num_means), value=float(height * width))  # means have no position
             rel_pos_bias = self.rel_pos_bias(height, width, positions, keys)
             bias = rel_pos_bias if bias is None else rel_pos_bias + bias
         if bias is not None:

@@ -104,7 +104,7 @@ def open_checkpoint(
     weights = describe(native)
 
     layout, said = layout_of(state_dict), settings_of(path, contents)
-    name = metadata.get('model', '') or (model_of(said) if layout == 'native' else '')
+    name = model_named(contents, layout, said)
     of_tracker = any(key.startswith(TRACKING) for key in native)
     img_size = size_for(weights, roles, img_size, said)
 
@@ -162,10 +162,11 @@ def settings_of(path: Path, contents: Contents) -> Settings:
     return from_training(contents.metadata.get('args', tree.get('args') if isinstance(tree, dict) else None))
 
 
-def model_of(said: Settings) -> str:
-    """The model of this package that settings are of, without tag and `_fpn`; '' if it is another or unknown."""
+def model_named(contents: Contents, layout: str, said: Settings) -> str:
+    """The model that a file says it is of, by its header or, without tag, by the settings; '' if it does not say."""
     name = plain_name(said.model.partition('.')[0])
-    return name if is_model_in_modules(name, MODULES) else ''
+    is_ours = layout == 'native' and is_model_in_modules(name, MODULES)
+    return contents.metadata.get('model', '') or (name if is_ours else '')
 
 
 def size_for(

@@ -17,7 +17,7 @@ from ..weights.layout import layout_of
 from ..weights.read import read_contents, stand_in_name
 from ..weights.sources import hash_check, sha256_of
 from ..weights.tracker import tracker_to_native
-from .checkpoint_file import WEIGHTS, Settings, Size, model_of, settings_of, size_for
+from .checkpoint_file import WEIGHTS, Settings, Size, model_named, settings_of, size_for
 from .match import matching_models, model_args
 
 MAX_KEYS = 8
@@ -50,8 +50,9 @@ def inspect(
         layout = layout_of(tensors)
         if layout:
             said = settings_of(path, contents)
-            name = name or contents.metadata.get('model', '') or (model_of(said) if layout == 'native' else '')
-            published = layout == 'official' and not roles or '.' in contents.metadata.get('model', '')
+            named = model_named(contents, layout, said)
+            published = layout == 'official' and not roles or '.' in named
+            name = name or named
             found = _network(to_native(tracker_to_native(tensors, roles)), name, published, roles, said)
             problem = '' if found['models'] else 'It fits no registered model.'
         else:
