@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.processes import CONTEXT
+from support.processes import INTERPRETERS
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,10 +72,10 @@ class Ranks:
 
     def start(self):
         store = tempfile.NamedTemporaryFile(prefix='timm_itpn_store_', delete=False).name
-        pipes = [CONTEXT.Pipe() for _ in range(NUM_RANKS)]
+        pipes = [INTERPRETERS.Pipe() for _ in range(NUM_RANKS)]
         self.connections = [ours for ours, _ in pipes]
         self.processes = [
-            CONTEXT.Process(target=serve, args=(rank, store, theirs), daemon=True)
+            INTERPRETERS.Process(target=serve, args=(rank, store, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)]
         for process, (_, theirs) in zip(self.processes, pipes):
             process.start()

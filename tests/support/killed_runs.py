@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from support.pretrain_runs import assert_same, command, log_lines, parse, weights, write_images
-from support.processes import CONTEXT
+from support.processes import FORKS, INTERPRETERS
 from timm_itpn import files
 from timm_itpn.pretrain.task import pretrain
 
@@ -23,7 +23,7 @@ def pretrain_run(argv):
     pretrain(parse(argv))
 
 
-def start(args, strike=None, train=pretrain_run, **environment):
+def start(args, strike=None, train=pretrain_run, context=FORKS, **environment):
     """Start a run in a process of its own.
 
     Args:
@@ -31,9 +31,10 @@ def start(args, strike=None, train=pretrain_run, **environment):
         strike: Name of a file and 'write' or 'rename': the process kills itself in the middle of writing the file, or
             right before it gets its name. None: it does not.
         train: What runs a command line.
+        context: What makes the process.
         environment: Of the process.
     """
-    process = CONTEXT.Process(target=_run, args=(args, strike, train, environment))
+    process = context.Process(target=_run, args=(args, strike, train, environment))
     process.start()
     return process
 
@@ -42,7 +43,7 @@ def start_ranks(args, train=pretrain_run):
     """Start two processes as torchrun does, but so that they can be killed."""
     with socket.create_server(('localhost', 0)) as server:
         where = dict(MASTER_ADDR='localhost', MASTER_PORT=str(server.getsockname()[1]), WORLD_SIZE='2')
-    return [start(args, None, train, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
+    return [start(args, None, train, INTERPRETERS, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in range(2)]
 
 
 def finish(*processes):
