@@ -173,6 +173,7 @@ def test_batches_do_not_matter(name):
     x = images(3, 3, 96, 96)
     torch.testing.assert_close(
         forward(model, x), torch.cat([forward(model, part) for part in x.split(1)]), rtol=1e-10, atol=1e-10)
+    assert forward(model, x[:0]).shape == (0, 5)
 
 
 @every_family

@@ -103,6 +103,16 @@ def test_features_of_any_size_take_the_plain_path_at_the_size_that_they_are_buil
                 assert_same(actual, wanted)
 
 
+def test_onnx_features_have_all_rows_where_sides_are_no_multiples_of_the_stride(tmp_path):
+    model = small_model('fast_itpn_tiny', features_only=True, dynamic_img_size=True, exportable=True, **TINY)
+    x, path = images(1, 3, 90, 70), tmp_path / 'model.onnx'
+    with torch.no_grad():
+        torch.onnx.export(
+            model, (images(1, 3, 96, 64),), path, dynamo=False, input_names=['x'], dynamic_axes={'x': {2: 'h', 3: 'w'}})
+        for actual, wanted in zip(load_onnx(path)(x), model(x), strict=True):
+            assert_same(actual, wanted)
+
+
 def test_scripted_detection_backbone_agrees():
     model = DetectionBackbone('fast_itpn_tiny_fpn', scriptable=True, dynamic_img_size=True, num_heads=2, **TINY).eval()
     x = images(1, 3, 64, 96)

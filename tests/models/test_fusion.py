@@ -123,6 +123,15 @@ def test_weights_are_packed_anew_when_they_change():
         outputs(lower, x.bfloat16()), outputs(second.bfloat16(), x.bfloat16()), rtol=0.1, atol=0.1)
 
 
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_may_change():
+    fused, other = (timm_itpn.fuse(small_model('fast_itpn_tiny', seed=seed)) for seed in (0, 1))
+    x = images(1, 3, 64, 64)
+    fused(x)
+    fused.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fused(x), other(x))
+
+
 def test_autocast_is_obeyed():
     model = filled('fast_itpn_tiny').float()
     x = images(1, 3, 64, 64)
@@ -166,10 +175,11 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize('pyramid', [False, True])
 @pytest.mark.parametrize('name', FAMILIES)
-def test_weights_of_a_copy_say_so_wherever_they_are_loaded(name, tmp_path):
+def test_weights_of_a_copy_say_so_wherever_they_are_loaded(name, pyramid, tmp_path):
     path = tmp_path / 'fused.pt'
-    torch.save(timm_itpn.fuse(small_model(name, **TINY)).state_dict(), path)
+    torch.save(timm_itpn.fuse(small_model(name, pyramid=pyramid, **TINY)).state_dict(), path)
     for way in WAYS.values():
         with pytest.raises(ValueError, match=OF_A_COPY):
             way(name, path)

@@ -61,7 +61,9 @@ class FusedLinear(InferenceOnly):
     def _pack(self) -> torch.Tensor | None:
         """Pack the weight for oneDNN, unless that was done since it was last replaced, moved or changed."""
         weight, packed = self.weight, self._packed
-        version = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if weight.is_inference():  # nothing tells when it changes
+            return weight if can_use_onednn(weight) else None
+        version = weight.data_ptr(), weight._version
         if packed is None or packed.weight is not weight or packed.version != version:
             form = pack_for_onednn(weight) if can_use_onednn(weight) else None
             self._packed = packed = Packed(weight, version, form)

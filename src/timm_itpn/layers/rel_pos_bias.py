@@ -228,7 +228,7 @@ class RelPosBias(nn.Module):
         outside = (queries[..., :, None] == height * width) | (keys[..., None, :] == height * width)
         index = index.masked_fill(outside, num_offsets)
         values = F.pad(table, (0, 0, 0, 1)).t().contiguous()  # (num_heads, num_offsets + 1), 0 at the end
-        bias = values.index_select(1, index.flatten()).reshape([-1] + list(index.shape))
+        bias = values.index_select(1, index.flatten()).reshape([values.shape[0]] + list(index.shape))
         return bias.movedim(0, -3)
 
     def _table(self, height: int, width: int) -> torch.Tensor:

@@ -494,7 +494,7 @@ class ITPN(nn.Module):
 def crop(x: torch.Tensor, height: int, width: int, stride: int) -> torch.Tensor:
     """Positions of a map (B, H, W, C) that have pixels of an image of `height` x `width`, not of its padding alone."""
     if stride < 16 and not (holds(height % 16 == 0) and holds(width % 16 == 0)):
-        x = x[:, :-(-height // stride), :-(-width // stride)]
+        x = x[:, :(height + stride - 1) // stride, :(width + stride - 1) // stride]  # ONNX rounds -height / stride up
     return x
 
 

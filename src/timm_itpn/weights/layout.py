@@ -183,15 +183,7 @@ def is_fused(keys: Iterable[str]) -> bool:
 
 
 def current_names(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Native weights under the names of this version: before 0.1, Fast-iTPN had gate and value in one layer.
-
-    Raises:
-        ValueError: They are of a fused copy.
-    """
-    if is_fused(state_dict):
-        raise ValueError(
-            'These weights are of a fused copy (timm_itpn.fuse), which fit fused models only: save the state dict of '
-            'the model that it was made from, and use that.')
+    """Native weights under the names of this version: before 0.1, Fast-iTPN had gate and value in one layer."""
     if native_layout(state_dict) is not FAST_ITPN:
         return state_dict
     current: dict[str, Any] = {}
@@ -251,13 +243,17 @@ def to_current(state_dict: dict[str, Any], unknown: str | None = None) -> dict[s
     """Weights in either layout under the native names of this version, in shapes that code for weights may rely on.
 
     Raises:
-        ValueError: A tensor is empty, has another number of dimensions than its kind, or less memory than values; or
-            as by `official_to_native`.
+        ValueError: They are of a fused copy; a tensor is empty, has another number of dimensions than its kind, or less
+            memory than values; or as by `official_to_native`.
     """
     for key, value in state_dict.items():  # first of all: the next line may join what takes no memory yet
         if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
             if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
                 raise ValueError(f'{key} has the shape {list(value.shape)}, but memory for a part of that only.')
+    if is_fused(state_dict):
+        raise ValueError(
+            'These weights are of a fused copy (timm_itpn.fuse), which fit fused models only: save the state dict of '
+            'the model that it was made from, and use that.')
     native = state_dict if layout_of(state_dict) == 'native' else official_to_native(state_dict, unknown)
     for key, value in native.items():
         num_dims = _num_dims(key, native_layout(native))
