@@ -110,7 +110,7 @@ def cases(names, wants_multiples_of_32=()):
             yield pytest.param(name, backbone, size, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize('name, backbone, size', cases(DETECTORS, ('RTDetr', 'RTDetrV2', 'DFine')))
+@pytest.mark.parametrize('name, backbone, size', list(cases(DETECTORS, ('RTDetr', 'RTDetrV2', 'DFine'))))
 def test_detector_trains_predicts_and_is_kept(name, backbone, size, photos, tmp_path):
     processor_name, levels, kwargs = DETECTORS[name]
     kwargs, size = dict(kwargs), dict(height=size[0], width=size[1])
@@ -129,7 +129,7 @@ def test_detector_trains_predicts_and_is_kept(name, backbone, size, photos, tmp_
         assert len(found['boxes']) == len(found['scores']) > 0 and found['boxes'].isfinite().all()
 
 
-@pytest.mark.parametrize('name, backbone, size', cases(SEGMENTERS))
+@pytest.mark.parametrize('name, backbone, size', list(cases(SEGMENTERS)))
 def test_segmenter_trains_predicts_and_is_kept(name, backbone, size, photos, tmp_path):
     processor_name, levels, kwargs = SEGMENTERS[name]
     size = dict(height=size[0], width=size[1])

@@ -32,7 +32,7 @@ def ours(name, size, **kwargs):
     return small_model(name, img_size=size, **SHAPE, **kwargs)
 
 
-@pytest.mark.parametrize(('size', 'bound'), zip(SIZES, (0.85, 0.65)))
+@pytest.mark.parametrize(('size', 'bound'), list(zip(SIZES, (0.85, 0.65))))
 def test_fast_itpn_keeps_less_than_the_baseline(size, bound):
     baseline = saved_mib(Baseline(img_size=(size, size), num_classes=5, **SHAPE), size)
     assert saved_mib(ours('fast_itpn_tiny', size), size) < bound * baseline

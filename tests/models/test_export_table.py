@@ -117,7 +117,7 @@ def assert_same(run, model, shape):
 
 @pytest.mark.usefixtures('one_thread')
 @pytest.mark.filterwarnings('ignore:Constant folding', 'ignore:# .axis name')  # of the exporters
-@pytest.mark.parametrize('way, column', cells())
+@pytest.mark.parametrize('way, column', list(cells()))
 def test_images_of_any_size(way, column, tmp_path):
     if WAYS[way] is openvino and importlib.util.find_spec('openvino') is None:
         pytest.skip('openvino is not installed')
