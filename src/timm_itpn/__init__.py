@@ -33,7 +33,7 @@ def fuse(model: Any) -> Any:
     if any(module.training for module in model.modules()):
         raise RuntimeError('A model in training mode cannot be fused: call model.eval() first.')
     if not any(hasattr(module, 'fuse') for module in model.modules()):
-        raise ValueError(f'{type(model).__name__} has no layers of this package that could be fused.')
+        raise ValueError(f'{type(model).__name__} has no layers of this package, or they are fused already.')
     return reparameterize_model(model).eval().requires_grad_(False)
 
 

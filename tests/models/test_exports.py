@@ -1,6 +1,8 @@
 """Compilers, tracers and exporters take the models, and what they make computes the same."""
 import functools
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,6 +113,32 @@ def test_onnx_features_have_all_rows_where_sides_are_no_multiples_of_the_stride(
             model, (images(1, 3, 96, 64),), path, dynamo=False, input_names=['x'], dynamic_axes={'x': {2: 'h', 3: 'w'}})
         for actual, wanted in zip(load_onnx(path)(x), model(x), strict=True):
             assert_same(actual, wanted)
+
+
+ELSEWHERE = """
+import sys
+sys.modules.update(dict.fromkeys(['timm', 'timm_itpn', 'einops']))  # importing them fails
+import torch
+x, expected = torch.load('expected.pt')
+for program in (torch.jit.load('script.pt'), torch.jit.load('trace.pt'), torch.export.load('program.pt2').module()):
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_programs_run_where_the_package_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = functools.partial(small_model, 'itpn_tiny_fpn', features_only=True, dynamic_img_size=True, **TINY)
+    model, x, example = small(), images(1, 3, 96, 160), images(1, 3, 128, 96)
+    side = torch.export.Dim.DYNAMIC
+    with torch.no_grad():
+        torch.save((x, model(x)), 'expected.pt')
+        torch.jit.script(small(scriptable=True)).save('script.pt')
+        torch.jit.trace(small(exportable=True), example).save('trace.pt')
+        program = torch.export.export(small(exportable=True), (example,), dynamic_shapes={'x': {2: side, 3: side}})
+        torch.export.save(program, 'program.pt2')
+    monkeypatch.setenv('TORCH_DEVICE_BACKEND_AUTOLOAD', '0')  # PyTorch would import the installed package
+    subprocess.run([sys.executable, '-c', ELSEWHERE], check=True)
 
 
 def test_scripted_detection_backbone_agrees():

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from support.small import FAMILIES, PYRAMIDS, images, small_model
 from timm.models import reparameterize_model
+from torch.testing._internal.two_tensor import TwoTensor
 
 import timm_itpn
 from timm_itpn.layers.fused import FusedLinear
@@ -88,7 +89,7 @@ def test_gradients_are_refused():
 
 
 def test_other_models_are_refused():
-    with pytest.raises(ValueError, match='Linear has no layers of this package that could be fused'):
+    with pytest.raises(ValueError, match='Linear has no layers of this package, or they are fused already'):
         timm_itpn.fuse(nn.Linear(2, 2).eval())
 
 
@@ -100,6 +101,15 @@ def test_adapter_is_refused():
     model = filled('fast_itpn_tiny')
     model.stages[2].blocks[1].attn.proj = Adapter(128, 128).eval()
     with pytest.raises(ValueError, match='Adapter cannot be fused: merge adapters into the Linear layers first'):
+        timm_itpn.fuse(model)
+
+
+def test_weight_of_another_class_is_refused():
+    """As those that torchao quantises, or FSDP2 shards."""
+    model = filled('fast_itpn_tiny')
+    proj = model.stages[2].blocks[1].attn.proj
+    proj.weight = nn.Parameter(TwoTensor(proj.weight.detach(), proj.weight.detach()))
+    with pytest.raises(ValueError, match='A weight that is a TwoTensor cannot be fused: quantise or shard later'):
         timm_itpn.fuse(model)
 
 
@@ -121,6 +131,14 @@ def test_weights_are_packed_anew_when_they_change():
     lower = copy.deepcopy(fused).bfloat16()
     torch.testing.assert_close(
         outputs(lower, x.bfloat16()), outputs(second.bfloat16(), x.bfloat16()), rtol=0.1, atol=0.1)
+
+
+def test_weights_in_the_memory_of_old_ones_are_packed_anew():
+    layer = FusedLinear(torch.zeros(64, 64), None)
+    for value in range(1, 9):
+        layer.weight.data = torch.empty(0)  # frees the memory, which the next ones of this size get
+        layer.weight.data = torch.full((64, 64), float(value))
+        assert layer(torch.ones(1, 64)).unique().tolist() == [64 * value]
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from timm.layers import GELU, LayerScale
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.attention import Heads, attention_weights, fused_attention, is_transformed
 from ..ops.linear import can_use_onednn, onednn_linear, pack_for_onednn, plain_linear
@@ -34,7 +35,8 @@ class InferenceOnly(nn.Module):
 class Packed(NamedTuple):
     """A weight as oneDNN wants it, and what tells that the weight has changed since."""
     weight: torch.Tensor
-    version: tuple[int, int]  # where its data is, and how often it was changed in place
+    values: torch.Tensor  # held, so that no later ones can be where these were
+    version: tuple[int, int]  # where the values are, and how often they were changed in place
     form: torch.Tensor | None  # None where oneDNN cannot run
 
 
@@ -66,7 +68,7 @@ class FusedLinear(InferenceOnly):
         version = weight.data_ptr(), weight._version
         if packed is None or packed.weight is not weight or packed.version != version:
             form = pack_for_onednn(weight) if can_use_onednn(weight) else None
-            self._packed = packed = Packed(weight, version, form)
+            self._packed = packed = Packed(weight, weight.detach(), version, form)
         return packed.form
 
     def __getstate__(self):
@@ -179,10 +181,13 @@ def weights_of(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias of a Linear layer.
 
     Raises:
-        ValueError: It is of another class, an adapter say, whose weight is not all that it does.
+        ValueError: It is of another class, an adapter say, whose weight is not all that it does; or its weight is of
+            another class, quantised or sharded.
     """
     if type(layer) not in (nn.Linear, OneDnnLinear, FusedLinear):
         raise ValueError(f'{type(layer).__name__} cannot be fused: merge adapters into the Linear layers first.')
+    if is_traceable_wrapper_subclass(layer.weight):
+        raise ValueError(f'A weight that is a {type(layer.weight).__name__} cannot be fused: quantise or shard later.')
     return layer.weight, layer.bias
 
 

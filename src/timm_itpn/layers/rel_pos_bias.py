@@ -33,10 +33,11 @@ def resample_table(table: torch.Tensor, new_size: tuple[int, int], old_size: tup
         new_size: New grid (height, width), in tokens.
         old_size: Grid (h, w) of `table`.
     """
-    if tuple(new_size) == tuple(old_size):
+    if new_size == old_size:
         return table
-    neighbours = [_neighbours(old_size[dim], new_size[dim], dim, table.device) for dim in (0, 1)]
-    return _interpolated(table, old_size, neighbours)
+    rows = _neighbours(old_size[0], new_size[0], 0, table.device)
+    columns = _neighbours(old_size[1], new_size[1], 1, table.device)
+    return _interpolated(table, old_size, [rows, columns])
 
 
 def _interpolated(table: torch.Tensor, old_size: tuple[int, int], neighbours: list[Neighbours]) -> torch.Tensor:
@@ -71,7 +72,7 @@ def _neighbours(old: int, new: int, dim: int, device: torch.device) -> Neighbour
     from host to device, which would have to wait.
     """
     targets = torch.arange(1 - new, new, device=device, dtype=torch.float32)
-    q = _stretch(old - 1, new - 1)
+    q = _stretch(old - 1, new - 1) if torch.jit.is_scripting() else _kept_stretch(old - 1, new - 1)
     steps = torch.arange(1 - old, old, device=device, dtype=torch.float32)
     positions = steps.sign() * torch.expm1(steps.abs() * math.log(q)) / (q - 1)
     return _weighted(positions, targets, dim)
@@ -94,10 +95,10 @@ def _weighted(positions: torch.Tensor, targets: torch.Tensor, dim: int) -> Neigh
     return left, right, weight.reshape(-1, 1, 1) if dim == 0 else weight.reshape(-1, 1)
 
 
-@functools.cache
 def _stretch(old: int, new: int) -> float:
     """Ratio q, between 1.01 and 1.5, for which 1 + q + ... + q ** (old - 1) is `new`; found as timm does."""
-    left, right = 1.01, 1.5
+    left = q = 1.01
+    right = 1.5
     while right - left > 1e-6:
         q = (left + right) / 2
         if (1 - q ** old) / (1 - q) > new:
@@ -105,6 +106,9 @@ def _stretch(old: int, new: int) -> float:
         else:
             left = q
     return q
+
+
+_kept_stretch = functools.cache(_stretch)
 
 
 def _resampled(table: torch.Tensor, height: int, width: int, old_height: int, old_width: int) -> torch.Tensor:
@@ -133,7 +137,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return torch.ops.timm_itpn.resampled_rel_pos_table_backward(grad, *ctx.sizes), None, None, None, None
 
 
-# for compilers and exporters, where sizes are known in forward only: operators that they need not look into
+# for compilers, where sizes are known in forward only: operators that they need not look into
 _table_op = torch.library.custom_op('timm_itpn::resampled_rel_pos_table', _resampled, mutates_args=())
 _table_op.register_fake(
     lambda table, height, width, *_: table.new_empty((2 * height - 1) * (2 * width - 1), table.shape[1]))
@@ -237,12 +241,11 @@ class RelPosBias(nn.Module):
         if not self.dynamic_window_size or same_grid((height, width), self.window_size):
             return table
         if not torch.jit.is_scripting():
-            if isinstance(height, int) and not torch.compiler.is_compiling():  # not a stand-in of a tracer
-                return resample_table(table, (height, width), self.window_size)  # has every derivative
-            if torch.jit.is_tracing() or is_exporting():
-                return resample_table_in_graph(table, height, width, self.window_size)
-        return torch.ops.timm_itpn.resampled_rel_pos_table(
-            table, height, width, self.window_size[0], self.window_size[1])
+            if not isinstance(height, int) or torch.compiler.is_compiling():  # perhaps a stand-in
+                if torch.jit.is_tracing() or is_exporting():
+                    return resample_table_in_graph(table, height, width, self.window_size)
+                return torch.ops.timm_itpn.resampled_rel_pos_table(table, height, width, *self.window_size)
+        return resample_table(table, (height, width), self.window_size)  # has every derivative
 
     def _compute(self, height: int, width: int) -> torch.Tensor:
         """Look up the table for all pairs of tokens. In memory, rows are padded to multiples of 8.
