@@ -74,9 +74,9 @@ class Images(CalibrationDataReader):
         return next(({'x': batch.numpy()} for batch in self.batches), None)
 
 
-@pytest.mark.parametrize('ranges', ['as they come', 'measured'])
+@pytest.mark.parametrize('ranges, error, size', [('as they come', 0.3, 0.5), ('measured', 0.5, 0.6)])
 @every_family
-def test_onnx_runtime_quantises(name, ranges, tmp_path):
+def test_onnx_runtime_quantises(name, ranges, error, size, tmp_path):
     model = small_model(name, exportable=True, **TINY)
     x, path, int8 = images(1, 3, 64, 64), str(tmp_path / 'model.onnx'), str(tmp_path / 'int8.onnx')
     torch.onnx.export(model, (x,), path, dynamo=False, input_names=['x'])
@@ -86,8 +86,8 @@ def test_onnx_runtime_quantises(name, ranges, tmp_path):
         quantize_dynamic(path, int8, weight_type=QuantType.QInt8)
     output, = load_onnx(int8)(x)
     expected = model(x).detach()
-    assert 0 < (output - expected).norm() < 0.5 * expected.norm()  # small random layers round coarsely
-    assert os.path.getsize(int8) < 0.6 * os.path.getsize(path)
+    assert 0 < (output - expected).norm() < error * expected.norm()  # small random layers round coarsely
+    assert os.path.getsize(int8) < size * os.path.getsize(path)
 
 
 @pytest.mark.filterwarnings('ignore:Constant folding')

@@ -246,14 +246,14 @@ def to_current(state_dict: dict[str, Any], unknown: str | None = None) -> dict[s
         ValueError: They are of a fused copy; a tensor is empty, has another number of dimensions than its kind, or less
             memory than values; or as by `official_to_native`.
     """
-    for key, value in state_dict.items():  # first of all: the next line may join what takes no memory yet
-        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
-            if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
-                raise ValueError(f'{key} has the shape {list(value.shape)}, but memory for a part of that only.')
     if is_fused(state_dict):
         raise ValueError(
             'These weights are of a fused copy (timm_itpn.fuse), which fit fused models only: save the state dict of '
             'the model that it was made from, and use that.')
+    for key, value in state_dict.items():  # first of all: the next line may join what takes no memory yet
+        if type(value) in (torch.Tensor, torch.nn.Parameter) and not value.is_meta:
+            if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise ValueError(f'{key} has the shape {list(value.shape)}, but memory for a part of that only.')
     native = state_dict if layout_of(state_dict) == 'native' else official_to_native(state_dict, unknown)
     for key, value in native.items():
         num_dims = _num_dims(key, native_layout(native))
